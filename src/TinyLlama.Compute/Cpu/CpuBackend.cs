@@ -1,0 +1,163 @@
+using System.Runtime.InteropServices;
+
+namespace TinyLlama.Compute.Cpu;
+
+/// <summary>The CPU: checks the shapes of each operation once, then runs its kernel at the width chosen at start.</summary>
+public abstract class CpuBackend : Backend
+{
+    private protected CpuBackend(CpuPath path, int threads)
+    {
+        (Path, Team) = (path, new ThreadTeam(threads));
+    }
+
+    /// <summary>Gets the width of the kernels.</summary>
+    public CpuPath Path { get; }
+
+    /// <summary>Gets the number of threads.</summary>
+    public int Threads => Team.Threads;
+
+    /// <inheritdoc/>
+    public override string Description => $"cpu, {Path}, {Threads} threads";
+
+    private protected ThreadTeam Team { get; }
+
+    /// <summary>A backend for this machine.</summary>
+    /// <param name="threads">Threads to use; 0 for one a core.</param>
+    /// <param name="path">The width of the kernels; by default what <see cref="CpuPaths.Choose"/> says.</param>
+    /// <exception cref="DeviceException">The environment names a path that does not exist.</exception>
+    public static CpuBackend Create(int threads = 0, CpuPath? path = null)
+    {
+        threads = threads > 0 ? threads : Environment.ProcessorCount;
+        return (path ?? CpuPaths.Choose()) switch
+        {
+            CpuPath.Vector512 => new CpuBackend<Lanes512>(CpuPath.Vector512, threads),
+            CpuPath.Vector256 => new CpuBackend<Lanes256>(CpuPath.Vector256, threads),
+            CpuPath.Vector128 => new CpuBackend<Lanes128>(CpuPath.Vector128, threads),
+            CpuPath.Scalar => new CpuBackend<Lanes1>(CpuPath.Scalar, threads),
+            _ => throw new ArgumentOutOfRangeException(nameof(path), path, "no such path"),
+        };
+    }
+
+    /// <inheritdoc/>
+    public override unsafe Arena Allocate(string name, long byteCount)
+    {
+        // Placeholder: to become 2 MiB-aligned mapped memory with huge pages.
+        void* memory = NativeMemory.AlignedAlloc((nuint)Math.Max(byteCount, 1), 4096);
+        NativeMemory.Clear(memory, (nuint)byteCount);
+        return Arena.Over(name, byteCount, (nint)memory, () => NativeMemory.AlignedFree(memory));
+    }
+
+    /// <inheritdoc/>
+    public override void Write<T>(Tensor destination, ReadOnlySpan<T> source)
+    {
+        Shape.Require(destination.Count == source.Length, "as many elements as the tensor has");
+        source.CopyTo(destination.HostSpan<T>());
+    }
+
+    /// <inheritdoc/>
+    public override void Read<T>(Span<T> destination, Tensor source)
+    {
+        Shape.Require(source.Count == destination.Length, "as many elements as the tensor has");
+        source.HostSpan<T>().CopyTo(destination);
+    }
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (disposing)
+        {
+            Team.Dispose();
+        }
+    }
+}
+
+/// <summary>The kernels, specialized to one register width.</summary>
+/// <typeparam name="V">The register.</typeparam>
+internal sealed class CpuBackend<V>(CpuPath path, int threads) : CpuBackend(path, threads)
+    where V : struct, ILanes<V>
+{
+    /// <inheritdoc/>
+    public override int PackedCount(int outputs, int inputs) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void Pack(Weight weight) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void MatMulBackwardInput(Tensor dInput, Tensor dOutput, Weight weight, bool accumulate = false) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void MatMulBackwardWeight(Tensor dWeight, Tensor dOutput, Tensor input) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void Zero(Tensor destination) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void Copy(Tensor destination, Tensor source) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void GatherRows(Tensor destination, Tensor source, Tensor rows) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void Sum(Tensor total, Tensor values) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void Embedding(Tensor output, Tensor table, Tensor tokens) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void EmbeddingBackward(Tensor dTable, Tensor dOutput, Tensor tokens) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void RmsNorm(Tensor output, Tensor r, Tensor input, Tensor weight, float epsilon) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void AddRmsNorm(Tensor sum, Tensor output, Tensor r, Tensor input, Tensor branch, Tensor weight, float epsilon) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void RmsNormBackward(Tensor dInput, Tensor dWeight, Tensor dOutput, Tensor input, Tensor weight, Tensor r) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void Rope(Tensor heads, Tensor positions, Tensor table, bool inverse = false) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void Attention(
+        Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void AttentionBackward(
+        Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
+        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void AppendToCache(Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void SwiGlu(Tensor output, Tensor gateUp) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void SwiGluBackward(Tensor dGateUp, Tensor dOutput, Tensor gateUp) => throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void CrossEntropy(Tensor losses, Tensor logits, Tensor targets, Tensor scale = default) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void SumOfSquares(Tensor total, Tensor partials, ReadOnlySpan<Tensor> values) =>
+        throw new NotImplementedException();
+
+    /// <inheritdoc/>
+    public override void AdamW(
+        Tensor values, Tensor first, Tensor second, Tensor gradient, Tensor step, Tensor sumOfSquares, AdamWSettings settings) =>
+        throw new NotImplementedException();
+}

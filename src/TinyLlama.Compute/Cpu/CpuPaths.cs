@@ -1,0 +1,50 @@
+using System.Runtime.Intrinsics;
+using System.Runtime.Intrinsics.Arm;
+using System.Runtime.Intrinsics.X86;
+
+namespace TinyLlama.Compute.Cpu;
+
+/// <summary>The widths that CPU kernels are compiled for.</summary>
+public enum CpuPath
+{
+    /// <summary>16 floats a register: AVX-512.</summary>
+    Vector512,
+
+    /// <summary>8 floats a register: AVX2 with FMA.</summary>
+    Vector256,
+
+    /// <summary>4 floats a register: any x64, ARM64.</summary>
+    Vector128,
+
+    /// <summary>One float at a time.</summary>
+    Scalar,
+}
+
+/// <summary>Which path this machine runs, and why.</summary>
+public static class CpuPaths
+{
+    /// <summary>Forces a path: <c>512</c>, <c>256</c>, <c>128</c> or <c>scalar</c>.</summary>
+    public const string Variable = "TINYLLAMA_CPU";
+
+    /// <summary>Gets a value indicating whether 128-bit fused multiply-add is one instruction here.</summary>
+    internal static bool HasFma => Fma.IsSupported || AdvSimd.IsSupported;
+
+    /// <summary>Gets the widest path whose instructions this machine has; asked for what kernels need, not for a width.</summary>
+    public static CpuPath Best =>
+        Avx512F.IsSupported ? CpuPath.Vector512
+        : Avx2.IsSupported && Fma.IsSupported ? CpuPath.Vector256
+        : Vector128.IsHardwareAccelerated ? CpuPath.Vector128
+        : CpuPath.Scalar;
+
+    /// <summary>The path to use: the one that <see cref="Variable"/> names, else the best.</summary>
+    /// <exception cref="DeviceException">The variable names no path.</exception>
+    public static CpuPath Choose() => Environment.GetEnvironmentVariable(Variable) switch
+    {
+        null or "" => Best,
+        "512" => CpuPath.Vector512,
+        "256" => CpuPath.Vector256,
+        "128" => CpuPath.Vector128,
+        "scalar" => CpuPath.Scalar,
+        string other => throw new DeviceException($"{Variable}={other} names no path; use 512, 256, 128 or scalar"),
+    };
+}

@@ -1,0 +1,45 @@
+namespace TinyLlama.Compute;
+
+/// <summary>
+/// What a matrix product multiplies by: the logical matrix (O, I), in rows of outputs as files keep it, and the packed
+/// forms that a device's kernels read.
+/// </summary>
+/// <remarks>
+/// A packed form is a copy in the device's own order, made by <see cref="Backend.Pack"/> once after the values change.
+/// Without one (the arena had no room for it) a product packs what it reads, each time.
+/// </remarks>
+/// <param name="values">The master values, (O, I).</param>
+/// <param name="gradient">Their gradient, (O, I) in F32, or empty where the weight is frozen.</param>
+public sealed class Weight(Tensor values, Tensor gradient = default)
+{
+    /// <summary>Gets the number of outputs, O.</summary>
+    public int Outputs => Values.Rows;
+
+    /// <summary>Gets the number of inputs, I.</summary>
+    public int Inputs => Values.Columns;
+
+    /// <summary>Gets the master values, (O, I).</summary>
+    public Tensor Values { get; } = values;
+
+    /// <summary>Gets the gradient, (O, I), or an empty tensor.</summary>
+    public Tensor Gradient { get; } = gradient;
+
+    /// <summary>Gets the form that <see cref="Backend.MatMul"/> reads, or an empty tensor.</summary>
+    public Tensor PackedForward { get; private set; }
+
+    /// <summary>Gets the form that <see cref="Backend.MatMulBackwardInput"/> reads, or an empty tensor.</summary>
+    public Tensor PackedBackward { get; private set; }
+
+    /// <summary>Gives the weight room for packed forms; <see cref="Backend.Pack"/> fills them.</summary>
+    /// <param name="arena">Owner of the room.</param>
+    /// <param name="backend">The device, which says how large its forms are.</param>
+    /// <param name="backward">Whether gradients will flow through the weight.</param>
+    public void TakePacked(Arena arena, Backend backend, bool backward)
+    {
+        PackedForward = arena.Take(1, backend.PackedCount(Outputs, Inputs), Values.Type);
+        if (backward)
+        {
+            PackedBackward = arena.Take(1, backend.PackedCount(Inputs, Outputs), Values.Type);
+        }
+    }
+}
