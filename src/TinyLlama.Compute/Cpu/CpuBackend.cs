@@ -77,22 +77,42 @@ internal sealed class CpuBackend<V>(CpuPath path, int threads) : CpuBackend(path
     where V : struct, ILanes<V>
 {
     /// <inheritdoc/>
-    public override int PackedCount(int outputs, int inputs) => throw new NotImplementedException();
+    public override int PackedCount(int outputs, int inputs) => 0;
 
     /// <inheritdoc/>
-    public override void Pack(Weight weight) => throw new NotImplementedException();
+    public override void Pack(Weight weight)
+    {
+    }
 
     /// <inheritdoc/>
-    public override void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false) =>
-        throw new NotImplementedException();
+    public override void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false)
+    {
+        Shape.Require(
+            output.Rows == input.Rows && output.Columns == weight.Outputs && input.Columns == weight.Inputs,
+            "output (N, O), input (N, I) and weight (O, I)");
+        RequireF32(output, input, weight.Values);
+        Cpu.MatMul.Scalar.Forward(output, input, weight.Values, accumulate);
+    }
 
     /// <inheritdoc/>
-    public override void MatMulBackwardInput(Tensor dInput, Tensor dOutput, Weight weight, bool accumulate = false) =>
-        throw new NotImplementedException();
+    public override void MatMulBackwardInput(Tensor dInput, Tensor dOutput, Weight weight, bool accumulate = false)
+    {
+        Shape.Require(
+            dInput.Rows == dOutput.Rows && dInput.Columns == weight.Inputs && dOutput.Columns == weight.Outputs,
+            "dInput (N, I), dOutput (N, O) and weight (O, I)");
+        RequireF32(dInput, dOutput, weight.Values);
+        Cpu.MatMul.Scalar.BackwardInput(dInput, dOutput, weight.Values, accumulate);
+    }
 
     /// <inheritdoc/>
-    public override void MatMulBackwardWeight(Tensor dWeight, Tensor dOutput, Tensor input) =>
-        throw new NotImplementedException();
+    public override void MatMulBackwardWeight(Tensor dWeight, Tensor dOutput, Tensor input)
+    {
+        Shape.Require(
+            dWeight.Rows == dOutput.Columns && dWeight.Columns == input.Columns && dOutput.Rows == input.Rows,
+            "dWeight (O, I), dOutput (N, O) and input (N, I)");
+        RequireF32(dWeight, dOutput, input);
+        Cpu.MatMul.Scalar.BackwardWeight(dWeight, dOutput, input);
+    }
 
     /// <inheritdoc/>
     public override void Zero(Tensor destination) => throw new NotImplementedException();
@@ -160,4 +180,7 @@ internal sealed class CpuBackend<V>(CpuPath path, int threads) : CpuBackend(path
     public override void AdamW(
         Tensor values, Tensor first, Tensor second, Tensor gradient, Tensor step, Tensor sumOfSquares, AdamWSettings settings) =>
         throw new NotImplementedException();
+
+    private static void RequireF32(Tensor first, Tensor second, Tensor third) =>
+        Shape.Require((first.Type, second.Type, third.Type) == (DType.F32, DType.F32, DType.F32), "tensors of F32");
 }
