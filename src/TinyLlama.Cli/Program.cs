@@ -1,1 +1,34 @@
-return 0;
+using System.CommandLine;
+using System.CommandLine.Help;
+using System.Reflection;
+
+namespace TinyLlama.Cli;
+
+/// <summary>The <c>tinyllama</c> command.</summary>
+internal static class Program
+{
+    /// <summary>The command's name.</summary>
+    public const string Name = "tinyllama";
+
+    /// <summary>Gets the version of this build.</summary>
+    public static string Version =>
+        typeof(Program).Assembly.GetCustomAttribute<AssemblyInformationalVersionAttribute>()?.InformationalVersion ?? "0";
+
+    /// <summary>The root command with every verb.</summary>
+    public static RootCommand CreateRoot()
+    {
+        var root = new RootCommand("Pretrain a Llama from raw text and use what came out.")
+        {
+            PresetsCommand.Create(),
+            EnvCommand.Create(),
+        };
+        root.SetAction(parse => new HelpAction().Invoke(parse));
+        return root;
+    }
+
+    private static async Task<int> Main(string[] arguments)
+    {
+        using var signals = new StopSignals();
+        return await CommandLine.RunAsync(arguments, Console.Out, Console.Error, signals.Token);
+    }
+}

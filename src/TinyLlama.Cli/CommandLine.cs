@@ -1,0 +1,97 @@
+using System.CommandLine;
+using System.CommandLine.Help;
+using TinyLlama.Compute;
+using TinyLlama.Data;
+
+namespace TinyLlama.Cli;
+
+/// <summary>The frame around the verbs: parsing, errors and exit codes.</summary>
+internal static class CommandLine
+{
+    /// <summary>Where a defect is reported.</summary>
+    private const string ReportTo = "please report it, with these lines and the command";
+
+    /// <summary>Runs one command.</summary>
+    /// <param name="arguments">The words after the program's name.</param>
+    /// <param name="output">Where results go.</param>
+    /// <param name="error">Where errors and progress go.</param>
+    /// <param name="stop">Asks the verb to stop cleanly.</param>
+    /// <returns>One of <see cref="ExitCode"/>.</returns>
+    public static async Task<int> RunAsync(
+        string[] arguments, TextWriter output, TextWriter error, CancellationToken stop)
+    {
+        // Options are whole words: "-abc" is not "-a -b -c".
+        ParseResult parse = Program.CreateRoot().Parse(arguments, new ParserConfiguration { EnablePosixBundling = false });
+        bool asksForHelp = parse.Action is HelpAction;
+        if (parse.Errors.Count > 0 && !asksForHelp)
+        {
+            string verb = string.Join(' ', Verb(parse));
+            await error.WriteLineAsync($"error: {OneLine(parse.Errors[0].Message).TrimEnd('.')}; see '{verb} --help'");
+            return ExitCode.UserError;
+        }
+
+        try
+        {
+            // The signals are ours: a null timeout keeps the library from ending a run that is saving its checkpoint.
+            var configuration = new InvocationConfiguration
+            {
+                EnableDefaultExceptionHandler = false,
+                ProcessTerminationTimeout = null,
+                Output = output,
+                Error = error,
+            };
+            return await parse.InvokeAsync(configuration, stop);
+        }
+#pragma warning disable CA1031 // The last handler: it decides what the user sees of any exception.
+        catch (Exception exception)
+#pragma warning restore CA1031
+        {
+            return Report(exception, error, stop);
+        }
+    }
+
+    /// <summary>Says in one line what the user can mend; anything else is a defect and shows where it happened.</summary>
+    private static int Report(Exception exception, TextWriter error, CancellationToken stop)
+    {
+        while (exception is AggregateException { InnerExceptions: [Exception only] })
+        {
+            exception = only;
+        }
+
+        switch (exception)
+        {
+            case OperationCanceledException when stop.IsCancellationRequested:
+                error.WriteLine("stopped");
+                return ExitCode.Stopped;
+            case UserErrorException or DeviceException or IOException or UnauthorizedAccessException:
+                error.WriteLine($"error: {OneLine(exception.Message)}");
+                return ExitCode.UserError;
+            case OutOfMemoryException:
+                error.WriteLine("error: this machine has too little memory for that");
+                return ExitCode.UserError;
+            default:
+                error.WriteLine($"This is a defect of tinyllama {Program.Version}; {ReportTo}:");
+                error.WriteLine(exception.ToString());
+                return ExitCode.Defect;
+        }
+    }
+
+    private static IEnumerable<string> Verb(ParseResult parse)
+    {
+        yield return Program.Name;
+        var names = new Stack<string>();
+        for (var command = parse.CommandResult; command is not null && command.Command is not RootCommand;
+            command = command.Parent as System.CommandLine.Parsing.CommandResult)
+        {
+            names.Push(command.Command.Name);
+        }
+
+        foreach (string name in names)
+        {
+            yield return name;
+        }
+    }
+
+    private static string OneLine(string message) =>
+        string.Join(' ', message.Split(['\r', '\n'], StringSplitOptions.RemoveEmptyEntries | StringSplitOptions.TrimEntries));
+}

@@ -1,0 +1,100 @@
+using System.CommandLine;
+
+namespace TinyLlama.Cli;
+
+/// <summary>The options that several verbs share, so that a word means the same everywhere.</summary>
+internal static class CommonOptions
+{
+    /// <summary><c>--json</c>: the result as one JSON document on standard output; progress stays on standard error.</summary>
+    public static Option<bool> Json() => new("--json") { Description = "Write the result as JSON" };
+
+    /// <summary><c>--out PATH</c>: where the result goes.</summary>
+    public static Option<string?> Out(string description) =>
+        new("--out") { Description = description, HelpName = "PATH" };
+
+    /// <summary><c>--set key=value</c>, any number of times: overrides one key of the recipe.</summary>
+    public static Option<string[]> Set() => new("--set")
+    {
+        Description = "Override a key of the recipe, such as optimizer.learning_rate=3e-4; may be repeated",
+        HelpName = "KEY=VALUE",
+        AllowMultipleArgumentsPerToken = false,
+        DefaultValueFactory = _ => [],
+    };
+
+    /// <summary><c>--threads N</c>.</summary>
+    public static Option<int?> Threads()
+    {
+        var option = new Option<int?>("--threads")
+        {
+            Description = "Threads to compute with [default: one a core]",
+            HelpName = "N",
+        };
+        return AtLeast(option, 1);
+    }
+
+    /// <summary><c>--device cpu</c>.</summary>
+    public static Option<string> Device()
+    {
+        var option = new Option<string>("--device")
+        {
+            Description = "What to compute on",
+            DefaultValueFactory = _ => "cpu",
+        };
+        return option.AcceptOnlyFromAmong("cpu");
+    }
+
+    /// <summary><c>--max-tokens N</c>.</summary>
+    public static Option<int?> MaxTokens(string description)
+    {
+        var option = new Option<int?>("--max-tokens") { Description = description, HelpName = "N" };
+        return AtLeast(option, 0);
+    }
+
+    /// <summary><c>--max-steps N</c>.</summary>
+    public static Option<long?> MaxSteps()
+    {
+        var option = new Option<long?>("--max-steps")
+        {
+            Description = "Stop after this many steps in all; the schedule stays that of the whole budget",
+            HelpName = "N",
+        };
+        return AtLeast(option, 0);
+    }
+
+    /// <summary><c>--temperature X</c>; 0 is greedy.</summary>
+    public static Option<double?> Temperature()
+    {
+        var option = new Option<double?>("--temperature")
+        {
+            Description = "Divides the logits before sampling; 0 takes the likeliest token",
+            HelpName = "X",
+        };
+        return AtLeast(option, 0);
+    }
+
+    /// <summary><c>--seed N</c>.</summary>
+    public static Option<ulong?> Seed() =>
+        new("--seed") { Description = "Seed of everything random", HelpName = "N" };
+
+    /// <summary><c>--ctx N</c>: the context length, in tokens.</summary>
+    public static Option<int?> Context()
+    {
+        var option = new Option<int?>("--ctx") { Description = "Context length in tokens", HelpName = "N" };
+        return AtLeast(option, 1);
+    }
+
+    private static Option<T?> AtLeast<T>(Option<T?> option, T least)
+        where T : struct, IComparable<T>
+    {
+        option.Validators.Add(result =>
+        {
+            // Text that is no number is reported by the parser itself.
+            if (result.Tokens is [{ Value: string text }] && double.TryParse(text, out _)
+                && result.GetValueOrDefault<T?>() is T value && value.CompareTo(least) < 0)
+            {
+                result.AddError($"{option.Name} is {text}, which is less than {least}");
+            }
+        });
+        return option;
+    }
+}
