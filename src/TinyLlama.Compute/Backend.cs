@@ -23,6 +23,11 @@ public abstract class Backend : IDisposable
     /// <exception cref="DeviceException">The device has not that much memory.</exception>
     public abstract Arena Allocate(string name, long byteCount);
 
+    /// <summary>Allocates what a plan counted.</summary>
+    /// <param name="plan">An arena without memory, over which the same objects were built.</param>
+    /// <exception cref="DeviceException">The device has not that much memory.</exception>
+    public Arena AllocateAs(Arena plan) => Allocate(plan.Name, plan.UsedBytes);
+
     /// <summary>Elements of the packed form of an (outputs, inputs) matrix; see <see cref="Weight"/>.</summary>
     public abstract int PackedCount(int outputs, int inputs);
 

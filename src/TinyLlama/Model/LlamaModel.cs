@@ -1,0 +1,162 @@
+using TinyLlama.Compute;
+
+namespace TinyLlama.Model;
+
+/// <summary>
+/// A Llama over packed tokens: training, prefill, decode and validation are one forward, told apart by the
+/// <see cref="TokenLayout"/> and the <see cref="KeyValueSource"/> alone.
+/// </summary>
+public sealed class LlamaModel
+{
+    private readonly Backend _backend;
+    private readonly Parameter _embedding;
+    private readonly TransformerBlock[] _blocks;
+    private readonly Parameter _norm;
+    private readonly Linear _head;
+
+    /// <summary>Takes the parameters from the arenas; their values are zero until initialized or loaded.</summary>
+    /// <param name="config">The shape.</param>
+    /// <param name="backend">The device.</param>
+    /// <param name="arenas">Where parameters live, and gradients if the model trains.</param>
+    public LlamaModel(ModelConfig config, Backend backend, ModelArenas arenas)
+    {
+        (Config, _backend) = (config, backend);
+        _embedding = Matrix("model.embed_tokens.weight", arenas, config.VocabularySize, config.Channels);
+        _blocks = new TransformerBlock[config.Layers];
+        for (int l = 0; l < config.Layers; l++)
+        {
+            _blocks[l] = new TransformerBlock(config, l, arenas, backend);
+        }
+
+        _norm = Norm("model.norm.weight", arenas, config.Channels);
+        _head = config.TiedEmbeddings
+            ? Linear.Tied(arenas, backend, _embedding)
+            : Linear.Dense(arenas, backend, config.Channels, new RowGroup("lm_head.weight", config.VocabularySize));
+        Parameters = [_embedding, .. _blocks.SelectMany(block => block.Parameters), _norm, .. _head.Parameters];
+    }
+
+    /// <summary>Gets the shape.</summary>
+    public ModelConfig Config { get; }
+
+    /// <summary>Gets every parameter, in checkpoint order.</summary>
+    public IReadOnlyList<Parameter> Parameters { get; }
+
+    /// <summary>Makes packed forms follow the values. Call after loading and after each optimizer step.</summary>
+    public void Pack()
+    {
+        foreach (TransformerBlock block in _blocks)
+        {
+            foreach (Linear linear in block.Linears)
+            {
+                linear.Pack(_backend);
+            }
+        }
+
+        _head.Pack(_backend);
+    }
+
+    /// <summary>Fills the workspace's table of rotations. Call once after its memory is allocated.</summary>
+    /// <remarks>Angle of pair i at position p: p / factor · θ^(-2i/D) (Su et al. 2021), computed in fp64, kept in fp32.</remarks>
+    public void Prepare(Workspace w)
+    {
+        int half = Config.HeadDim / 2;
+        float[] row = new float[Config.HeadDim];
+        for (int p = 0; p < w.Rope.Rows; p++)
+        {
+            for (int i = 0; i < half; i++)
+            {
+                double angle = p / (double)Config.RopeFactor * Math.Pow(Config.RopeTheta, -2.0 * i / Config.HeadDim);
+                (double sine, double cosine) = Math.SinCos(angle);
+                (row[i], row[half + i]) = ((float)cosine, (float)sine);
+            }
+
+            _backend.Write<float>(w.Rope.RowRange(p, 1), row);
+        }
+    }
+
+    /// <summary>tokens (N, 1) of I32 to the final norm's output, left in <see cref="Workspace.Output"/>.</summary>
+    public void Forward(Workspace w, Tensor tokens, TokenLayout layout, KeyValueSource source)
+    {
+        int n = tokens.Rows;
+        Tensor branch = w.Branch(n);
+        BlockActivations a = w.Block(0, n);
+        _backend.Embedding(a.Input, _embedding.Values, tokens);
+        Tensor residual = default;
+        for (int l = 0; l < _blocks.Length; l++)
+        {
+            a = w.Block(l, n);
+            _blocks[l].Forward(_backend, a, branch, residual, w.Rope, layout, source);
+            residual = a.Middle;
+        }
+
+        _backend.AddRmsNorm(w.Final(n), w.Output(n), w.OutputR(n), residual, branch, _norm.Values, Config.NormEpsilon);
+    }
+
+    /// <summary>logits (R, V) = hidden (R, C), rows of <see cref="Workspace.Output"/>, times the head.</summary>
+    public void Logits(Tensor logits, Tensor hidden) => _head.Forward(_backend, logits, hidden);
+
+    /// <summary>The loss of each token of the last forward, left in <see cref="Workspace.Losses"/>.</summary>
+    /// <param name="w">The workspace of the forward.</param>
+    /// <param name="targets">(N, 1) of I32; negative ones are ignored.</param>
+    public void Loss(Workspace w, Tensor targets)
+    {
+        for (int row = 0; row < targets.Rows; row += w.LogitsChunk.Rows)
+        {
+            int count = Math.Min(w.LogitsChunk.Rows, targets.Rows - row);
+            Tensor logits = w.LogitsChunk.RowRange(0, count);
+            _head.Forward(_backend, logits, w.Output(targets.Rows).RowRange(row, count));
+            _backend.CrossEntropy(w.Losses(targets.Rows).RowRange(row, count), logits, targets.RowRange(row, count));
+        }
+    }
+
+    /// <summary>
+    /// Adds the gradients of scale · Σ loss to every parameter's, and leaves each token's loss in
+    /// <see cref="Workspace.Losses"/>. Call after <see cref="Forward"/> on the same workspace.
+    /// </summary>
+    /// <param name="w">The workspace of the forward; it must keep block inputs or everything.</param>
+    /// <param name="tokens">(N, 1) of I32, as in the forward.</param>
+    /// <param name="targets">(N, 1) of I32; negative ones are ignored.</param>
+    /// <param name="scale">(1, 1) of F32: one over the targets of the whole step.</param>
+    /// <param name="layout">As in the forward.</param>
+    public void Backward(Workspace w, Tensor tokens, Tensor targets, Tensor scale, TokenLayout layout)
+    {
+        int n = tokens.Rows;
+        BlockGradients d = w.Gradients(n);
+        Tensor dResidual = w.DResidual(n);
+        Head(w, targets, scale);
+        _backend.Zero(dResidual);
+        _backend.RmsNormBackward(dResidual, _norm.Gradient, w.DFinal(n), w.Final(n), _norm.Values, w.OutputR(n));
+        for (int l = _blocks.Length - 1; l >= 0; l--)
+        {
+            BlockActivations a = w.Block(l, n);
+            if (w.Keep == Keep.BlockInputs)
+            {
+                _blocks[l].Activate(_backend, a, w.Branch(n), residual: default, w.Rope, layout, KeyValueSource.Batch);
+            }
+
+            _blocks[l].Backward(_backend, a, d, dResidual, w.Rope, layout);
+        }
+
+        _backend.EmbeddingBackward(_embedding.Gradient, dResidual, tokens);
+    }
+
+    internal static Parameter Norm(string name, ModelArenas arenas, int channels) => Matrix(name, arenas, 1, channels);
+
+    private static Parameter Matrix(string name, ModelArenas arenas, int rows, int columns) =>
+        new(name, arenas.Weights.Take(rows, columns), arenas.Gradients?.Take(rows, columns) ?? default);
+
+    // Head, loss and their backward chunk by chunk: (N, V) never exists in full.
+    private void Head(Workspace w, Tensor targets, Tensor scale)
+    {
+        int n = targets.Rows;
+        for (int row = 0; row < n; row += w.LogitsChunk.Rows)
+        {
+            int count = Math.Min(w.LogitsChunk.Rows, n - row);
+            Tensor logits = w.LogitsChunk.RowRange(0, count);
+            Tensor hidden = w.Output(n).RowRange(row, count);
+            _head.Forward(_backend, logits, hidden);
+            _backend.CrossEntropy(w.Losses(n).RowRange(row, count), logits, targets.RowRange(row, count), scale);
+            _head.Backward(_backend, w.DFinal(n).RowRange(row, count), logits, hidden);
+        }
+    }
+}

@@ -1,0 +1,157 @@
+using TinyLlama.Compute;
+
+namespace TinyLlama.Model;
+
+/// <summary>What one block's forward leaves for its backward. N packed tokens.</summary>
+/// <param name="Input">(N, C): the residual stream before the block.</param>
+/// <param name="Norm1">(N, C).</param>
+/// <param name="R1">(N, 1): reciprocal root mean squares of Input.</param>
+/// <param name="Qkv">(N, (Hq + 2 Hkv) · D): q | k | v, q and k rotated.</param>
+/// <param name="Context">(N, C): attention before the output projection.</param>
+/// <param name="LogSumExp">(N, Hq).</param>
+/// <param name="Middle">(N, C): the residual stream between attention and feed-forward.</param>
+/// <param name="Norm2">(N, C).</param>
+/// <param name="R2">(N, 1).</param>
+/// <param name="GateUp">(N, 2H).</param>
+/// <param name="Gated">(N, H).</param>
+internal readonly record struct BlockActivations(
+    Tensor Input, Tensor Norm1, Tensor R1, Tensor Qkv, Tensor Context, Tensor LogSumExp,
+    Tensor Middle, Tensor Norm2, Tensor R2, Tensor GateUp, Tensor Gated)
+{
+    public static BlockActivations Take(Arena arena, ModelConfig c, int tokens) => new(
+        arena.Take(tokens, c.Channels), arena.Take(tokens, c.Channels), arena.Take(tokens, 1),
+        arena.Take(tokens, c.Channels + (2 * c.KeyValueChannels)), arena.Take(tokens, c.Channels), arena.Take(tokens, c.Heads),
+        arena.Take(tokens, c.Channels), arena.Take(tokens, c.Channels), arena.Take(tokens, 1),
+        arena.Take(tokens, 2 * c.Hidden), arena.Take(tokens, c.Hidden));
+
+    public BlockActivations Rows(int n) => new(
+        Input.RowRange(0, n), Norm1.RowRange(0, n), R1.RowRange(0, n), Qkv.RowRange(0, n), Context.RowRange(0, n),
+        LogSumExp.RowRange(0, n), Middle.RowRange(0, n), Norm2.RowRange(0, n), R2.RowRange(0, n),
+        GateUp.RowRange(0, n), Gated.RowRange(0, n));
+}
+
+/// <summary>Gradients of a block's activations; one set serves all blocks. Shapes as in <see cref="BlockActivations"/>.</summary>
+/// <param name="Norm">(N, C): of either norm's output.</param>
+/// <param name="Qkv">(N, (Hq + 2 Hkv) · D).</param>
+/// <param name="Context">(N, C).</param>
+/// <param name="Delta">(N, Hq): scratch of the attention backward.</param>
+/// <param name="GateUp">(N, 2H).</param>
+/// <param name="Gated">(N, H).</param>
+internal readonly record struct BlockGradients(
+    Tensor Norm, Tensor Qkv, Tensor Context, Tensor Delta, Tensor GateUp, Tensor Gated)
+{
+    public static BlockGradients Take(Arena arena, ModelConfig c, int tokens) => new(
+        arena.Take(tokens, c.Channels), arena.Take(tokens, c.Channels + (2 * c.KeyValueChannels)),
+        arena.Take(tokens, c.Channels), arena.Take(tokens, c.Heads),
+        arena.Take(tokens, 2 * c.Hidden), arena.Take(tokens, c.Hidden));
+
+    public BlockGradients Rows(int n) => new(
+        Norm.RowRange(0, n), Qkv.RowRange(0, n), Context.RowRange(0, n), Delta.RowRange(0, n),
+        GateUp.RowRange(0, n), Gated.RowRange(0, n));
+}
+
+/// <summary>Pre-norm attention and SwiGLU around the residual stream (Touvron et al. 2023; grouped queries, Ainslie et al. 2023).</summary>
+internal sealed class TransformerBlock
+{
+    private readonly ModelConfig _config;
+    private readonly int _layer;
+    private readonly Parameter _norm1;
+    private readonly Linear _qkv;
+    private readonly Linear _output;
+    private readonly Parameter _norm2;
+    private readonly Linear _gateUp;
+    private readonly Linear _down;
+
+    /// <summary>Takes the block's parameters, which follow each other in every arena.</summary>
+    public TransformerBlock(ModelConfig c, int layer, ModelArenas arenas, Backend backend)
+    {
+        (_config, _layer) = (c, layer);
+        string name = $"model.layers.{layer}.";
+        _norm1 = LlamaModel.Norm(name + "input_layernorm.weight", arenas, c.Channels);
+        _qkv = Linear.Dense(
+            arenas, backend, c.Channels,
+            new RowGroup(name + "self_attn.q_proj.weight", c.Channels),
+            new RowGroup(name + "self_attn.k_proj.weight", c.KeyValueChannels),
+            new RowGroup(name + "self_attn.v_proj.weight", c.KeyValueChannels));
+        _output = Linear.Dense(arenas, backend, c.Channels, new RowGroup(name + "self_attn.o_proj.weight", c.Channels));
+        _norm2 = LlamaModel.Norm(name + "post_attention_layernorm.weight", arenas, c.Channels);
+        _gateUp = Linear.Dense(
+            arenas, backend, c.Channels,
+            new RowGroup(name + "mlp.gate_proj.weight", c.Hidden), new RowGroup(name + "mlp.up_proj.weight", c.Hidden));
+        _down = Linear.Dense(arenas, backend, c.Hidden, new RowGroup(name + "mlp.down_proj.weight", c.Channels));
+    }
+
+    /// <summary>Gets the parameters in checkpoint order.</summary>
+    public IEnumerable<Parameter> Parameters =>
+        [_norm1, .. _qkv.Parameters, .. _output.Parameters, _norm2, .. _gateUp.Parameters, .. _down.Parameters];
+
+    /// <summary>Gets the matrix products.</summary>
+    public IEnumerable<Linear> Linears => [_qkv, _output, _gateUp, _down];
+
+    /// <summary>
+    /// Fills <paramref name="a"/>, then writes what the feed-forward adds to the residual stream into
+    /// <paramref name="branch"/>: the next block's norm adds it.
+    /// </summary>
+    /// <param name="b">The device.</param>
+    /// <param name="a">This block's activations.</param>
+    /// <param name="branch">In: what the block before left, unless <paramref name="residual"/> is empty. Out: this block's.</param>
+    /// <param name="residual">The block before's Middle; empty where a.Input is there already (the first block).</param>
+    /// <param name="rope">The table of <see cref="Backend.Rope"/>.</param>
+    /// <param name="layout">Which keys each token sees.</param>
+    /// <param name="source">Where keys and values lie.</param>
+    public void Forward(
+        Backend b, in BlockActivations a, Tensor branch, Tensor residual, Tensor rope, TokenLayout layout, KeyValueSource source)
+    {
+        Activate(b, a, branch, residual, rope, layout, source);
+        _down.Forward(b, branch, a.Gated);
+    }
+
+    /// <summary>The forward up to what backward needs: everything but the last product.</summary>
+    public void Activate(
+        Backend b, in BlockActivations a, Tensor branch, Tensor residual, Tensor rope, TokenLayout layout, KeyValueSource source)
+    {
+        if (residual.IsEmpty)
+        {
+            b.RmsNorm(a.Norm1, a.R1, a.Input, _norm1.Values, _config.NormEpsilon);
+        }
+        else
+        {
+            b.AddRmsNorm(a.Input, a.Norm1, a.R1, residual, branch, _norm1.Values, _config.NormEpsilon);
+        }
+
+        _qkv.Forward(b, a.Qkv, a.Norm1);
+        (Tensor q, Tensor k, Tensor v) = Split(a.Qkv);
+        b.Rope(RotatedHeads(a.Qkv), layout.Positions.RowRange(0, a.Qkv.Rows), rope);
+        (Tensor keys, Tensor values) = source.Append(b, _layer, k, v, layout);
+        b.Attention(a.Context, a.LogSumExp, q, keys, values, layout, _config.HeadDim);
+        _output.Forward(b, branch, a.Context);
+
+        b.AddRmsNorm(a.Middle, a.Norm2, a.R2, a.Input, branch, _norm2.Values, _config.NormEpsilon);
+        _gateUp.Forward(b, a.GateUp, a.Norm2);
+        b.SwiGlu(a.Gated, a.GateUp);
+    }
+
+    /// <summary>Turns the gradient of the residual stream after the block into the one before it, in place.</summary>
+    public void Backward(Backend b, in BlockActivations a, in BlockGradients d, Tensor dResidual, Tensor rope, TokenLayout layout)
+    {
+        _down.Backward(b, d.Gated, dResidual, a.Gated);
+        b.SwiGluBackward(d.GateUp, d.Gated, a.GateUp);
+        _gateUp.Backward(b, d.Norm, d.GateUp, a.Norm2);
+        b.RmsNormBackward(dResidual, _norm2.Gradient, d.Norm, a.Middle, _norm2.Values, a.R2);
+
+        _output.Backward(b, d.Context, dResidual, a.Context);
+        (Tensor q, Tensor k, Tensor v) = Split(a.Qkv);
+        (Tensor dq, Tensor dk, Tensor dv) = Split(d.Qkv);
+        b.AttentionBackward(dq, dk, dv, d.Delta, d.Context, a.Context, a.LogSumExp, q, k, v, layout, _config.HeadDim);
+        b.Rope(RotatedHeads(d.Qkv), layout.Positions.RowRange(0, d.Qkv.Rows), rope, inverse: true);
+        _qkv.Backward(b, d.Norm, d.Qkv, a.Norm1);
+        b.RmsNormBackward(dResidual, _norm1.Gradient, d.Norm, a.Input, _norm1.Values, a.R1);
+    }
+
+    private (Tensor Q, Tensor K, Tensor V) Split(Tensor qkv) => (
+        qkv.ColumnRange(0, _config.Channels),
+        qkv.ColumnRange(_config.Channels, _config.KeyValueChannels),
+        qkv.ColumnRange(_config.Channels + _config.KeyValueChannels, _config.KeyValueChannels));
+
+    private Tensor RotatedHeads(Tensor qkv) => qkv.ColumnRange(0, _config.Channels + _config.KeyValueChannels);
+}

@@ -1,0 +1,106 @@
+using TinyLlama.Compute;
+
+namespace TinyLlama.Model;
+
+/// <summary>How much of a forward a workspace keeps.</summary>
+public enum Keep
+{
+    /// <summary>Nothing: inference and validation. One set of block activations.</summary>
+    Nothing,
+
+    /// <summary>Each block's input; backward runs the block's forward again.</summary>
+    BlockInputs,
+
+    /// <summary>Everything that backward reads.</summary>
+    Everything,
+}
+
+/// <summary>Everything that a forward and a backward write and that is neither a parameter nor its gradient.</summary>
+public sealed class Workspace
+{
+    private readonly BlockActivations[] _blocks;
+    private readonly Tensor[] _inputs;
+    private readonly BlockGradients _gradients;
+    private readonly Tensor _branch;
+    private readonly Tensor _output;
+    private readonly Tensor _outputR;
+    private readonly Tensor _final;
+    private readonly Tensor _dFinal;
+    private readonly Tensor _dResidual;
+    private readonly Tensor _losses;
+
+    /// <summary>Takes the buffers.</summary>
+    /// <param name="activations">Owner of what the forward writes.</param>
+    /// <param name="gradients">Owner of what the backward writes; null where there is none.</param>
+    /// <param name="config">The model's shape.</param>
+    /// <param name="tokens">Most packed tokens (N) of a forward.</param>
+    /// <param name="keep">How much of the forward stays.</param>
+    public Workspace(Arena activations, Arena? gradients, ModelConfig config, int tokens, Keep keep)
+    {
+        (Capacity, Keep) = (tokens, keep);
+        _blocks = new BlockActivations[keep == Keep.Everything ? config.Layers : 1];
+        for (int i = 0; i < _blocks.Length; i++)
+        {
+            _blocks[i] = BlockActivations.Take(activations, config, tokens);
+        }
+
+        _inputs = new Tensor[config.Layers];
+        for (int l = 0; l < config.Layers; l++)
+        {
+            // One set serves all blocks, but block l's input has to stay until its backward.
+            _inputs[l] = keep == Keep.BlockInputs && l > 0
+                ? activations.Take(tokens, config.Channels)
+                : _blocks[l % _blocks.Length].Input;
+        }
+
+        _branch = activations.Take(tokens, config.Channels);
+        _output = activations.Take(tokens, config.Channels);
+        _outputR = activations.Take(tokens, 1);
+        _final = activations.Take(tokens, config.Channels);
+        _losses = activations.Take(tokens, 1);
+        LogitsChunk = activations.Take(Math.Min(tokens, RowsOfLogits(config.VocabularySize)), config.VocabularySize);
+        Rope = activations.Take(config.ContextLength, config.HeadDim);
+        if (gradients is not null)
+        {
+            _gradients = BlockGradients.Take(gradients, config, tokens);
+            _dFinal = gradients.Take(tokens, config.Channels);
+            _dResidual = gradients.Take(tokens, config.Channels);
+        }
+    }
+
+    /// <summary>Gets the most packed tokens of a forward.</summary>
+    public int Capacity { get; }
+
+    /// <summary>Gets how much of the forward stays.</summary>
+    public Keep Keep { get; }
+
+    /// <summary>Gets room for the logits of some rows, (R, V): all logits never exist at once.</summary>
+    public Tensor LogitsChunk { get; }
+
+    /// <summary>Gets the table of <see cref="Backend.Rope"/>, (T, D).</summary>
+    public Tensor Rope { get; }
+
+    /// <summary>The output of the last forward over n tokens, (n, C): the final norm, which the head reads.</summary>
+    public Tensor Output(int n) => _output.RowRange(0, n);
+
+    /// <summary>The loss of each of n tokens in nats, (n, 1).</summary>
+    public Tensor Losses(int n) => _losses.RowRange(0, n);
+
+    internal BlockActivations Block(int layer, int n) =>
+        (_blocks[layer % _blocks.Length] with { Input = _inputs[layer] }).Rows(n);
+
+    internal BlockGradients Gradients(int n) => _gradients.Rows(n);
+
+    internal Tensor Branch(int n) => _branch.RowRange(0, n);
+
+    internal Tensor OutputR(int n) => _outputR.RowRange(0, n);
+
+    internal Tensor Final(int n) => _final.RowRange(0, n);
+
+    internal Tensor DFinal(int n) => _dFinal.RowRange(0, n);
+
+    internal Tensor DResidual(int n) => _dResidual.RowRange(0, n);
+
+    // 16 MiB of logits: large enough that the head's products run at full rate, small enough to stay in the cache.
+    private static int RowsOfLogits(int vocabulary) => Math.Max(64, (4 << 20) / vocabulary / 64 * 64);
+}
