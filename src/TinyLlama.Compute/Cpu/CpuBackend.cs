@@ -21,6 +21,8 @@ public abstract class CpuBackend : Backend
 
     private protected ThreadTeam Team { get; }
 
+    private protected Scratch Scratch { get; } = new();
+
     /// <summary>A backend for this machine.</summary>
     /// <param name="threads">Threads to use; 0 for one a core.</param>
     /// <param name="path">The width of the kernels; by default what <see cref="CpuPaths.Choose"/> says.</param>
@@ -67,13 +69,14 @@ public abstract class CpuBackend : Backend
         if (disposing)
         {
             Team.Dispose();
+            Scratch.Dispose();
         }
     }
 }
 
 /// <summary>The kernels, specialized to one register width.</summary>
 /// <typeparam name="V">The register.</typeparam>
-internal sealed class CpuBackend<V>(CpuPath path, int threads) : CpuBackend(path, threads)
+internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBackend(path, threads)
     where V : struct, ILanes<V>
 {
     /// <inheritdoc/>
@@ -115,71 +118,81 @@ internal sealed class CpuBackend<V>(CpuPath path, int threads) : CpuBackend(path
     }
 
     /// <inheritdoc/>
-    public override void Zero(Tensor destination) => throw new NotImplementedException();
+    public override void Zero(Tensor destination) =>
+        Cpu.Copy.Zero(Team, destination);
 
     /// <inheritdoc/>
-    public override void Copy(Tensor destination, Tensor source) => throw new NotImplementedException();
+    public override void Copy(Tensor destination, Tensor source) =>
+        Cpu.Copy.Convert(Team, destination, source);
 
     /// <inheritdoc/>
-    public override void GatherRows(Tensor destination, Tensor source, Tensor rows) => throw new NotImplementedException();
+    public override void GatherRows(Tensor destination, Tensor source, Tensor rows) =>
+        Cpu.Embedding.Gather(Team, destination, source, rows);
 
     /// <inheritdoc/>
-    public override void Sum(Tensor total, Tensor values) => throw new NotImplementedException();
+    public override void Sum(Tensor total, Tensor values) =>
+        Reductions.Sum(total, values);
 
     /// <inheritdoc/>
-    public override void Embedding(Tensor output, Tensor table, Tensor tokens) => throw new NotImplementedException();
+    public override void Embedding(Tensor output, Tensor table, Tensor tokens) =>
+        Cpu.Embedding.Gather(Team, output, table, tokens);
 
     /// <inheritdoc/>
-    public override void EmbeddingBackward(Tensor dTable, Tensor dOutput, Tensor tokens) => throw new NotImplementedException();
+    public override void EmbeddingBackward(Tensor dTable, Tensor dOutput, Tensor tokens) =>
+        Cpu.Embedding.Scatter<V>(Team, dTable, dOutput, tokens);
 
     /// <inheritdoc/>
     public override void RmsNorm(Tensor output, Tensor r, Tensor input, Tensor weight, float epsilon) =>
-        throw new NotImplementedException();
+        Cpu.RmsNorm.Forward<V>(Team, output, r, input, weight, epsilon);
 
     /// <inheritdoc/>
     public override void AddRmsNorm(Tensor sum, Tensor output, Tensor r, Tensor input, Tensor branch, Tensor weight, float epsilon) =>
-        throw new NotImplementedException();
+        Cpu.RmsNorm.AddForward<V>(Team, sum, output, r, input, branch, weight, epsilon);
 
     /// <inheritdoc/>
     public override void RmsNormBackward(Tensor dInput, Tensor dWeight, Tensor dOutput, Tensor input, Tensor weight, Tensor r) =>
-        throw new NotImplementedException();
+        Cpu.RmsNorm.Backward<V>(Team, Scratch.Shared, dInput, dWeight, dOutput, input, weight, r);
 
     /// <inheritdoc/>
     public override void Rope(Tensor heads, Tensor positions, Tensor table, bool inverse = false) =>
-        throw new NotImplementedException();
+        Cpu.Rope.Rotate<V>(Team, heads, positions, table, inverse);
 
     /// <inheritdoc/>
     public override void Attention(
         Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
-        throw new NotImplementedException();
+        Cpu.Attention.Forward(output, logSumExp, query, keys, values, layout, headDim);
 
     /// <inheritdoc/>
     public override void AttentionBackward(
         Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
-        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) => throw new NotImplementedException();
+        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
+        Cpu.Attention.Backward(
+            dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, headDim);
 
     /// <inheritdoc/>
     public override void AppendToCache(Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout) =>
-        throw new NotImplementedException();
+        KeyValueCache.Append(cacheKeys, cacheValues, keys, values, layout);
 
     /// <inheritdoc/>
-    public override void SwiGlu(Tensor output, Tensor gateUp) => throw new NotImplementedException();
+    public override void SwiGlu(Tensor output, Tensor gateUp) =>
+        Cpu.SwiGlu.Forward<V>(Team, output, gateUp);
 
     /// <inheritdoc/>
-    public override void SwiGluBackward(Tensor dGateUp, Tensor dOutput, Tensor gateUp) => throw new NotImplementedException();
+    public override void SwiGluBackward(Tensor dGateUp, Tensor dOutput, Tensor gateUp) =>
+        Cpu.SwiGlu.Backward<V>(Team, dGateUp, dOutput, gateUp);
 
     /// <inheritdoc/>
     public override void CrossEntropy(Tensor losses, Tensor logits, Tensor targets, Tensor scale = default) =>
-        throw new NotImplementedException();
+        Cpu.CrossEntropy.Forward<V>(Team, losses, logits, targets, scale);
 
     /// <inheritdoc/>
     public override void SumOfSquares(Tensor total, Tensor partials, ReadOnlySpan<Tensor> values) =>
-        throw new NotImplementedException();
+        Reductions.SumOfSquares<V>(Team, total, partials, values);
 
     /// <inheritdoc/>
     public override void AdamW(
         Tensor values, Tensor first, Tensor second, Tensor gradient, Tensor step, Tensor sumOfSquares, AdamWSettings settings) =>
-        throw new NotImplementedException();
+        Cpu.AdamW.Step<V>(Team, values, first, second, gradient, step, sumOfSquares, settings);
 
     private static void RequireF32(Tensor first, Tensor second, Tensor third) =>
         Shape.Require((first.Type, second.Type, third.Type) == (DType.F32, DType.F32, DType.F32), "tensors of F32");

@@ -23,14 +23,17 @@ internal unsafe interface ILanes<TSelf>
     /// <summary>a · b + c, rounded once where the width has fused multiply-add.</summary>
     static abstract TSelf Fma(TSelf a, TSelf b, TSelf c);
 
-    /// <summary>The larger of each pair.</summary>
+    /// <summary>The larger of each pair; where b is not a number, b.</summary>
     static abstract TSelf Max(TSelf a, TSelf b);
 
-    /// <summary>The smaller of each pair.</summary>
+    /// <summary>The smaller of each pair; where b is not a number, b.</summary>
     static abstract TSelf Min(TSelf a, TSelf b);
 
     /// <summary>Square roots.</summary>
     static abstract TSelf Sqrt(TSelf a);
+
+    /// <summary>2ⁿ for whole n from -127 to 128, where the least gives 0 and the largest infinity.</summary>
+    static abstract TSelf PowerOfTwo(TSelf n);
 
     /// <summary>a + b.</summary>
     static abstract TSelf operator +(TSelf a, TSelf b);
@@ -54,6 +57,13 @@ internal unsafe interface ILanes<TSelf>
     float Max();
 }
 
+/// <summary>Constants of the lanes.</summary>
+internal static class LaneBits
+{
+    /// <summary>1.5 · 2²³ + 127: added to a whole number, its last nine bits are the exponent bits of that power of two.</summary>
+    public const float Exponent = 12_583_039f;
+}
+
 /// <summary>16 floats. Runs on any CPU; fast where it has AVX-512.</summary>
 internal readonly unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes512>
 {
@@ -71,13 +81,17 @@ internal readonly unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes5
     public static Lanes512 Fma(Lanes512 a, Lanes512 b, Lanes512 c) => new(Vector512.FusedMultiplyAdd(a._value, b._value, c._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes512 Max(Lanes512 a, Lanes512 b) => new(Vector512.Max(a._value, b._value));
+    public static Lanes512 Max(Lanes512 a, Lanes512 b) => new(Vector512.MaxNative(a._value, b._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes512 Min(Lanes512 a, Lanes512 b) => new(Vector512.Min(a._value, b._value));
+    public static Lanes512 Min(Lanes512 a, Lanes512 b) => new(Vector512.MinNative(a._value, b._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 Sqrt(Lanes512 a) => new(Vector512.Sqrt(a._value));
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes512 PowerOfTwo(Lanes512 n) =>
+        new(Vector512.ShiftLeft((n._value + Vector512.Create(LaneBits.Exponent)).AsInt32(), 23).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 operator +(Lanes512 a, Lanes512 b) => new(a._value + b._value);
@@ -98,7 +112,7 @@ internal readonly unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes5
     public float Sum() => Vector512.Sum(_value);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public float Max() => new Lanes256(Vector256.Max(_value.GetLower(), _value.GetUpper())).Max();
+    public float Max() => new Lanes256(Vector256.MaxNative(_value.GetLower(), _value.GetUpper())).Max();
 }
 
 /// <summary>8 floats: AVX2 with FMA.</summary>
@@ -118,13 +132,17 @@ internal readonly unsafe struct Lanes256(Vector256<float> value) : ILanes<Lanes2
     public static Lanes256 Fma(Lanes256 a, Lanes256 b, Lanes256 c) => new(Vector256.FusedMultiplyAdd(a._value, b._value, c._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes256 Max(Lanes256 a, Lanes256 b) => new(Vector256.Max(a._value, b._value));
+    public static Lanes256 Max(Lanes256 a, Lanes256 b) => new(Vector256.MaxNative(a._value, b._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes256 Min(Lanes256 a, Lanes256 b) => new(Vector256.Min(a._value, b._value));
+    public static Lanes256 Min(Lanes256 a, Lanes256 b) => new(Vector256.MinNative(a._value, b._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 Sqrt(Lanes256 a) => new(Vector256.Sqrt(a._value));
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes256 PowerOfTwo(Lanes256 n) =>
+        new(Vector256.ShiftLeft((n._value + Vector256.Create(LaneBits.Exponent)).AsInt32(), 23).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 operator +(Lanes256 a, Lanes256 b) => new(a._value + b._value);
@@ -145,7 +163,7 @@ internal readonly unsafe struct Lanes256(Vector256<float> value) : ILanes<Lanes2
     public float Sum() => Vector256.Sum(_value);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public float Max() => new Lanes128(Vector128.Max(_value.GetLower(), _value.GetUpper())).Max();
+    public float Max() => new Lanes128(Vector128.MaxNative(_value.GetLower(), _value.GetUpper())).Max();
 }
 
 /// <summary>4 floats: any x64 or ARM64.</summary>
@@ -168,13 +186,17 @@ internal readonly unsafe struct Lanes128(Vector128<float> value) : ILanes<Lanes1
         : (a._value * b._value) + c._value);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes128 Max(Lanes128 a, Lanes128 b) => new(Vector128.Max(a._value, b._value));
+    public static Lanes128 Max(Lanes128 a, Lanes128 b) => new(Vector128.MaxNative(a._value, b._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes128 Min(Lanes128 a, Lanes128 b) => new(Vector128.Min(a._value, b._value));
+    public static Lanes128 Min(Lanes128 a, Lanes128 b) => new(Vector128.MinNative(a._value, b._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes128 Sqrt(Lanes128 a) => new(Vector128.Sqrt(a._value));
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes128 PowerOfTwo(Lanes128 n) =>
+        new(Vector128.ShiftLeft((n._value + Vector128.Create(LaneBits.Exponent)).AsInt32(), 23).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes128 operator +(Lanes128 a, Lanes128 b) => new(a._value + b._value);
@@ -211,11 +233,14 @@ internal readonly unsafe struct Lanes1(float value) : ILanes<Lanes1>
 
     public static Lanes1 Fma(Lanes1 a, Lanes1 b, Lanes1 c) => new((a._value * b._value) + c._value);
 
-    public static Lanes1 Max(Lanes1 a, Lanes1 b) => new(MathF.Max(a._value, b._value));
+    public static Lanes1 Max(Lanes1 a, Lanes1 b) => a._value > b._value ? a : b;
 
-    public static Lanes1 Min(Lanes1 a, Lanes1 b) => new(MathF.Min(a._value, b._value));
+    public static Lanes1 Min(Lanes1 a, Lanes1 b) => a._value < b._value ? a : b;
 
     public static Lanes1 Sqrt(Lanes1 a) => new(MathF.Sqrt(a._value));
+
+    public static Lanes1 PowerOfTwo(Lanes1 n) =>
+        new(BitConverter.Int32BitsToSingle(BitConverter.SingleToInt32Bits(n._value + LaneBits.Exponent) << 23));
 
     public static Lanes1 operator +(Lanes1 a, Lanes1 b) => new(a._value + b._value);
 
