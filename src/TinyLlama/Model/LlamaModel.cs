@@ -6,13 +6,14 @@ namespace TinyLlama.Model;
 /// A Llama over packed tokens: training, prefill, decode and validation are one forward, told apart by the
 /// <see cref="TokenLayout"/> and the <see cref="KeyValueSource"/> alone.
 /// </summary>
-public sealed class LlamaModel
+public sealed class LlamaModel : IDisposable
 {
     private readonly Backend _backend;
     private readonly Parameter _embedding;
     private readonly TransformerBlock[] _blocks;
     private readonly Parameter _norm;
     private readonly Linear _head;
+    private ModelArenas? _own;
 
     /// <summary>Takes the parameters from the arenas; their values are zero until initialized or loaded.</summary>
     /// <param name="config">The shape.</param>
@@ -40,6 +41,19 @@ public sealed class LlamaModel
 
     /// <summary>Gets every parameter, in checkpoint order.</summary>
     public IReadOnlyList<Parameter> Parameters { get; }
+
+    /// <summary>A model in memory of its own, counted and then allocated.</summary>
+    /// <param name="config">The shape.</param>
+    /// <param name="backend">The device; dispose of the model before it.</param>
+    /// <param name="trains">Whether there are gradients.</param>
+    /// <exception cref="DeviceException">The device has not that much memory.</exception>
+    public static LlamaModel Allocate(ModelConfig config, Backend backend, bool trains)
+    {
+        ModelArenas plan = ModelArenas.Plan(packed: true, trains);
+        _ = new LlamaModel(config, backend, plan);
+        ModelArenas arenas = ModelArenas.Allocate(backend, plan);
+        return new LlamaModel(config, backend, arenas) { _own = arenas };
+    }
 
     /// <summary>Makes packed forms follow the values. Call after loading and after each optimizer step.</summary>
     public void Pack()
@@ -138,6 +152,13 @@ public sealed class LlamaModel
         }
 
         _backend.EmbeddingBackward(_embedding.Gradient, dResidual, tokens);
+    }
+
+    /// <summary>Gives back the memory that <see cref="Allocate"/> took; arenas that were given stay their owner's.</summary>
+    public void Dispose()
+    {
+        _own?.Dispose();
+        _own = null;
     }
 
     internal static Parameter Norm(string name, ModelArenas arenas, int channels) => Matrix(name, arenas, 1, channels);

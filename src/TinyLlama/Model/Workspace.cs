@@ -16,7 +16,7 @@ public enum Keep
 }
 
 /// <summary>Everything that a forward and a backward write and that is neither a parameter nor its gradient.</summary>
-public sealed class Workspace
+public sealed class Workspace : IDisposable
 {
     private readonly BlockActivations[] _blocks;
     private readonly Tensor[] _inputs;
@@ -28,6 +28,7 @@ public sealed class Workspace
     private readonly Tensor _dFinal;
     private readonly Tensor _dResidual;
     private readonly Tensor _losses;
+    private (Arena Activations, Arena? Gradients)? _own;
 
     /// <summary>Takes the buffers.</summary>
     /// <param name="activations">Owner of what the forward writes.</param>
@@ -68,6 +69,26 @@ public sealed class Workspace
         }
     }
 
+    /// <summary>A workspace in memory of its own, counted, allocated and prepared for a model.</summary>
+    /// <param name="model">The model; dispose of the workspace before it.</param>
+    /// <param name="backend">The device.</param>
+    /// <param name="tokens">Most packed tokens (N) of a forward.</param>
+    /// <param name="keep">How much of the forward stays; there is room for a backward unless it is nothing.</param>
+    /// <param name="contextLength">Positions that tokens may have; by default those that the model is trained for.</param>
+    /// <exception cref="DeviceException">The device has not that much memory.</exception>
+    public static Workspace Allocate(LlamaModel model, Backend backend, int tokens, Keep keep, int? contextLength = null)
+    {
+        ModelConfig config = model.Config with { ContextLength = contextLength ?? model.Config.ContextLength };
+        Arena activations = Arena.Plan("activations");
+        Arena? gradients = keep == Keep.Nothing ? null : Arena.Plan("activation gradients");
+        _ = new Workspace(activations, gradients, config, tokens, keep);
+        activations = backend.AllocateAs(activations);
+        gradients = gradients is null ? null : backend.AllocateAs(gradients);
+        var workspace = new Workspace(activations, gradients, config, tokens, keep) { _own = (activations, gradients) };
+        model.Prepare(workspace);
+        return workspace;
+    }
+
     /// <summary>Gets the most packed tokens of a forward.</summary>
     public int Capacity { get; }
 
@@ -85,6 +106,14 @@ public sealed class Workspace
 
     /// <summary>The loss of each of n tokens in nats, (n, 1).</summary>
     public Tensor Losses(int n) => _losses.RowRange(0, n);
+
+    /// <summary>Gives back the memory that <see cref="Allocate"/> took; arenas that were given stay their owner's.</summary>
+    public void Dispose()
+    {
+        _own?.Activations.Dispose();
+        _own?.Gradients?.Dispose();
+        _own = null;
+    }
 
     internal BlockActivations Block(int layer, int n) =>
         (_blocks[layer % _blocks.Length] with { Input = _inputs[layer] }).Rows(n);
