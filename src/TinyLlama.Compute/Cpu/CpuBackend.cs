@@ -1,4 +1,4 @@
-using System.Runtime.InteropServices;
+using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Compute.Cpu;
 
@@ -41,12 +41,10 @@ public abstract class CpuBackend : Backend
     }
 
     /// <inheritdoc/>
-    public override unsafe Arena Allocate(string name, long byteCount)
+    public override Arena Allocate(string name, long byteCount)
     {
-        // Placeholder: to become 2 MiB-aligned mapped memory with huge pages.
-        void* memory = NativeMemory.AlignedAlloc((nuint)Math.Max(byteCount, 1), 4096);
-        NativeMemory.Clear(memory, (nuint)byteCount);
-        return Arena.Over(name, byteCount, (nint)memory, () => NativeMemory.AlignedFree(memory));
+        nint address = PageMemory.Map(name, byteCount);
+        return Arena.Over(name, byteCount, address, () => PageMemory.Release(address, byteCount));
     }
 
     /// <inheritdoc/>
