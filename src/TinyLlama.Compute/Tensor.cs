@@ -34,6 +34,13 @@ public readonly record struct Tensor(nint Address, int Rows, int Columns, int St
         return this with { Address = Address + ((nint)first * Type.ByteCount()), Columns = count };
     }
 
+    /// <summary>The view of <paramref name="count"/> elements of a contiguous tensor, as one row: to copy it piece by piece.</summary>
+    public Tensor Elements(long first, int count)
+    {
+        Shape.Require(IsContiguous && first >= 0 && count >= 0 && first + count <= Count, "a range inside a contiguous tensor");
+        return new Tensor(Address + (nint)(first * Type.ByteCount()), 1, count, count, Type);
+    }
+
     /// <summary>The elements of a host tensor, which must be contiguous. Never for device memory.</summary>
     /// <typeparam name="T">The element type; its size must be that of <see cref="Type"/>.</typeparam>
     public unsafe Span<T> HostSpan<T>()

@@ -1,0 +1,97 @@
+using System.Runtime.InteropServices;
+using TinyLlama.Compute;
+
+namespace TinyLlama.Checkpoints;
+
+/// <summary>Floating-point elements as little-endian bytes in files, and as singles in memory.</summary>
+internal static class ElementCodec
+{
+    /// <summary>Whether elements of this type convert to and from singles.</summary>
+    public static bool IsFloatingPoint(DType type) => type != DType.I32;
+
+    /// <summary>Widens stored elements to singles. Exact, except that doubles are rounded to nearest.</summary>
+    public static void Decode(ReadOnlySpan<byte> source, DType type, Span<float> destination)
+    {
+        switch (type)
+        {
+            case DType.F32:
+                MemoryMarshal.Cast<byte, float>(source).CopyTo(destination);
+                break;
+            case DType.BF16:
+                ReadOnlySpan<ushort> words = MemoryMarshal.Cast<byte, ushort>(source);
+                for (int i = 0; i < words.Length; i++)
+                {
+                    destination[i] = BitConverter.UInt32BitsToSingle((uint)words[i] << 16);
+                }
+
+                break;
+            case DType.F16:
+                ReadOnlySpan<Half> halves = MemoryMarshal.Cast<byte, Half>(source);
+                for (int i = 0; i < halves.Length; i++)
+                {
+                    destination[i] = (float)halves[i];
+                }
+
+                break;
+            case DType.F64:
+                ReadOnlySpan<double> doubles = MemoryMarshal.Cast<byte, double>(source);
+                for (int i = 0; i < doubles.Length; i++)
+                {
+                    destination[i] = (float)doubles[i];
+                }
+
+                break;
+            default:
+                throw new ArgumentOutOfRangeException(nameof(type), type, "not a floating-point type");
+        }
+    }
+
+    /// <summary>Narrows singles to stored elements: round to nearest, ties to even.</summary>
+    public static void Encode(ReadOnlySpan<float> source, DType type, Span<byte> destination)
+    {
+        switch (type)
+        {
+            case DType.F32:
+                MemoryMarshal.AsBytes(source).CopyTo(destination);
+                break;
+            case DType.BF16:
+                Span<ushort> words = MemoryMarshal.Cast<byte, ushort>(destination);
+                for (int i = 0; i < source.Length; i++)
+                {
+                    words[i] = ToBFloat16(source[i]);
+                }
+
+                break;
+            case DType.F16:
+                Span<Half> halves = MemoryMarshal.Cast<byte, Half>(destination);
+                for (int i = 0; i < source.Length; i++)
+                {
+                    halves[i] = (Half)source[i];
+                }
+
+                break;
+            case DType.F64:
+                Span<double> doubles = MemoryMarshal.Cast<byte, double>(destination);
+                for (int i = 0; i < source.Length; i++)
+                {
+                    doubles[i] = source[i];
+                }
+
+                break;
+            default:
+                throw new ArgumentOutOfRangeException(nameof(type), type, "not a floating-point type");
+        }
+    }
+
+    private static ushort ToBFloat16(float value)
+    {
+        uint bits = BitConverter.SingleToUInt32Bits(value);
+        if (float.IsNaN(value))
+        {
+            // Rounding could carry a NaN into infinity; the quiet bit keeps it one.
+            return (ushort)((bits >> 16) | 0x40);
+        }
+
+        return (ushort)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+    }
+}
