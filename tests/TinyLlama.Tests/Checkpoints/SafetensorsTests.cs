@@ -1,6 +1,6 @@
 using System.Buffers.Binary;
+using System.Runtime.InteropServices;
 using System.Text;
-using System.Text.Json;
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
@@ -318,9 +318,9 @@ public sealed class SafetensorsTests : IDisposable
 
     private static ReadOnlySpan<byte> Bits(Tensor tensor) => tensor.Type.ByteCount() switch
     {
-        2 => System.Runtime.InteropServices.MemoryMarshal.AsBytes(tensor.HostSpan<ushort>()),
-        4 => System.Runtime.InteropServices.MemoryMarshal.AsBytes(tensor.HostSpan<uint>()),
-        _ => System.Runtime.InteropServices.MemoryMarshal.AsBytes(tensor.HostSpan<ulong>()),
+        2 => MemoryMarshal.AsBytes(tensor.HostSpan<ushort>()),
+        4 => MemoryMarshal.AsBytes(tensor.HostSpan<uint>()),
+        _ => MemoryMarshal.AsBytes(tensor.HostSpan<ulong>()),
     };
 
     private Tensor Random(int rows, int columns, DType type, int seed)
@@ -330,13 +330,13 @@ public sealed class SafetensorsTests : IDisposable
         switch (type.ByteCount())
         {
             case 2:
-                random.NextBytes(System.Runtime.InteropServices.MemoryMarshal.AsBytes(tensor.HostSpan<ushort>()));
+                random.NextBytes(MemoryMarshal.AsBytes(tensor.HostSpan<ushort>()));
                 break;
             case 4:
-                random.NextBytes(System.Runtime.InteropServices.MemoryMarshal.AsBytes(tensor.HostSpan<uint>()));
+                random.NextBytes(MemoryMarshal.AsBytes(tensor.HostSpan<uint>()));
                 break;
             default:
-                random.NextBytes(System.Runtime.InteropServices.MemoryMarshal.AsBytes(tensor.HostSpan<ulong>()));
+                random.NextBytes(MemoryMarshal.AsBytes(tensor.HostSpan<ulong>()));
                 break;
         }
 

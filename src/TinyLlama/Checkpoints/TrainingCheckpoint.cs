@@ -1,0 +1,351 @@
+using System.Globalization;
+using System.Security.Cryptography;
+using System.Text.Json.Nodes;
+using TinyLlama.Compute.Native;
+using TinyLlama.Data;
+
+namespace TinyLlama.Checkpoints;
+
+/// <summary>
+/// A folder <c>checkpoints/step-00001000</c> of a run: a Hugging Face folder (model, config, tokenizer), what resuming
+/// needs (optimizer, state), and a manifest with the size and SHA-256 of every file.
+/// </summary>
+/// <remarks>
+/// It is written under another name (<c>.tmp</c>), flushed to the disk and renamed, so that a folder with the right
+/// name is whole, whenever the program or the machine stopped. A folder that another hand damaged is told by its hashes.
+/// </remarks>
+public sealed class TrainingCheckpoint
+{
+    /// <summary>The model's weights, under Hugging Face names.</summary>
+    public const string ModelName = "model.safetensors";
+
+    /// <summary>The optimizer's tensors.</summary>
+    public const string OptimizerName = "optimizer.safetensors";
+
+    /// <summary>What else resuming needs: a JSON object of the trainer's.</summary>
+    public const string StateName = "state.json";
+
+    /// <summary>The list of the other files.</summary>
+    public const string ManifestName = "manifest.json";
+
+    /// <summary>The folder in a run that holds the checkpoints.</summary>
+    public const string FolderName = "checkpoints";
+
+    private const int FormatVersion = 1;
+    private const string Prefix = "step-";
+    private const string Unfinished = ".tmp";
+    private const string Replaced = ".replaced";
+    private const string Damaged = ".damaged";
+
+    private TrainingCheckpoint(string path, long step, IReadOnlyList<ListedFile> files) => (Path, Step, Files) = (path, step, files);
+
+    /// <summary>Gets the folder.</summary>
+    public string Path { get; }
+
+    /// <summary>Gets the number of steps that made it.</summary>
+    public long Step { get; }
+
+    /// <summary>Gets the files that the manifest lists.</summary>
+    public IReadOnlyList<ListedFile> Files { get; }
+
+    /// <summary>Gets the size of all files, in bytes.</summary>
+    public long ByteCount => Files.Sum(static file => file.ByteCount);
+
+    /// <summary>Writes the checkpoint of a step; one that is already there for this step is replaced once the new one is whole.</summary>
+    /// <param name="runFolder">The run.</param>
+    /// <param name="step">Number of steps done.</param>
+    /// <param name="write">Writes every file except the manifest.</param>
+    /// <exception cref="IOException">
+    /// The disk is full or gone. What was begun is removed, earlier checkpoints are as they were: training can go on.
+    /// </exception>
+    public static TrainingCheckpoint Save(string runFolder, long step, Action<FolderWriter> write)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(step);
+        string folder = System.IO.Path.Combine(runFolder, FolderName);
+        string path = System.IO.Path.Combine(folder, Name(step));
+        string unfinished = path + Unfinished;
+        try
+        {
+            Directory.CreateDirectory(folder);
+            DeleteIfThere(unfinished);
+            Directory.CreateDirectory(unfinished);
+            var writer = new FolderWriter(unfinished);
+            write(writer);
+            ListedFile[] files = [.. writer.Files];
+            writer.WriteText(ManifestName, Manifest(step, files));
+            DirectoryFlush.Flush(unfinished);
+            Publish(unfinished, path);
+            DirectoryFlush.Flush(folder);
+            DirectoryFlush.Flush(runFolder);
+            return new TrainingCheckpoint(path, step, files);
+        }
+        catch (Exception e)
+        {
+            Undo(unfinished, path);
+            if (e is UnauthorizedAccessException)
+            {
+                throw new IOException(e.Message, e);
+            }
+
+            throw;
+        }
+    }
+
+    /// <summary>Reads a checkpoint's manifest and checks that its files are there in their sizes. Hashes: <see cref="Verify"/>.</summary>
+    /// <exception cref="UserErrorException">The manifest or a file is missing, damaged or of an unknown version.</exception>
+    public static TrainingCheckpoint Open(string path)
+    {
+        JsonKeys manifest = JsonKeys.Read(System.IO.Path.Combine(path, ManifestName));
+        long version = manifest.Integer("version", 1, long.MaxValue);
+        if (version != FormatVersion)
+        {
+            throw manifest.Error("version", $"is {version}, this program knows version {FormatVersion}: use a newer one");
+        }
+
+        long step = manifest.Integer("step", 0, long.MaxValue);
+        var files = new List<ListedFile>();
+        JsonKeys listed = manifest.Object("files") ?? throw manifest.Error("files", "is missing");
+        foreach (string name in listed.All.Select(static property => property.Name))
+        {
+            // A manifest must not lead out of its folder.
+            if (name.Length == 0 || name is "." or ".." || name.IndexOfAny(['/', '\\', ':', '\0']) >= 0)
+            {
+                throw listed.Error(name, "is not a plain file name");
+            }
+
+            JsonKeys keys = listed.Object(name) ?? throw listed.Error(name, "is null");
+            string hash = keys.Text("sha256") ?? throw keys.Error("sha256", "is missing");
+            var file = new ListedFile(name, keys.Integer("bytes", 0, long.MaxValue), hash);
+            var info = new FileInfo(System.IO.Path.Combine(path, name));
+            if (!info.Exists || info.Length != file.ByteCount)
+            {
+                string state = info.Exists ? $"has {info.Length} bytes" : "is missing";
+                throw new UserErrorException($"{info.FullName}: {state}, the manifest says {file.ByteCount} bytes");
+            }
+
+            files.Add(file);
+        }
+
+        return new TrainingCheckpoint(path, step, files);
+    }
+
+    /// <summary>The checkpoints of a run by their folders' names, oldest first; nothing in them is read.</summary>
+    public static IReadOnlyList<(long Step, string Path)> List(string runFolder)
+    {
+        string folder = System.IO.Path.Combine(runFolder, FolderName);
+        if (!Directory.Exists(folder))
+        {
+            return [];
+        }
+
+        // By number, not by name: names sort wrongly once a number outgrows its zeros.
+        return
+        [
+            .. Directory.EnumerateDirectories(folder)
+                .Select(static path => (Step: StepOf(path), path))
+                .Where(static found => found.Step >= 0)
+                .OrderBy(static found => found.Step),
+        ];
+    }
+
+    /// <summary>
+    /// Finds the checkpoint to resume from: the newest whose manifest and hashes hold. Damaged ones are set aside by
+    /// renaming, and what an interrupted save left is removed. Only for the program that trains the run.
+    /// </summary>
+    /// <param name="runFolder">The run.</param>
+    /// <param name="warn">Is told, in one line, what was set aside and why.</param>
+    /// <returns>The checkpoint, or null where there is none.</returns>
+    public static TrainingCheckpoint? FindNewestValid(string runFolder, Action<string> warn)
+    {
+        Tidy(runFolder);
+        foreach ((long _, string path) in List(runFolder).Reverse())
+        {
+            IReadOnlyList<string> faults = Verify(path);
+            if (faults.Count == 0)
+            {
+                return Open(path);
+            }
+
+            string aside = FreeName(path + Damaged);
+            Directory.Move(path, aside);
+            warn($"{faults[0]}; the checkpoint is set aside as {aside}");
+        }
+
+        return null;
+    }
+
+    /// <summary>Finds the newest checkpoint to read from, and changes nothing: for programs beside the one that trains.</summary>
+    /// <param name="runFolder">The run.</param>
+    /// <param name="warn">Is told, in one line, which newer checkpoint is damaged.</param>
+    /// <returns>The checkpoint, or null where there is none. Its hashes are not verified.</returns>
+    public static TrainingCheckpoint? FindNewest(string runFolder, Action<string> warn)
+    {
+        foreach ((long _, string path) in List(runFolder).Reverse())
+        {
+            try
+            {
+                return Open(path);
+            }
+            catch (UserErrorException e)
+            {
+                warn($"{e.Message}; an older checkpoint is used");
+            }
+        }
+
+        return null;
+    }
+
+    /// <summary>Reads every byte of a checkpoint and compares it with the manifest.</summary>
+    /// <param name="path">The checkpoint's folder.</param>
+    /// <returns>What is wrong, a line each; nothing where all is well.</returns>
+    public static IReadOnlyList<string> Verify(string path)
+    {
+        TrainingCheckpoint checkpoint;
+        try
+        {
+            checkpoint = Open(path);
+        }
+        catch (UserErrorException e)
+        {
+            return [e.Message];
+        }
+
+        var faults = new List<string>();
+        if (StepOf(path) is var step and >= 0 && step != checkpoint.Step)
+        {
+            faults.Add($"{path}: the manifest is that of step {checkpoint.Step}");
+        }
+
+        foreach (ListedFile file in checkpoint.Files)
+        {
+            string filePath = System.IO.Path.Combine(path, file.Name);
+            try
+            {
+                using var stream = new FileStream(filePath, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 0);
+                if (Convert.ToHexStringLower(SHA256.HashData(stream)) != file.Sha256)
+                {
+                    faults.Add($"{filePath}: damaged, its SHA-256 is not the manifest's");
+                }
+            }
+            catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+            {
+                faults.Add($"{filePath}: cannot be read: {e.Message}");
+            }
+        }
+
+        return faults;
+    }
+
+    /// <summary>Deletes a checkpoint so that no moment shows half of one under its name.</summary>
+    internal static void Delete(string path)
+    {
+        string unfinished = path + Unfinished;
+        DeleteIfThere(unfinished);
+        Directory.Move(path, unfinished);
+        Directory.Delete(unfinished, recursive: true);
+    }
+
+    private static string Name(long step) => Prefix + step.ToString("D8", CultureInfo.InvariantCulture);
+
+    // Only the name that Save gives counts: not 'step-5', not 'step-00000005.tmp'.
+    private static long StepOf(string path)
+    {
+        string name = System.IO.Path.GetFileName(path);
+        return name.StartsWith(Prefix, StringComparison.Ordinal)
+            && long.TryParse(name.AsSpan(Prefix.Length), NumberStyles.None, CultureInfo.InvariantCulture, out long step)
+            && Name(step) == name
+            ? step
+            : -1;
+    }
+
+    private static string Manifest(long step, ListedFile[] files)
+    {
+        var listed = new JsonObject();
+        foreach (ListedFile file in files)
+        {
+            listed[file.Name] = new JsonObject { ["bytes"] = file.ByteCount, ["sha256"] = file.Sha256 };
+        }
+
+        return new JsonObject { ["version"] = FormatVersion, ["step"] = step, ["files"] = listed }.ToJsonString(JsonText.Indented) + "\n";
+    }
+
+    // A directory cannot replace another in one step; the old one waits under a name that Tidy knows how to undo.
+    private static void Publish(string unfinished, string path)
+    {
+        string replaced = path + Replaced;
+        if (!Directory.Exists(path))
+        {
+            Directory.Move(unfinished, path);
+            return;
+        }
+
+        DeleteIfThere(replaced);
+        Directory.Move(path, replaced);
+        Directory.Move(unfinished, path);
+        Directory.Delete(replaced, recursive: true);
+    }
+
+    private static void Tidy(string runFolder)
+    {
+        string folder = System.IO.Path.Combine(runFolder, FolderName);
+        if (!Directory.Exists(folder))
+        {
+            return;
+        }
+
+        foreach (string path in Directory.GetDirectories(folder, Prefix + "*"))
+        {
+            if (path.EndsWith(Unfinished, StringComparison.Ordinal))
+            {
+                Directory.Delete(path, recursive: true);
+            }
+            else if (path.EndsWith(Replaced, StringComparison.Ordinal))
+            {
+                string original = path[..^Replaced.Length];
+                if (Directory.Exists(original))
+                {
+                    Directory.Delete(path, recursive: true);
+                }
+                else
+                {
+                    Directory.Move(path, original);
+                }
+            }
+        }
+    }
+
+    private static string FreeName(string path)
+    {
+        string free = path;
+        for (int number = 2; System.IO.Path.Exists(free); number++)
+        {
+            free = $"{path}-{number}";
+        }
+
+        return free;
+    }
+
+    private static void DeleteIfThere(string path)
+    {
+        if (Directory.Exists(path))
+        {
+            Directory.Delete(path, recursive: true);
+        }
+    }
+
+    private static void Undo(string unfinished, string path)
+    {
+        try
+        {
+            DeleteIfThere(unfinished);
+            if (!Directory.Exists(path) && Directory.Exists(path + Replaced))
+            {
+                Directory.Move(path + Replaced, path);
+            }
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            // The caller hears of the failure that led here; the next start tidies up.
+        }
+    }
+}
