@@ -1,0 +1,175 @@
+using TinyLlama.Compute;
+using TinyLlama.Model;
+
+namespace TinyLlama.Inference;
+
+/// <summary>Tokens that follow a sequence in the next forward: its prompt, a part of it, or the one token just sampled.</summary>
+/// <param name="Sequence">The sequence; at most once in a forward.</param>
+/// <param name="Tokens">At least one token id.</param>
+public readonly record struct Continuation(CachedSequence Sequence, ReadOnlyMemory<int> Tokens);
+
+/// <summary>
+/// A model with a key-value cache: takes tokens of one or many sequences in a forward, whether they prefill or decode,
+/// and gives the logits after the last token of each.
+/// </summary>
+/// <remarks>A sequence gets the same bits alone and together with others, in one forward or in many.</remarks>
+public sealed class InferenceEngine : IDisposable
+{
+    private const int PrefillTokens = 512;
+
+    private readonly LlamaModel _model;
+    private readonly Backend _backend;
+    private readonly Workspace _workspace;
+    private readonly Arena _arena;
+    private readonly KeyValueCache _cache;
+    private readonly TokenLayout _layout;
+    private readonly Tensor _tokens;
+    private readonly Tensor _lastRows;
+    private readonly Tensor _lastHidden;
+    private readonly int[] _hostTokens;
+    private readonly int[] _hostRows;
+    private readonly int[] _blockTable;
+    private readonly Segment[] _segments;
+    private int _openSequences;
+    private int _parts;
+
+    /// <summary>Allocates the cache and the activations of one forward.</summary>
+    /// <param name="model">The model; it outlives the engine.</param>
+    /// <param name="backend">The device.</param>
+    /// <param name="contextLength">Most tokens of a sequence; by default what the model is trained for.</param>
+    /// <param name="sequences">Most sequences at a time; each can reach the whole context.</param>
+    /// <param name="tokensPerForward">Most packed tokens of a forward.</param>
+    /// <exception cref="DeviceException">The device has too little memory.</exception>
+    public InferenceEngine(
+        LlamaModel model, Backend backend, int? contextLength = null, int sequences = 1, int tokensPerForward = PrefillTokens)
+    {
+        (_model, _backend) = (model, backend);
+        ContextLength = contextLength ?? model.Config.ContextLength;
+        ArgumentOutOfRangeException.ThrowIfLessThan(ContextLength, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(sequences, 1);
+        Capacity = Math.Max(sequences, Math.Min(tokensPerForward, checked(sequences * ContextLength)));
+        int blocksPerSequence = KeyValueCache.BlocksFor(ContextLength);
+        int blocks = checked(sequences * blocksPerSequence);
+        _hostTokens = new int[Capacity];
+        _hostRows = new int[sequences];
+        _blockTable = new int[blocks];
+        _segments = new Segment[sequences];
+
+        (_cache, _layout, _tokens, _lastRows, _lastHidden) = Take(_arena = Arena.Plan("key-value cache"));
+        _arena = backend.AllocateAs(_arena);
+        (_cache, _layout, _tokens, _lastRows, _lastHidden) = Take(_arena);
+        _workspace = Workspace.Allocate(model, backend, Capacity, Keep.Nothing, ContextLength);
+
+        (KeyValueCache, TokenLayout, Tensor, Tensor, Tensor) Take(Arena arena) => (
+            new KeyValueCache(arena, model.Config, blocks),
+            new TokenLayout(arena, Capacity, sequences, blocks),
+            arena.Take(Capacity, 1, DType.I32),
+            arena.Take(sequences, 1, DType.I32),
+            arena.Take(sequences, model.Config.Channels));
+    }
+
+    /// <summary>Gets the most tokens of a sequence.</summary>
+    public int ContextLength { get; }
+
+    /// <summary>Gets the most packed tokens of a forward.</summary>
+    public int Capacity { get; }
+
+    /// <summary>Gets the number of logits of a token (V).</summary>
+    public int VocabularySize => _model.Config.VocabularySize;
+
+    /// <summary>Gets the cache.</summary>
+    public KeyValueCache Cache => _cache;
+
+    /// <summary>Begins a sequence without tokens.</summary>
+    /// <exception cref="InvalidOperationException">As many sequences are open as the engine is made for.</exception>
+    public CachedSequence Begin()
+    {
+        if (_openSequences == _segments.Length)
+        {
+            throw new InvalidOperationException($"the engine is made for {_segments.Length} sequences at a time, and all are open");
+        }
+
+        _openSequences++;
+        return new CachedSequence(KeyValueCache.BlocksFor(ContextLength));
+    }
+
+    /// <summary>Ends a sequence that <see cref="Begin"/> began; its cache blocks are free again.</summary>
+    public void End(CachedSequence sequence)
+    {
+        _cache.Release(sequence);
+        _openSequences--;
+    }
+
+    /// <summary>Forgets a sequence's tokens, so that it begins anew.</summary>
+    public void Clear(CachedSequence sequence) => _cache.Release(sequence);
+
+    /// <summary>One forward over some sequences' next tokens: prefill, decode, or both together.</summary>
+    /// <param name="parts">At most <see cref="Capacity"/> tokens together; a sequence stays within the context length.</param>
+    public void Forward(params ReadOnlySpan<Continuation> parts)
+    {
+        (int row, int table) = (0, 0);
+        for (int p = 0; p < parts.Length; p++)
+        {
+            (CachedSequence sequence, ReadOnlyMemory<int> tokens) = parts[p];
+            int length = sequence.Length + tokens.Length;
+            if (tokens.IsEmpty || row + tokens.Length > Capacity || length > ContextLength)
+            {
+                throw new ArgumentException(
+                    $"part {p} has {tokens.Length} tokens after {sequence.Length} of its sequence and {row} of the forward; a sequence holds {ContextLength}, a forward {Capacity}");
+            }
+
+            _cache.Reserve(sequence, length);
+            _segments[p] = new Segment(row, tokens.Length, sequence.Length, table);
+            sequence.Blocks.AsSpan(0, sequence.BlockCount).CopyTo(_blockTable.AsSpan(table));
+            tokens.Span.CopyTo(_hostTokens.AsSpan(row));
+            sequence.Length = length;
+            row += tokens.Length;
+            table += sequence.BlockCount;
+            _hostRows[p] = row - 1;
+        }
+
+        _parts = parts.Length;
+        _layout.Set(_backend, _segments.AsSpan(0, _parts), _blockTable.AsSpan(0, table));
+        Tensor device = _tokens.RowRange(0, row);
+        _backend.Write<int>(device, _hostTokens.AsSpan(0, row));
+        _model.Forward(_workspace, device, _layout, _cache);
+
+        Tensor rows = _lastRows.RowRange(0, _parts);
+        _backend.Write<int>(rows, _hostRows.AsSpan(0, _parts));
+        _backend.GatherRows(_lastHidden.RowRange(0, _parts), _workspace.Output(row), rows);
+    }
+
+    /// <summary>Feeds any number of tokens of one sequence, in as many forwards as they need.</summary>
+    /// <param name="sequence">The sequence.</param>
+    /// <param name="tokens">At least one token id; the sequence stays within the context length.</param>
+    /// <param name="stop">Ends it between two forwards.</param>
+    public void Feed(CachedSequence sequence, ReadOnlyMemory<int> tokens, CancellationToken stop = default)
+    {
+        for (int done = 0; done < tokens.Length; done += Capacity)
+        {
+            stop.ThrowIfCancellationRequested();
+            Forward(new Continuation(sequence, tokens.Slice(done, Math.Min(Capacity, tokens.Length - done))));
+        }
+    }
+
+    /// <summary>Reads the logits after the last token of each part of the last forward. Waits for the device.</summary>
+    /// <param name="logits">Receives (parts, V), row after row.</param>
+    public void ReadLogits(Span<float> logits)
+    {
+        int v = VocabularySize;
+        for (int part = 0; part < _parts; part += _workspace.LogitsChunk.Rows)
+        {
+            int count = Math.Min(_workspace.LogitsChunk.Rows, _parts - part);
+            Tensor chunk = _workspace.LogitsChunk.RowRange(0, count);
+            _model.Logits(chunk, _lastHidden.RowRange(part, count));
+            _backend.Read(logits.Slice(part * v, count * v), chunk);
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        _workspace.Dispose();
+        _arena.Dispose();
+    }
+}

@@ -1,0 +1,193 @@
+using System.Buffers;
+using TinyLlama.Data;
+
+namespace TinyLlama.Inference;
+
+/// <summary>From logits to the next token: functions of (logits, options, random state) and nothing else.</summary>
+/// <remarks>
+/// The order is that of Hugging Face's transformers: repetition penalty, temperature, top-k, top-p, min-p, each on what
+/// the ones before left, then one draw. (llama.cpp divides by the temperature last, so that its top-p and min-p see the
+/// probabilities at temperature 1.) Of equal logits the smaller id comes first.
+/// </remarks>
+public static class Sampler
+{
+    /// <summary>The next token.</summary>
+    /// <param name="logits">(V) logits; overwritten.</param>
+    /// <param name="context">The tokens that the repetition penalty is for.</param>
+    /// <param name="options">How to choose.</param>
+    /// <param name="random">The random state; one number is drawn, none where the choice is greedy.</param>
+    /// <exception cref="UserErrorException">A logit is not a number or plus infinity, or all are minus infinity.</exception>
+    public static int Next(Span<float> logits, ReadOnlySpan<int> context, GenerationOptions options, ref SplitMix64 random)
+    {
+        if (options.RepetitionPenalty != 1)
+        {
+            Penalize(logits, context, options.RepetitionPenalty);
+        }
+
+        int likeliest = Greedy(logits);
+        return options.Temperature == 0 ? likeliest : Draw(logits, logits[likeliest], options, ref random);
+    }
+
+    /// <summary>The token with the largest logit.</summary>
+    /// <exception cref="UserErrorException">A logit is not a number or plus infinity, or all are minus infinity.</exception>
+    public static int Greedy(ReadOnlySpan<float> logits)
+    {
+        int best = -1;
+        for (int id = 0; id < logits.Length; id++)
+        {
+            if (float.IsNaN(logits[id]) || float.IsPositiveInfinity(logits[id]))
+            {
+                throw new UserErrorException($"the model's logit of token {id} is {logits[id]}: its weights are damaged, or its training diverged");
+            }
+
+            if (logits[id] > (best < 0 ? float.NegativeInfinity : logits[best]))
+            {
+                best = id;
+            }
+        }
+
+        return best >= 0 ? best : throw new UserErrorException("no token has a finite logit: the model's weights are damaged");
+    }
+
+    /// <summary>
+    /// Makes tokens of the context less likely, each once: positive logits are divided by the penalty, negative ones
+    /// multiplied (Keskar et al. 2019).
+    /// </summary>
+    public static void Penalize(Span<float> logits, ReadOnlySpan<int> context, double penalty)
+    {
+        ulong[] seen = ArrayPool<ulong>.Shared.Rent((logits.Length + 63) / 64);
+        seen.AsSpan().Clear();
+        foreach (int id in context)
+        {
+            ulong bit = 1UL << (id & 63);
+            if ((seen[id >> 6] & bit) == 0)
+            {
+                seen[id >> 6] |= bit;
+                logits[id] = (float)(logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty);
+            }
+        }
+
+        ArrayPool<ulong>.Shared.Return(seen);
+    }
+
+    private static int Draw(Span<float> logits, float largest, GenerationOptions options, ref SplitMix64 random)
+    {
+        // Probabilities up to a common factor: the likeliest token has 1.
+        Span<float> weights = logits;
+        double sum = 0;
+        int possible = 0;
+        for (int id = 0; id < weights.Length; id++)
+        {
+            weights[id] = (float)Math.Exp(((double)weights[id] - largest) / options.Temperature);
+            sum += weights[id];
+            possible += weights[id] > 0 ? 1 : 0;
+        }
+
+        bool cuts = (options.TopK > 0 && options.TopK < possible) || options.TopP < 1 || options.MinP > 0;
+        if (!cuts)
+        {
+            double point = random.NextUniform() * sum;
+            int last = 0;
+            for (int id = 0; id < weights.Length; id++)
+            {
+                if (weights[id] > 0)
+                {
+                    last = id;
+                    point -= weights[id];
+                    if (point < 0)
+                    {
+                        break;
+                    }
+                }
+            }
+
+            return last;
+        }
+
+        ulong[] rented = ArrayPool<ulong>.Shared.Rent(weights.Length);
+        Span<ulong> ranked = Rank(rented, weights, options, sum, possible);
+        int kept = Keep(ranked, options, sum);
+        double total = 0;
+        foreach (ulong entry in ranked[..kept])
+        {
+            total += WeightOf(entry);
+        }
+
+        double rest = random.NextUniform() * total;
+        int chosen = 0;
+        while (chosen < kept - 1 && (rest -= WeightOf(ranked[chosen])) >= 0)
+        {
+            chosen++;
+        }
+
+        int token = IdOf(ranked[chosen]);
+        ArrayPool<ulong>.Shared.Return(rented);
+        return token;
+    }
+
+    // Tokens from the likeliest on. Those that no cut can leave are not even sorted.
+    private static Span<ulong> Rank(ulong[] rented, ReadOnlySpan<float> weights, GenerationOptions options, double sum, int possible)
+    {
+        // n-1 tokens below (1 - p) / (n-1) cannot reach 1 - p: the others reach p without them. With top-k the sum is
+        // that of fewer tokens, which is not known yet.
+        bool byShare = options.TopK == 0 && possible > 1;
+        double least = byShare ? (1 - options.TopP) * sum / (possible - 1) : 0;
+        int count = 0;
+        for (int id = 0; id < weights.Length; id++)
+        {
+            if (weights[id] > 0 && (weights[id] >= least || weights[id] == 1))
+            {
+                rented[count++] = Entry(weights[id], id);
+            }
+        }
+
+        Span<ulong> ranked = rented.AsSpan(0, count);
+        ranked.Sort();
+        return ranked;
+    }
+
+    // How many of the ranked tokens may be drawn; at least one.
+    private static int Keep(ReadOnlySpan<ulong> ranked, GenerationOptions options, double sum)
+    {
+        int kept = ranked.Length;
+        if (options.TopK > 0 && options.TopK < kept)
+        {
+            kept = options.TopK;
+        }
+
+        if (options.TopK > 0)
+        {
+            sum = 0;
+            foreach (ulong entry in ranked[..kept])
+            {
+                sum += WeightOf(entry);
+            }
+        }
+
+        if (options.TopP < 1)
+        {
+            double reached = 0;
+            int count = 0;
+            while (count < kept && reached < options.TopP * sum)
+            {
+                reached += WeightOf(ranked[count++]);
+            }
+
+            kept = Math.Max(count, 1);
+        }
+
+        while (kept > 1 && WeightOf(ranked[kept - 1]) < options.MinP)
+        {
+            kept--;
+        }
+
+        return kept;
+    }
+
+    // A number that sorts by falling weight, then by rising id: bits of a positive float order as the float does.
+    private static ulong Entry(float weight, int id) => ((ulong)~BitConverter.SingleToUInt32Bits(weight) << 32) | (uint)id;
+
+    private static float WeightOf(ulong entry) => BitConverter.UInt32BitsToSingle(~(uint)(entry >> 32));
+
+    private static int IdOf(ulong entry) => (int)(uint)entry;
+}
