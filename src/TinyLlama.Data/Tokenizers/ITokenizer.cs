@@ -27,4 +27,11 @@ public interface ITokenizer
     /// <summary>The bytes that a token stands for, as they appear inside a document; empty for a control token.</summary>
     /// <exception cref="ArgumentOutOfRangeException">The id is outside the vocabulary.</exception>
     ReadOnlyMemory<byte> TokenBytes(int token);
+
+    /// <summary>
+    /// The bytes that a token stands for where no token with bytes precedes it in its document: without the space that
+    /// encoding puts before a document's first word.
+    /// </summary>
+    /// <exception cref="ArgumentOutOfRangeException">The id is outside the vocabulary.</exception>
+    ReadOnlyMemory<byte> FirstTokenBytes(int token);
 }

@@ -1,0 +1,35 @@
+namespace TinyLlama.Data.Tokenizers;
+
+/// <summary>Opens tokenizers from files.</summary>
+public static class Tokenizer
+{
+    /// <summary>Opens a tokenizer.</summary>
+    /// <param name="path">
+    /// A <c>tokenizer.model</c> of SentencePiece, a <c>tokenizer.json</c> of Hugging Face, or a folder with either; where a
+    /// folder has both, tokenizer.model counts.
+    /// </param>
+    /// <exception cref="UserErrorException">Nothing is there, or it cannot be read or is of another kind.</exception>
+    public static BpeTokenizer Load(string path)
+    {
+        ArgumentException.ThrowIfNullOrEmpty(path);
+        string file = path;
+        if (Directory.Exists(path))
+        {
+            string model = Path.Combine(path, "tokenizer.model");
+            string json = Path.Combine(path, "tokenizer.json");
+            file = File.Exists(model) ? model
+                : File.Exists(json) ? json
+                : throw new UserErrorException($"{path}: has neither tokenizer.model (SentencePiece) nor tokenizer.json "
+                    + "(Hugging Face); name the file, or a folder with one of them");
+        }
+
+        return new BpeTokenizer(Read(file), file);
+    }
+
+    private static BpeModel Read(string path)
+    {
+        return Path.GetExtension(path).Equals(".json", StringComparison.OrdinalIgnoreCase)
+            ? HuggingFaceTokenizer.Read(path)
+            : SentencePieceModel.Read(path);
+    }
+}
