@@ -1,1 +1,3 @@
-return 0;
+using TinyLlama.Bench;
+
+return TrainBench.Run(args[1..]);

@@ -56,6 +56,10 @@ public sealed class TokenLoader
         return new Permutation(BlocksPerEpoch, _seed, sample / BlocksPerEpoch)[sample % BlocksPerEpoch];
     }
 
+    /// <summary>The number of targets of a sample, without reading it: T but for the last block.</summary>
+    /// <param name="sample">Index of the sample, from 0 without end.</param>
+    public int TargetCount(long sample) => Range(BlockOf(sample)).Count;
+
     /// <summary>Reads a sample of training. Allocates nothing; safe from several threads at once.</summary>
     /// <param name="sample">Index of the sample, from 0 without end.</param>
     /// <param name="tokens">Receives T tokens.</param>

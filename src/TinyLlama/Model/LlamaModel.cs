@@ -60,10 +60,7 @@ public sealed class LlamaModel : IDisposable
     {
         foreach (TransformerBlock block in _blocks)
         {
-            foreach (Linear linear in block.Linears)
-            {
-                linear.Pack(_backend);
-            }
+            block.Pack(_backend);
         }
 
         _head.Pack(_backend);

@@ -85,8 +85,14 @@ internal sealed class TransformerBlock
     public IEnumerable<Parameter> Parameters =>
         [_norm1, .. _qkv.Parameters, .. _output.Parameters, _norm2, .. _gateUp.Parameters, .. _down.Parameters];
 
-    /// <summary>Gets the matrix products.</summary>
-    public IEnumerable<Linear> Linears => [_qkv, _output, _gateUp, _down];
+    /// <summary>Makes the packed forms of all products follow their values.</summary>
+    public void Pack(Backend backend)
+    {
+        _qkv.Pack(backend);
+        _output.Pack(backend);
+        _gateUp.Pack(backend);
+        _down.Pack(backend);
+    }
 
     /// <summary>
     /// Fills <paramref name="a"/>, then writes what the feed-forward adds to the residual stream into
