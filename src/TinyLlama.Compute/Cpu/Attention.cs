@@ -1,115 +1,567 @@
+using System.Runtime.CompilerServices;
+
 namespace TinyLlama.Compute.Cpu;
 
-/// <summary>Causal grouped-query attention.</summary>
+/// <summary>
+/// Causal grouped-query attention by tiles of keys with a running softmax (Dao et al. 2022): softmax(q · kᵀ / √D) · v
+/// without the (T, T) matrix.
+/// </summary>
+/// <remarks>
+/// Shapes: query, output and their gradients (N, Hq · D); keys, values and theirs (rows, Hkv · D); logSumExp, delta (N, Hq).
+/// A task of the forward is a run of query rows of one segment with all query heads that share a key/value head: those
+/// heads are more rows of the same small matrices. A task of the backward is a segment and a key/value head, which
+/// sums dKeys and dValues over rows and heads in order. Key tiles start at multiples of
+/// <see cref="TokenLayout.KeyBlock"/>, each row takes them in ascending order, and what is masked adds exact zeros, so a
+/// row has the same bits alone, in a batch, and with its keys in a cache.
+/// Bound by multiply-adds: forward 4 · D of FLOPs, backward 10 · D, for each pair of a query row and a key that it sees.
+/// </remarks>
 internal static unsafe class Attention
 {
+    /// <summary>Largest head dim: what the scratch is sized for.</summary>
+    public const int MaxHeadDim = 256;
+
+    /// <summary>Query rows of a task of the forward, times the heads of a group; also the largest group.</summary>
+    public const int ForwardRows = 288;
+
+    /// <summary>Query rows times heads whose probabilities the backward keeps at a time.</summary>
+    private const int BackwardRows = 96;
+
+    private const int Keys = TokenLayout.KeyBlock;
+
+    /// <summary>Keys of a tile, rounded up to whole register tiles where they are the rows of a product.</summary>
+    private const int KeyRows = (Keys + TileProduct.Rows - 1) / TileProduct.Rows * TileProduct.Rows;
+
+    /// <summary>Floats from one row of probabilities to the next: at least <see cref="KeyRows"/>, whole cache lines.</summary>
+    private const int ProbabilityRow = 80;
+
+    /// <summary>Floats of scratch that a thread needs: the larger, backward.</summary>
+    public const int ScratchCount =
+        (3 * MaxHeadDim * Keys) + (2 * KeyRows * MaxHeadDim) + (2 * ForwardRows * (MaxHeadDim + ProbabilityRow))
+        + (TileProduct.Rows * (Keys + MaxHeadDim)) + 64;
+
     /// <summary>Writes output and logSumExp.</summary>
-    public static void Forward(
-        Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
+    public static void Forward<V>(
+        ThreadTeam team, Scratch scratch, Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values,
+        TokenLayout layout, int headDim)
+        where V : struct, ILanes<V>
     {
-        int heads = query.Columns / headDim;
-        int group = heads / (keys.Columns / headDim);
-        float scale = 1f / MathF.Sqrt(headDim);
+        Geometry geometry = new(query, keys, headDim, ForwardRows);
+        output.Require(query.Rows, query.Columns);
+        logSumExp.Require(query.Rows, geometry.QueryHeads);
+        values.Require(keys.Rows, keys.Columns);
+        Shape.Require(layout.TokenCount <= query.Rows, "a query row for each token of the layout");
+        int tasks = 0;
         for (int s = 0; s < layout.SegmentCount; s++)
         {
             Segment segment = layout.SegmentAt(s);
-            for (int i = 0; i < segment.RowCount; i++)
-            {
-                for (int head = 0; head < heads; head++)
-                {
-                    int column = head / group * headDim;
-                    float* q = query.F32(segment.FirstRow + i) + (head * headDim);
-                    float* o = output.F32(segment.FirstRow + i) + (head * headDim);
-                    float max = float.NegativeInfinity;
-                    double sum = 0;
-                    new Span<float>(o, headDim).Clear();
-                    for (int position = 0; position <= segment.FirstPosition + i; position++)
-                    {
-                        int row = layout.KeyRow(segment, position);
-                        float score = Dot(q, keys.F32(row) + column, headDim) * scale;
-                        float newMax = MathF.Max(max, score);
-                        float keep = MathF.Exp(max - newMax);
-                        float weight = MathF.Exp(score - newMax);
-                        sum = (sum * keep) + weight;
-                        float* v = values.F32(row) + column;
-                        for (int d = 0; d < headDim; d++)
-                        {
-                            o[d] = (o[d] * keep) + (weight * v[d]);
-                        }
-
-                        max = newMax;
-                    }
-
-                    for (int d = 0; d < headDim; d++)
-                    {
-                        o[d] = (float)(o[d] / sum);
-                    }
-
-                    logSumExp.F32(segment.FirstRow + i)[head] = (float)(max + Math.Log(sum));
-                }
-            }
+            RequireKeys(layout, segment, keys.Rows);
+            tasks += geometry.Blocks(segment.RowCount);
         }
+
+        ForwardWork<V> work = new(scratch, output, logSumExp, query, keys, values, layout, geometry);
+        team.Run(ref work, tasks * geometry.KeyHeads);
     }
 
-    /// <summary>Writes dQuery, dKeys and dValues.</summary>
-    public static void Backward(
-        Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
-        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
+    /// <summary>Writes dQuery, dKeys, dValues and the scratch delta.</summary>
+    public static void Backward<V>(
+        ThreadTeam team, Scratch scratch, Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output,
+        Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
+        where V : struct, ILanes<V>
     {
-        int heads = query.Columns / headDim;
-        int group = heads / (keys.Columns / headDim);
-        float scale = 1f / MathF.Sqrt(headDim);
-        for (int n = 0; n < query.Rows; n++)
-        {
-            new Span<float>(dQuery.F32(n), dQuery.Columns).Clear();
-            new Span<float>(dKeys.F32(n), dKeys.Columns).Clear();
-            new Span<float>(dValues.F32(n), dValues.Columns).Clear();
-            for (int head = 0; head < heads; head++)
-            {
-                delta.F32(n)[head] = Dot(dOutput.F32(n) + (head * headDim), output.F32(n) + (head * headDim), headDim);
-            }
-        }
-
+        Geometry geometry = new(query, keys, headDim, BackwardRows);
+        (int tokens, int queryColumns, int keyColumns) = (query.Rows, query.Columns, keys.Columns);
+        dQuery.Require(tokens, queryColumns);
+        dOutput.Require(tokens, queryColumns);
+        output.Require(tokens, queryColumns);
+        logSumExp.Require(tokens, geometry.QueryHeads);
+        delta.Require(tokens, geometry.QueryHeads);
+        keys.Require(tokens, keyColumns);
+        values.Require(tokens, keyColumns);
+        dKeys.Require(tokens, keyColumns);
+        dValues.Require(tokens, keyColumns);
+        Shape.Require(layout.BlockTable.IsEmpty, "keys that are rows of the batch");
+        Shape.Require(layout.TokenCount == tokens, "a layout of all rows");
         for (int s = 0; s < layout.SegmentCount; s++)
         {
             Segment segment = layout.SegmentAt(s);
-            for (int i = 0; i < segment.RowCount; i++)
-            {
-                int n = segment.FirstRow + i;
-                for (int head = 0; head < heads; head++)
-                {
-                    int column = head / group * headDim;
-                    float* q = query.F32(n) + (head * headDim);
-                    float* dq = dQuery.F32(n) + (head * headDim);
-                    float* dy = dOutput.F32(n) + (head * headDim);
-                    for (int position = 0; position <= segment.FirstPosition + i; position++)
-                    {
-                        int row = segment.FirstKey + position;
-                        float* k = keys.F32(row) + column;
-                        float* dk = dKeys.F32(row) + column;
-                        float* dv = dValues.F32(row) + column;
-                        float p = MathF.Exp((Dot(q, k, headDim) * scale) - logSumExp.F32(n)[head]);
-                        float ds = p * (Dot(dy, values.F32(row) + column, headDim) - delta.F32(n)[head]) * scale;
-                        for (int d = 0; d < headDim; d++)
-                        {
-                            dv[d] += p * dy[d];
-                            dk[d] += ds * q[d];
-                            dq[d] += ds * k[d];
-                        }
-                    }
-                }
-            }
+            Shape.Require(
+                segment.FirstPosition == 0 && segment.FirstKey == segment.FirstRow, "whole sequences, whose keys are their own rows");
+        }
+
+        BackwardWork<V> work = new(
+            scratch, dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, geometry);
+        team.Run(ref work, layout.SegmentCount * geometry.KeyHeads);
+    }
+
+    private static void RequireKeys(TokenLayout layout, Segment segment, int keyRows)
+    {
+        for (int position = 0; position < segment.KeyCount; position += Keys)
+        {
+            int last = Math.Min(position + Keys, segment.KeyCount) - 1;
+            int first = layout.KeyRow(segment, position);
+            Shape.Require(first >= 0 && first + (last - position) < keyRows, "key rows for each position of the layout");
         }
     }
 
-    private static float Dot(float* a, float* b, int count)
+    /// <summary>Copies rows of F32 side by side, times <paramref name="scale"/>, zeros up to the width.</summary>
+    private static void PackRow<V>(float* y, float* x, float scale, int count, int width)
+        where V : struct, ILanes<V>
     {
-        float sum = 0;
-        for (int i = 0; i < count; i++)
+        int i = 0;
+        for (; i <= count - V.Count; i += V.Count)
+        {
+            (V.Load(x + i) * V.Create(scale)).Store(y + i);
+        }
+
+        for (; i < count; i++)
+        {
+            y[i] = x[i] * scale;
+        }
+
+        for (; i < width; i++)
+        {
+            y[i] = 0;
+        }
+    }
+
+    /// <summary>A tile of keys, (count, D), as (D, Keys): keys become lanes. Zeros where the tile has no keys.</summary>
+    private static void PackTransposed(float* y, float* x, int xRow, int count, int headDim)
+    {
+        for (int j = 0; j < count; j++)
+        {
+            float* row = x + ((nint)j * xRow);
+            for (int d = 0; d < headDim; d++)
+            {
+                y[(d * Keys) + j] = row[d];
+            }
+        }
+
+        for (int d = 0; count < Keys && d < headDim; d++)
+        {
+            new Span<float>(y + (d * Keys) + count, Keys - count).Clear();
+        }
+    }
+
+    private static float Dot<V>(float* a, float* b, int count)
+        where V : struct, ILanes<V>
+    {
+        V s0 = default, s1 = default;
+        int i = 0;
+        for (; i <= count - (2 * V.Count); i += 2 * V.Count)
+        {
+            s0 = V.Fma(V.Load(a + i), V.Load(b + i), s0);
+            s1 = V.Fma(V.Load(a + i + V.Count), V.Load(b + i + V.Count), s1);
+        }
+
+        float sum = (s0 + s1).Sum();
+        for (; i < count; i++)
         {
             sum += a[i] * b[i];
         }
 
         return sum;
+    }
+
+    private static int RoundUp(int count, int multiple) => (count + multiple - 1) / multiple * multiple;
+
+    /// <summary>Which rows form the small matrices: row r of a block is token r / Group of it, head r mod Group of the group.</summary>
+    private readonly struct Geometry
+    {
+        public Geometry(Tensor query, Tensor keys, int headDim, int rowsPerBlock)
+        {
+            Shape.Require(headDim is > 0 and <= MaxHeadDim, "a head dim of at most 256");
+            query.Require(query.Rows, query.Columns);
+            keys.Require(keys.Rows, keys.Columns);
+            Shape.Require(query.Columns % headDim == 0 && keys.Columns % headDim == 0 && keys.Columns > 0, "whole heads");
+            (HeadDim, QueryHeads, KeyHeads) = (headDim, query.Columns / headDim, keys.Columns / headDim);
+            Group = QueryHeads / KeyHeads;
+            Shape.Require(Group * KeyHeads == QueryHeads && Group is > 0 and <= ForwardRows, "1 to 288 query heads for each key head");
+            TokensPerBlock = Math.Max(1, rowsPerBlock / Group);
+            Scale = 1f / MathF.Sqrt(headDim);
+        }
+
+        public int HeadDim { get; }
+
+        public int QueryHeads { get; }
+
+        public int KeyHeads { get; }
+
+        public int Group { get; }
+
+        public int TokensPerBlock { get; }
+
+        public float Scale { get; }
+
+        public int Blocks(int rowCount) => (rowCount + TokensPerBlock - 1) / TokensPerBlock;
+    }
+
+    private readonly struct ForwardWork<V>(
+        Scratch scratch, Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout,
+        Geometry geometry) : IWork
+        where V : struct, ILanes<V>
+    {
+        public void Run(int task, int thread)
+        {
+            int keyHead = task % geometry.KeyHeads;
+            int block = task / geometry.KeyHeads;
+            int s = 0;
+            Segment segment = layout.SegmentAt(0);
+            for (int blocks; block >= (blocks = geometry.Blocks(segment.RowCount)); block -= blocks)
+            {
+                segment = layout.SegmentAt(++s);
+            }
+
+            int firstToken = block * geometry.TokensPerBlock;
+            Block(segment, firstToken, Math.Min(geometry.TokensPerBlock, segment.RowCount - firstToken), keyHead, thread);
+        }
+
+        private void Block(Segment segment, int firstToken, int tokens, int keyHead, int thread)
+        {
+            (int headDim, int group) = (geometry.HeadDim, geometry.Group);
+            int width = RoundUp(headDim, TileProduct.Columns<V>());
+            int rows = tokens * group;
+            int paddedRows = RoundUp(rows, TileProduct.Rows);
+            float* q = scratch.Of(thread);
+            float* o = q + (ForwardRows * MaxHeadDim);
+            float* keysT = o + (ForwardRows * MaxHeadDim);
+            float* valueRows = keysT + (MaxHeadDim * Keys);
+            float* max = valueRows + (Keys * MaxHeadDim);
+            float* sum = max + ForwardRows;
+            float* tile = sum + ForwardRows;
+
+            int firstRow = segment.FirstRow + firstToken;
+            int firstPosition = segment.FirstPosition + firstToken;
+            int column = keyHead * headDim;
+            for (int r = 0; r < rows; r++)
+            {
+                float* row = query.F32(firstRow + (r / group)) + ((group * column) + (r % group * headDim));
+                PackRow<V>(q + ((nint)r * width), row, geometry.Scale, headDim, width);
+            }
+
+            new Span<float>(q + ((nint)rows * width), (paddedRows - rows) * width).Clear();
+            new Span<float>(o, paddedRows * width).Clear();
+            new Span<float>(max, paddedRows).Fill(float.NegativeInfinity);
+            new Span<float>(sum, paddedRows).Clear();
+
+            int keyCount = firstPosition + tokens;
+            for (int firstKey = 0; firstKey < keyCount; firstKey += Keys)
+            {
+                int count = Math.Min(Keys, keyCount - firstKey);
+                int keyRow = layout.KeyRow(segment, firstKey);
+                PackTransposed(keysT, keys.F32(keyRow) + column, keys.Stride, count, headDim);
+                for (int j = 0; j < count; j++)
+                {
+                    PackRow<V>(valueRows + ((nint)j * width), values.F32(keyRow + j) + column, 1f, headDim, width);
+                }
+
+                // A row sees keys up to its own position: of each few rows, only the columns that the last of them sees.
+                for (int r = 0; r < paddedRows; r += TileProduct.Rows)
+                {
+                    int lastToken = Math.Min((r + TileProduct.Rows - 1) / group, tokens - 1);
+                    int seen = Math.Min(Keys, firstPosition + lastToken + 1 - firstKey);
+                    if (seen <= 0)
+                    {
+                        continue;
+                    }
+
+                    int columns = RoundUp(seen, TileProduct.Columns<V>());
+                    TileProduct.Multiply<V>(tile, Keys, q + ((nint)r * width), width, 1, keysT, Keys, TileProduct.Rows, columns, headDim, false);
+                    Softmax(tile, columns, firstPosition - firstKey, r, max + r, sum + r, o + ((nint)r * width), width);
+                    TileProduct.Multiply<V>(o + ((nint)r * width), width, tile, Keys, 1, valueRows, width, TileProduct.Rows, width, seen, true);
+                }
+            }
+
+            for (int r = 0; r < rows; r++)
+            {
+                int head = (keyHead * group) + (r % group);
+                int row = firstRow + (r / group);
+                PackRow<V>(output.F32(row) + (head * headDim), o + ((nint)r * width), 1f / sum[r], headDim, headDim);
+                logSumExp.F32(row)[head] = (float)(max[r] + Math.Log(sum[r]));
+            }
+        }
+
+        /// <summary>
+        /// Turns scores into exp(score - max) with the largest score so far, and scales what was summed under the former
+        /// maximum.
+        /// </summary>
+        private void Softmax(float* tile, int columns, int firstPosition, int firstRow, float* max, float* sum, float* o, int width)
+        {
+            // Room for a whole register of any width; the lanes beyond the rows compute nothing that is used.
+            float* shrink = stackalloc float[16];
+            new Span<float>(shrink, 16).Clear();
+            for (int r = 0; r < TileProduct.Rows; r++)
+            {
+                float* row = tile + (r * Keys);
+                int seen = Math.Max(0, firstPosition + ((firstRow + r) / geometry.Group) + 1);
+                for (int j = seen; j < columns; j++)
+                {
+                    row[j] = float.NegativeInfinity;
+                }
+
+                V m0 = V.Load(row), m1 = V.Load(row + V.Count);
+                for (int j = 2 * V.Count; j < columns; j += 2 * V.Count)
+                {
+                    m0 = V.Max(m0, V.Load(row + j));
+                    m1 = V.Max(m1, V.Load(row + j + V.Count));
+                }
+
+                float newMax = MathF.Max(max[r], V.Max(m0, m1).Max());
+                shrink[r] = max[r] - newMax;
+                max[r] = newMax;
+            }
+
+            for (int r = 0; r < TileProduct.Rows; r += V.Count)
+            {
+                Exponential.Exp(V.Load(shrink + r)).Store(shrink + r);
+            }
+
+            for (int r = 0; r < TileProduct.Rows; r++)
+            {
+                float* row = tile + (r * Keys);
+                V top = V.Create(max[r]);
+                V s0 = default, s1 = default;
+                for (int j = 0; j < columns; j += 2 * V.Count)
+                {
+                    V e0 = Exponential.Exp(V.Load(row + j) - top);
+                    V e1 = Exponential.Exp(V.Load(row + j + V.Count) - top);
+                    e0.Store(row + j);
+                    e1.Store(row + j + V.Count);
+                    s0 += e0;
+                    s1 += e1;
+                }
+
+                sum[r] = (sum[r] * shrink[r]) + (s0 + s1).Sum();
+                if (shrink[r] != 1f)
+                {
+                    PackRow<V>(o + ((nint)r * width), o + ((nint)r * width), shrink[r], width, width);
+                }
+            }
+        }
+    }
+
+    private readonly struct BackwardWork<V>(
+        Scratch scratch, Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output,
+        Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, Geometry geometry) : IWork
+        where V : struct, ILanes<V>
+    {
+        public void Run(int task, int thread)
+        {
+            int keyHead = task % geometry.KeyHeads;
+            Segment segment = layout.SegmentAt(task / geometry.KeyHeads);
+            (int headDim, int group) = (geometry.HeadDim, geometry.Group);
+            for (int n = segment.FirstRow; n < segment.FirstRow + segment.RowCount; n++)
+            {
+                for (int head = keyHead * group; head < (keyHead + 1) * group; head++)
+                {
+                    delta.F32(n)[head] = Dot<V>(dOutput.F32(n) + (head * headDim), output.F32(n) + (head * headDim), headDim);
+                }
+            }
+
+            int width = RoundUp(headDim, TileProduct.Columns<V>());
+            float* keysT = scratch.Of(thread);
+            float* valuesT = keysT + (MaxHeadDim * Keys);
+            float* keyRows = valuesT + (MaxHeadDim * Keys);
+            float* dk = keyRows + (Keys * MaxHeadDim);
+            float* dv = dk + (KeyRows * MaxHeadDim);
+            float* blocks = dv + (KeyRows * MaxHeadDim);
+            int column = keyHead * headDim;
+            for (int firstKey = 0; firstKey < segment.RowCount; firstKey += Keys)
+            {
+                int count = Math.Min(Keys, segment.RowCount - firstKey);
+                int keyRow = segment.FirstKey + firstKey;
+                PackTransposed(keysT, keys.F32(keyRow) + column, keys.Stride, count, headDim);
+                PackTransposed(valuesT, values.F32(keyRow) + column, values.Stride, count, headDim);
+                for (int j = 0; j < count; j++)
+                {
+                    PackRow<V>(keyRows + ((nint)j * width), keys.F32(keyRow + j) + column, 1f, headDim, width);
+                }
+
+                new Span<float>(dk, KeyRows * width).Clear();
+                new Span<float>(dv, KeyRows * width).Clear();
+
+                // The first block that sees the tile holds its first key's position; blocks start at position 0.
+                int firstToken = firstKey / geometry.TokensPerBlock * geometry.TokensPerBlock;
+                for (; firstToken < segment.RowCount; firstToken += geometry.TokensPerBlock)
+                {
+                    int tokens = Math.Min(geometry.TokensPerBlock, segment.RowCount - firstToken);
+                    Block(segment, firstToken, tokens, keyHead, firstKey, keysT, valuesT, keyRows, dk, dv, blocks, width);
+                }
+
+                for (int j = 0; j < count; j++)
+                {
+                    PackRow<V>(dKeys.F32(keyRow + j) + column, dk + ((nint)j * width), 1f, headDim, headDim);
+                    PackRow<V>(dValues.F32(keyRow + j) + column, dv + ((nint)j * width), 1f, headDim, headDim);
+                }
+            }
+        }
+
+        /// <summary>What one block of query rows adds to the gradients by one tile of keys.</summary>
+        private void Block(
+            Segment segment, int firstToken, int tokens, int keyHead, int firstKey, float* keysT, float* valuesT, float* keyRows,
+            float* dk, float* dv, float* blocks, int width)
+        {
+            (int headDim, int group) = (geometry.HeadDim, geometry.Group);
+            int rows = tokens * group;
+            int paddedRows = RoundUp(rows, TileProduct.Rows);
+            float* q = blocks;
+            float* dy = q + (ForwardRows * MaxHeadDim);
+            float* p = dy + (ForwardRows * MaxHeadDim);
+            float* ds = p + (ForwardRows * ProbabilityRow);
+            float* dScores = ds + (ForwardRows * ProbabilityRow);
+            float* dq = dScores + (TileProduct.Rows * Keys);
+            int firstHead = keyHead * group;
+            for (int r = 0; r < rows; r++)
+            {
+                int row = segment.FirstRow + firstToken + (r / group);
+                int at = (firstHead + (r % group)) * headDim;
+                PackRow<V>(q + ((nint)r * width), query.F32(row) + at, geometry.Scale, headDim, width);
+                PackRow<V>(dy + ((nint)r * width), dOutput.F32(row) + at, 1f, headDim, width);
+            }
+
+            new Span<float>(q + ((nint)rows * width), (paddedRows - rows) * width).Clear();
+            new Span<float>(dy + ((nint)rows * width), (paddedRows - rows) * width).Clear();
+
+            for (int r = 0; r < paddedRows; r += TileProduct.Rows)
+            {
+                int lastToken = Math.Min((r + TileProduct.Rows - 1) / group, tokens - 1);
+                int seen = Math.Clamp(firstToken + lastToken + 1 - firstKey, 0, Keys);
+                int columns = RoundUp(seen, TileProduct.Columns<V>());
+                float* pRow = p + (r * ProbabilityRow);
+                float* dsRow = ds + (r * ProbabilityRow);
+                TileProduct.Multiply<V>(pRow, ProbabilityRow, q + ((nint)r * width), width, 1, keysT, Keys, TileProduct.Rows, columns, headDim, false);
+                TileProduct.Multiply<V>(dScores, Keys, dy + ((nint)r * width), width, 1, valuesT, Keys, TileProduct.Rows, columns, headDim, false);
+                for (int i = 0; i < TileProduct.Rows; i++)
+                {
+                    // Rows that only fill up the register tile see no key.
+                    int token = (r + i) / group;
+                    int own = r + i < rows ? Math.Clamp(firstToken + token + 1 - firstKey, 0, Keys) : 0;
+                    int head = firstHead + ((r + i) % group);
+                    int row = segment.FirstRow + firstToken + Math.Min(token, tokens - 1);
+                    Probabilities(
+                        pRow + (i * ProbabilityRow), dsRow + (i * ProbabilityRow), dScores + (i * Keys), columns, own,
+                        logSumExp.F32(row)[head], delta.F32(row)[head]);
+                }
+
+                if (seen > 0)
+                {
+                    TileProduct.Multiply<V>(dq, width, dsRow, ProbabilityRow, 1, keyRows, width, TileProduct.Rows, width, seen, false);
+                    for (int i = 0; i < TileProduct.Rows && r + i < rows; i++)
+                    {
+                        float* row = dQuery.F32(segment.FirstRow + firstToken + ((r + i) / group));
+                        AddScaled(row + ((firstHead + ((r + i) % group)) * headDim), dq + (i * width), firstKey == 0);
+                    }
+                }
+            }
+
+            // dV += Pᵀ · dY and dK += dSᵀ · Q, for a few keys at a time from the first row on that sees one of them.
+            for (int j = 0; j < KeyRows; j += TileProduct.Rows)
+            {
+                int start = Math.Max(0, firstKey + j - firstToken) * group;
+                int depth = paddedRows - start;
+                if (depth > 0)
+                {
+                    nint from = (nint)start * ProbabilityRow;
+                    TileProduct.Multiply<V>(
+                        dv + (j * width), width, p + from + j, 1, ProbabilityRow, dy + ((nint)start * width), width, TileProduct.Rows, width, depth, true);
+                    TileProduct.Multiply<V>(
+                        dk + (j * width), width, ds + from + j, 1, ProbabilityRow, q + ((nint)start * width), width, TileProduct.Rows, width, depth, true);
+                }
+            }
+        }
+
+        /// <summary>Scores into probabilities, and dS = P · (dP - delta); exact zeros for keys that the row does not see.</summary>
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static void Probabilities(float* p, float* ds, float* dScores, int columns, int own, float logSumExp, float delta)
+        {
+            V logSum = V.Create(logSumExp), mean = V.Create(delta);
+            for (int j = 0; j < columns; j += V.Count)
+            {
+                V e = Exponential.Exp(V.Load(p + j) - logSum);
+                e.Store(p + j);
+                (e * (V.Load(dScores + j) - mean)).Store(ds + j);
+            }
+
+            new Span<float>(p + own, KeyRows - own).Clear();
+            new Span<float>(ds + own, KeyRows - own).Clear();
+        }
+
+        private void AddScaled(float* y, float* x, bool first)
+        {
+            int i = 0;
+            V scale = V.Create(geometry.Scale);
+            for (; i <= geometry.HeadDim - V.Count; i += V.Count)
+            {
+                V.Fma(V.Load(x + i), scale, first ? default : V.Load(y + i)).Store(y + i);
+            }
+
+            for (; i < geometry.HeadDim; i++)
+            {
+                y[i] = (x[i] * geometry.Scale) + (first ? 0 : y[i]);
+            }
+        }
+    }
+
+    /// <summary>The definition, for one query row of one head. keys, values (count, D), all of which it sees.</summary>
+    internal static class Scalar
+    {
+        /// <summary>Writes output; returns the log of the sum of exponentials.</summary>
+        public static double Forward(
+            Span<double> output, ReadOnlySpan<double> query, ReadOnlySpan<double> keys, ReadOnlySpan<double> values)
+        {
+            int headDim = query.Length;
+            output.Clear();
+            double logSum = double.NegativeInfinity;
+            for (int at = 0; at < keys.Length; at += headDim)
+            {
+                double score = Dot(query, keys.Slice(at, headDim)) / Math.Sqrt(headDim);
+                double larger = Math.Max(logSum, score);
+                logSum = larger + Math.Log(Math.Exp(logSum - larger) + Math.Exp(score - larger));
+            }
+
+            for (int at = 0; at < keys.Length; at += headDim)
+            {
+                double p = Math.Exp((Dot(query, keys.Slice(at, headDim)) / Math.Sqrt(headDim)) - logSum);
+                for (int d = 0; d < headDim; d++)
+                {
+                    output[d] += p * values[at + d];
+                }
+            }
+
+            return logSum;
+        }
+
+        /// <summary>Adds to the gradients.</summary>
+        public static void Backward(
+            Span<double> dQuery, Span<double> dKeys, Span<double> dValues, ReadOnlySpan<double> dOutput,
+            ReadOnlySpan<double> query, ReadOnlySpan<double> keys, ReadOnlySpan<double> values)
+        {
+            int headDim = query.Length;
+            double root = Math.Sqrt(headDim);
+            double[] output = new double[headDim];
+            double logSum = Forward(output, query, keys, values);
+            double delta = Dot(dOutput, output);
+            for (int at = 0; at < keys.Length; at += headDim)
+            {
+                double p = Math.Exp((Dot(query, keys.Slice(at, headDim)) / root) - logSum);
+                double dScore = p * (Dot(dOutput, values.Slice(at, headDim)) - delta) / root;
+                for (int d = 0; d < headDim; d++)
+                {
+                    dQuery[d] += dScore * keys[at + d];
+                    dKeys[at + d] += dScore * query[d];
+                    dValues[at + d] += p * dOutput[d];
+                }
+            }
+        }
+
+        private static double Dot(ReadOnlySpan<double> a, ReadOnlySpan<double> b)
+        {
+            double sum = 0;
+            for (int i = 0; i < a.Length; i++)
+            {
+                sum += a[i] * b[i];
+            }
+
+            return sum;
+        }
     }
 }

@@ -7,7 +7,7 @@ public abstract class CpuBackend : Backend
 {
     private protected CpuBackend(CpuPath path, int threads)
     {
-        (Path, Team) = (path, new ThreadTeam(threads));
+        (Path, Team, Scratch) = (path, new ThreadTeam(threads), new Scratch(threads));
     }
 
     /// <summary>Gets the width of the kernels.</summary>
@@ -21,7 +21,7 @@ public abstract class CpuBackend : Backend
 
     private protected ThreadTeam Team { get; }
 
-    private protected Scratch Scratch { get; } = new();
+    private protected Scratch Scratch { get; }
 
     /// <summary>A backend for this machine.</summary>
     /// <param name="threads">Threads to use; 0 for one a core.</param>
@@ -158,14 +158,14 @@ internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBacke
     /// <inheritdoc/>
     public override void Attention(
         Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
-        Cpu.Attention.Forward(output, logSumExp, query, keys, values, layout, headDim);
+        Cpu.Attention.Forward<V>(Team, Scratch, output, logSumExp, query, keys, values, layout, headDim);
 
     /// <inheritdoc/>
     public override void AttentionBackward(
         Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
         Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
-        Cpu.Attention.Backward(
-            dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, headDim);
+        Cpu.Attention.Backward<V>(
+            Team, Scratch, dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, headDim);
 
     /// <inheritdoc/>
     public override void AppendToCache(Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout) =>

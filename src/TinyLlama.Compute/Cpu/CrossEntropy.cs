@@ -141,13 +141,20 @@ internal static unsafe class CrossEntropy
     internal static class Scalar
     {
         /// <summary>The loss of a row.</summary>
-        public static double Loss(ReadOnlySpan<double> logits, int target)
-        {
-            if (target < 0)
-            {
-                return 0;
-            }
+        public static double Loss(ReadOnlySpan<double> logits, int target) => target < 0 ? 0 : LogSumExp(logits) - logits[target];
 
+        /// <summary>Writes the gradient of the loss.</summary>
+        public static void Backward(Span<double> dLogits, ReadOnlySpan<double> logits, int target)
+        {
+            double logSum = LogSumExp(logits);
+            for (int i = 0; i < logits.Length; i++)
+            {
+                dLogits[i] = target < 0 ? 0 : Math.Exp(logits[i] - logSum) - (i == target ? 1 : 0);
+            }
+        }
+
+        private static double LogSumExp(ReadOnlySpan<double> logits)
+        {
             double max = double.NegativeInfinity;
             foreach (double x in logits)
             {
@@ -160,16 +167,7 @@ internal static unsafe class CrossEntropy
                 sum += Math.Exp(x - max);
             }
 
-            return Math.Log(sum) + max - logits[target];
-        }
-
-        /// <summary>Writes the gradient of the loss.</summary>
-        public static void Backward(Span<double> dLogits, ReadOnlySpan<double> logits, int target)
-        {
-            for (int i = 0; i < logits.Length; i++)
-            {
-                dLogits[i] = target < 0 ? 0 : Math.Exp(-Loss(logits, i)) - (i == target ? 1 : 0);
-            }
+            return Math.Log(sum) + max;
         }
     }
 }
