@@ -41,4 +41,75 @@ public sealed record ModelConfig
 
     /// <summary>Gets the width of all key (or value) heads.</summary>
     public int KeyValueChannels => KeyValueHeads * HeadDim;
+
+    /// <summary>Gets N, the number of parameters: what all matrices and norms hold, a tied head counted once.</summary>
+    public long ParameterCount
+    {
+        get
+        {
+            long attention = 2L * Channels * (Channels + KeyValueChannels);
+            long feedForward = 3L * Channels * Hidden;
+            long block = attention + feedForward + (2L * Channels);
+            long embeddings = (TiedEmbeddings ? 1L : 2L) * VocabularySize * Channels;
+            return (Layers * block) + embeddings + Channels;
+        }
+    }
+
+    /// <summary>What keeps these numbers from being a model, one sentence each; empty if nothing does.</summary>
+    public IEnumerable<string> Problems()
+    {
+        (string Name, long Value, long Most)[] dimensions =
+        [
+            ("vocabulary", VocabularySize, 1 << 24),
+            ("context", ContextLength, 1 << 24),
+            ("layers", Layers, 1 << 12),
+            ("heads", Heads, 1 << 12),
+            ("key_value_heads", KeyValueHeads, 1 << 12),
+            ("channels", Channels, 1 << 18),
+            ("hidden", Hidden, 1 << 20),
+        ];
+        bool positive = true;
+        foreach ((string name, long value, long most) in dimensions)
+        {
+            if (value < 1 || value > most)
+            {
+                positive = false;
+                yield return $"{name} is {value:N0}, which is not from 1 to {most:N0}";
+            }
+        }
+
+        if (!positive)
+        {
+            yield break;
+        }
+
+        if (Channels % Heads != 0)
+        {
+            yield return $"channels {Channels:N0} is not a multiple of heads {Heads:N0}";
+        }
+        else if (HeadDim % 2 != 0)
+        {
+            yield return $"channels {Channels:N0} / heads {Heads:N0} = {HeadDim:N0} is odd, but rotary embedding turns pairs";
+        }
+
+        if (Heads % KeyValueHeads != 0)
+        {
+            yield return $"heads {Heads:N0} is not a multiple of key_value_heads {KeyValueHeads:N0}";
+        }
+
+        if (!(NormEpsilon > 0 && float.IsFinite(NormEpsilon)))
+        {
+            yield return $"norm_epsilon is {NormEpsilon}, which is not a positive number";
+        }
+
+        if (!(RopeTheta > 0 && float.IsFinite(RopeTheta)))
+        {
+            yield return $"rope_theta is {RopeTheta}, which is not a positive number";
+        }
+
+        if (!(RopeFactor > 0 && float.IsFinite(RopeFactor)))
+        {
+            yield return $"rope_factor is {RopeFactor}, which is not a positive number";
+        }
+    }
 }

@@ -1,0 +1,353 @@
+using System.Globalization;
+using TinyLlama.Data;
+using TinyLlama.Model;
+
+namespace TinyLlama.Training;
+
+/// <summary>Every number of a run that follows from its recipe. Made once, before anything is allocated.</summary>
+public sealed record TrainingPlan
+{
+    /// <summary>Rows of a tensor are counted in 32 bits; this leaves room for the widest.</summary>
+    private const long MostTokensOfMicroBatch = 1 << 24;
+
+    /// <summary>More steps or tokens than this are a slip of the pen.</summary>
+    private const double MostTokens = 1L << 60;
+
+    private TrainingPlan()
+    {
+    }
+
+    /// <summary>Gets the recipe.</summary>
+    public required Recipe Recipe { get; init; }
+
+    /// <summary>Gets the model's shape, from the recipe or from what <see cref="Recipe.Init"/> names.</summary>
+    public required ModelConfig Model { get; init; }
+
+    /// <summary>Gets T of this run: the tokens of a sequence.</summary>
+    public required int ContextLength { get; init; }
+
+    /// <summary>Gets the sequences of a micro-batch.</summary>
+    public required int SequencesPerMicroBatch { get; init; }
+
+    /// <summary>Gets the tokens of a micro-batch.</summary>
+    public long TokensPerMicroBatch => (long)SequencesPerMicroBatch * ContextLength;
+
+    /// <summary>Gets the micro-batches of a step.</summary>
+    public required int AccumulationSteps { get; init; }
+
+    /// <summary>Gets the sequences of a step.</summary>
+    public long SequencesPerStep => (long)SequencesPerMicroBatch * AccumulationSteps;
+
+    /// <summary>Gets the global batch: the tokens of a step.</summary>
+    public long TokensPerStep => TokensPerMicroBatch * AccumulationSteps;
+
+    /// <summary>Gets the number of steps.</summary>
+    public required long Steps { get; init; }
+
+    /// <summary>Gets the number of tokens trained on.</summary>
+    public long Tokens => Steps * TokensPerStep;
+
+    /// <summary>Gets the passes over the data, or null where the data is not known.</summary>
+    public required double? Epochs { get; init; }
+
+    /// <summary>Gets the learning rate as a function of steps or tokens.</summary>
+    public required LearningRateSchedule Schedule { get; init; }
+
+    /// <summary>Gets the number of steps of the warm-up.</summary>
+    public required long WarmupSteps { get; init; }
+
+    /// <summary>Gets the validation sequences, the same each time.</summary>
+    public required int ValidationSequences { get; init; }
+
+    /// <summary>Gets the model FLOPs of one token, forward and backward.</summary>
+    public long FlopsPerToken => Flops.PerToken(Model, ContextLength);
+
+    /// <summary>Gets what is allowed and most likely a mistake, a sentence each.</summary>
+    public required IReadOnlyList<string> Warnings { get; init; }
+
+    /// <summary>The learning rate of a step, counted from 0.</summary>
+    public double LearningRateAt(long step)
+    {
+        double progress = step + Recipe.Schedule.Offset;
+        return Schedule.At(Recipe.Schedule.By == ScheduleUnit.Tokens ? progress * TokensPerStep : progress);
+    }
+
+    /// <summary>Whether the validation loss is measured before this step; <see cref="Steps"/> asks for the end.</summary>
+    public bool ValidatesAt(long step) => Falls(step, Recipe.Validation.EverySteps) || step == Steps;
+
+    /// <summary>Whether text is sampled before this step; <see cref="Steps"/> asks for the end.</summary>
+    public bool SamplesAt(long step) => Recipe.Samples.EverySteps > 0 && (Falls(step, Recipe.Samples.EverySteps) || step == Steps);
+
+    /// <summary>Whether a checkpoint is written before this step; <see cref="Steps"/> asks for the end.</summary>
+    public bool SavesAt(long step) => (step > 0 && Falls(step, Recipe.Checkpoints.EverySteps)) || step == Steps;
+
+    /// <summary>Derives a plan and checks everything that can be checked before memory is taken and data is read.</summary>
+    /// <param name="recipe">The recipe.</param>
+    /// <param name="initial">The shape of what <see cref="Recipe.Init"/> names; null from scratch.</param>
+    /// <param name="sequencesPerEpoch">
+    /// The training sequences of the run's context length that the data holds; null where the data is not known yet, which
+    /// a budget in epochs does not allow.
+    /// </param>
+    /// <exception cref="UserErrorException">A line for each mistake, with the arithmetic and where the key was set.</exception>
+    public static TrainingPlan Create(Recipe recipe, ModelConfig? initial = null, long? sequencesPerEpoch = null)
+    {
+        List<string> problems = [];
+        List<string> warnings = [];
+        string Of(string key) => recipe.Origins.Describe(key);
+
+        ModelConfig model = ChooseModel(recipe, initial, problems);
+        int context = recipe.Batch.Context ?? model.ContextLength;
+        if (context > model.ContextLength)
+        {
+            problems.Add(Invariant(
+                $"{Of("batch.context")} {context:N0} is more than the model's context of {model.ContextLength:N0}; raise model.context too"));
+        }
+
+        int accumulation = Accumulation(recipe, context, problems);
+        long tokensPerStep = (long)recipe.Batch.MicroSequences * context * accumulation;
+        long steps = CountSteps(recipe, context, tokensPerStep, sequencesPerEpoch, problems);
+        LearningRateSchedule schedule = Anneal(recipe, steps, tokensPerStep, problems, warnings);
+        if (problems.Count > 0)
+        {
+            throw new UserErrorException(string.Join('\n', problems));
+        }
+
+        if (recipe.Validation.EverySteps > steps)
+        {
+            warnings.Add(Invariant($"{Of("validation.every_steps")} {recipe.Validation.EverySteps:N0} is more than the {steps:N0} steps"));
+        }
+
+        long warmup = recipe.Schedule.By == ScheduleUnit.Steps
+            ? recipe.Schedule.Warmup
+            : DivideUp(recipe.Schedule.Warmup, tokensPerStep);
+        return new TrainingPlan
+        {
+            Recipe = recipe,
+            Model = model,
+            ContextLength = context,
+            SequencesPerMicroBatch = recipe.Batch.MicroSequences,
+            AccumulationSteps = accumulation,
+            Steps = steps,
+            Epochs = sequencesPerEpoch is > 0 and long count ? (double)steps * tokensPerStep / context / count : null,
+            Schedule = schedule,
+            WarmupSteps = warmup,
+            ValidationSequences = (int)Math.Min(int.MaxValue, DivideUp(recipe.Validation.Tokens, context)),
+            Warnings = warnings,
+        };
+    }
+
+    /// <summary>Refuses a run that the machine's memory cannot hold.</summary>
+    /// <param name="arenas">The bytes of each arena.</param>
+    /// <param name="availableBytes">The machine's memory.</param>
+    /// <exception cref="UserErrorException">It cannot fit; says what takes how much, and what to change.</exception>
+    public void RequireFits(IReadOnlyList<(string Name, long Bytes)> arenas, long availableBytes)
+    {
+        long needed = arenas.Sum(arena => arena.Bytes);
+        if (needed <= availableBytes)
+        {
+            return;
+        }
+
+        string parts = string.Join(", ", arenas.Select(arena => $"{arena.Name} {Gib(arena.Bytes)}"));
+        string remedy = SequencesPerMicroBatch > 1 ? $"{Recipe.Origins.Describe("batch.micro_sequences")} less than {SequencesPerMicroBatch}"
+            : Recipe.RecomputeBlocks ? "a smaller model or context"
+            : "recompute: blocks";
+        throw new UserErrorException(
+            $"the run needs {Gib(needed)} ({parts}), but this machine has {Gib(availableBytes)}; try {remedy}");
+
+        static string Gib(long bytes) => Invariant($"{bytes / (double)(1L << 30):0.00} GiB");
+    }
+
+    private static ModelConfig ChooseModel(Recipe recipe, ModelConfig? initial, List<string> problems)
+    {
+        if (recipe.Model is not ModelConfig own)
+        {
+            if (initial is null)
+            {
+                problems.Add(
+                    $"model is missing: name a preset ({string.Join(", ", Presets.All.Select(preset => preset.Name))}) or its numbers");
+            }
+
+            return initial ?? Presets.All[0].Config;
+        }
+
+        (string Key, int Value)[] needed =
+        [
+            ("vocabulary", own.VocabularySize), ("context", own.ContextLength), ("layers", own.Layers), ("heads", own.Heads),
+            ("key_value_heads", own.KeyValueHeads), ("channels", own.Channels), ("hidden", own.Hidden),
+        ];
+        string missing = string.Join(", ", needed.Where(dimension => dimension.Value == 0).Select(dimension => dimension.Key));
+        if (missing.Length > 0)
+        {
+            problems.Add($"model lacks {missing}: give every number, or name a preset to start from");
+            return own;
+        }
+
+        foreach (string problem in own.Problems())
+        {
+            string key = "model." + problem[..problem.IndexOf(' ', StringComparison.Ordinal)];
+            problems.Add($"{recipe.Origins.Describe(key)}{problem[(key.Length - "model.".Length)..]}");
+        }
+
+        if (initial is not null)
+        {
+            (string Key, int Own, int Initial)[] dimensions =
+            [
+                ("vocabulary", own.VocabularySize, initial.VocabularySize),
+                ("layers", own.Layers, initial.Layers),
+                ("heads", own.Heads, initial.Heads),
+                ("key_value_heads", own.KeyValueHeads, initial.KeyValueHeads),
+                ("channels", own.Channels, initial.Channels),
+                ("hidden", own.Hidden, initial.Hidden),
+            ];
+            problems.AddRange(dimensions.Where(d => d.Own != d.Initial).Select(d => Invariant(
+                $"{recipe.Origins.Describe("model." + d.Key)} is {d.Own:N0}, but that of init {recipe.Init} is {d.Initial:N0}; leave model out to take its shape")));
+            if (own.TiedEmbeddings != initial.TiedEmbeddings)
+            {
+                problems.Add($"{recipe.Origins.Describe("model.tied_embeddings")} differs from that of init {recipe.Init}; leave model out to take its shape");
+            }
+        }
+
+        return own;
+    }
+
+    private static int Accumulation(Recipe recipe, int context, List<string> problems)
+    {
+        BatchSettings batch = recipe.Batch;
+        if (batch.GlobalTokens == 0)
+        {
+            problems.Add("batch.global_tokens is missing: how many tokens is one step?");
+            return 1;
+        }
+
+        if (context < 1)
+        {
+            return 1;
+        }
+
+        long micro = (long)batch.MicroSequences * context;
+        if (micro > MostTokensOfMicroBatch)
+        {
+            problems.Add(Invariant(
+                $"{recipe.Origins.Describe("batch.micro_sequences")} {batch.MicroSequences:N0} × context {context:N0} = {micro:N0} tokens in one micro-batch, but {MostTokensOfMicroBatch:N0} are the most; let it accumulate more micro-batches"));
+            return 1;
+        }
+
+        (long accumulation, long rest) = Math.DivRem(batch.GlobalTokens, micro);
+        if (rest == 0 && accumulation <= int.MaxValue)
+        {
+            return (int)accumulation;
+        }
+
+        long below = accumulation * micro;
+        string multiple = below == 0 ? $"{micro:N0}" : Invariant($"{below:N0} or {below + micro:N0}");
+        (long sequences, long left) = Math.DivRem(batch.GlobalTokens, context);
+        string smaller = left == 0 ? Invariant($", or batch.micro_sequences {LargestDivisor(sequences, batch.MicroSequences):N0}") : "";
+        problems.Add(Invariant(
+            $"{recipe.Origins.Describe("batch.global_tokens")} {batch.GlobalTokens:N0} is not a multiple of micro-batch {batch.MicroSequences:N0} × context {context:N0} = {micro:N0}; use {multiple}{smaller}"));
+        return 1;
+    }
+
+    private static long CountSteps(
+        Recipe recipe, int context, long tokensPerStep, long? sequencesPerEpoch, List<string> problems)
+    {
+        BudgetSettings budget = recipe.Budget;
+        string[] set = [.. new[]
+        {
+            budget.Tokens is null ? null : "budget.tokens",
+            budget.Steps is null ? null : "budget.steps",
+            budget.Epochs is null ? null : "budget.epochs",
+        }.OfType<string>()];
+        if (set.Length != 1)
+        {
+            problems.Add(set.Length == 0
+                ? "budget is missing: give one of budget.tokens, budget.steps and budget.epochs"
+                : $"{recipe.Origins.Describe(set[1])} contradicts {set[0]}: a budget is one of tokens, steps and epochs");
+            return 1;
+        }
+
+        if (set[0] == "budget.epochs" && sequencesPerEpoch is not > 0)
+        {
+            problems.Add($"{recipe.Origins.Describe("budget.epochs")} needs the data, which is not known here; give budget.tokens or budget.steps");
+            return 1;
+        }
+
+        long step = Math.Max(1, tokensPerStep);
+        double steps = budget.Steps
+            ?? (budget.Tokens is long tokens ? DivideUp(tokens, step) : Math.Ceiling(budget.Epochs!.Value * sequencesPerEpoch!.Value * context / step));
+        if (steps * step > MostTokens)
+        {
+            problems.Add(Invariant($"{recipe.Origins.Describe(set[0])}: {steps:N0} steps of {step:N0} tokens are more than anybody trains"));
+            return 1;
+        }
+
+        return (long)steps;
+    }
+
+    private static LearningRateSchedule Anneal(
+        Recipe recipe, long steps, long tokensPerStep, List<string> problems, List<string> warnings)
+    {
+        (OptimizerSettings optimizer, ScheduleSettings schedule) = (recipe.Optimizer, recipe.Schedule);
+        string Of(string key) => recipe.Origins.Describe(key);
+        double peak = optimizer.LearningRate;
+        double minimum = optimizer.MinLearningRate ?? peak / 10;
+        if (schedule.Kind == ScheduleKind.Constant)
+        {
+            if (optimizer.MinLearningRate is not null)
+            {
+                warnings.Add($"{Of("optimizer.min_learning_rate")} has no effect: schedule.kind is constant");
+            }
+        }
+        else if (minimum >= peak)
+        {
+            problems.Add(Invariant(
+                $"{Of("optimizer.min_learning_rate")} {minimum} is not below optimizer.learning_rate {peak}: the rate would not fall; for that say schedule.kind: constant"));
+        }
+
+        if (schedule.Kind != ScheduleKind.Wsd && recipe.Origins.Sets("schedule.decay_share"))
+        {
+            warnings.Add($"{Of("schedule.decay_share")} has no effect: only schedule.kind wsd decays in a share of the run");
+        }
+
+        bool byTokens = schedule.By == ScheduleUnit.Tokens;
+        string unit = byTokens ? "tokens" : "steps";
+        double end = byTokens ? (double)steps * tokensPerStep : steps;
+        if (schedule.Warmup > 0 && schedule.Warmup >= end)
+        {
+            problems.Add(Invariant(
+                $"{Of("schedule.warmup")} of {schedule.Warmup:N0} {unit} is not less than the run of {end:N0} {unit}; use about {Math.Max(1, Math.Floor(end / 20)):N0}"));
+        }
+        else if (schedule.Kind == ScheduleKind.Wsd && schedule.Warmup > end * (1 - schedule.DecayShare))
+        {
+            problems.Add(Invariant(
+                $"{Of("schedule.warmup")} of {schedule.Warmup:N0} {unit} reaches into the decay, the last {schedule.DecayShare:0.##} of {end:N0} {unit}; shorten one of them"));
+        }
+        else if (schedule.Warmup > end / 4)
+        {
+            warnings.Add(Invariant($"{Of("schedule.warmup")} of {schedule.Warmup:N0} {unit} is more than a quarter of the run"));
+        }
+        else if (schedule.Warmup == 0 && recipe.Init == Recipe.Scratch)
+        {
+            warnings.Add("schedule.warmup is 0: random weights begin at the full learning rate");
+        }
+
+        return new LearningRateSchedule(schedule.Kind, peak, minimum, schedule.Warmup, end, schedule.DecayShare);
+    }
+
+    private static bool Falls(long step, long every) => every > 0 && step % every == 0;
+
+    private static long DivideUp(long value, long by) => (value / by) + (value % by > 0 ? 1 : 0);
+
+    private static long LargestDivisor(long number, long most)
+    {
+        long divisor = Math.Min(number, most);
+        while (number % divisor != 0)
+        {
+            divisor--;
+        }
+
+        return divisor;
+    }
+
+    private static string Invariant(FormattableString text) => text.ToString(CultureInfo.InvariantCulture);
+}

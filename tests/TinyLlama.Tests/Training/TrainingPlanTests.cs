@@ -1,0 +1,204 @@
+using TinyLlama.Data;
+using TinyLlama.Model;
+using TinyLlama.Tests.Common;
+using TinyLlama.Training;
+
+namespace TinyLlama.Tests.Training;
+
+public sealed class TrainingPlanTests
+{
+    private const string Least = "model: smoke\nbatch: {global_tokens: 1024, micro_sequences: 8}\nbudget: {steps: 100}\nschedule: {warmup: 10}\n";
+
+    public static TheoryData<string> Recipes =>
+        [.. Directory.GetFiles(Path.Combine(Checkout.Root, "recipes"), "*.yaml").Select(path => Path.GetFileName(path)!).Order()];
+
+    [Theory]
+    [MemberData(nameof(Recipes))]
+    public void Every_recipe_of_the_repository_is_a_plan_without_warnings(string name)
+    {
+        Recipe recipe = RecipeFile.Read(Path.Combine(Checkout.Root, "recipes", name));
+        TrainingPlan plan = TrainingPlan.Create(recipe, sequencesPerEpoch: 4000);
+        Assert.Empty(plan.Warnings);
+        Assert.Equal(recipe, RecipeFile.Parse(RecipeFile.Write(recipe), "written"));
+    }
+
+    [Fact]
+    public void The_plan_of_TinyLlama_has_its_published_numbers()
+    {
+        TrainingPlan plan = TrainingPlan.Create(RecipeFile.Read(Path.Combine(Checkout.Root, "recipes", "tinyllama-1.1b.yaml")));
+        Assert.Equal((2048, 8, 128), (plan.ContextLength, plan.SequencesPerMicroBatch, plan.AccumulationSteps));
+        Assert.Equal((2_097_152, 1_430_512, 3_000_001_101_824), (plan.TokensPerStep, plan.Steps, plan.Tokens));
+        Assert.Equal((2000, 7_314_370_560), (plan.WarmupSteps, plan.FlopsPerToken));
+        Assert.Equal(1.75e-7, plan.LearningRateAt(0), 1e-18);
+        Assert.Equal(4e-5, plan.LearningRateAt(1_430_511), 1e-12);
+        Assert.Equal(800, plan.ValidationSequences);
+        Assert.Null(plan.Epochs);
+
+        // 24,000 tokens a second on each of 16 devices: the published 90 days.
+        Assert.Equal(90, plan.Tokens / (16 * 24_000.0) / 86_400, 0.5);
+    }
+
+    [Fact]
+    public void Three_trillion_tokens_are_rounded_up_to_whole_steps()
+    {
+        Recipe recipe = RecipeFile.Read(
+            Path.Combine(Checkout.Root, "recipes", "tinyllama-1.1b.yaml"), "budget.tokens=3e12");
+        Assert.Equal(1_430_512, TrainingPlan.Create(recipe).Steps);
+    }
+
+    [Fact]
+    public void Epochs_are_counted_in_the_sequences_of_the_data()
+    {
+        Recipe recipe = RecipeFile.Parse(Least, "r", null, "budget.epochs=2.5");
+        TrainingPlan plan = TrainingPlan.Create(recipe, sequencesPerEpoch: 100);
+        Assert.Equal(16, plan.Steps);
+        Assert.Equal(2.56, plan.Epochs!.Value, 1e-12);
+    }
+
+    [Fact]
+    public void A_schedule_in_tokens_has_the_same_rates_as_in_steps()
+    {
+        TrainingPlan bySteps = TrainingPlan.Create(RecipeFile.Parse(Least, "r"));
+        TrainingPlan byTokens = TrainingPlan.Create(RecipeFile.Parse(Least, "r", null, "schedule.by=tokens", "schedule.warmup=10240"));
+        Assert.Equal(10, byTokens.WarmupSteps);
+        Assert.All(Enumerable.Range(0, 101), step => Assert.Equal(bySteps.LearningRateAt(step), byTokens.LearningRateAt(step), 1e-15));
+    }
+
+    [Fact]
+    public void What_happens_at_a_step_follows_from_its_number()
+    {
+        TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(
+            Least + "validation: {every_steps: 40}\nsamples: {every_steps: 50}\ncheckpoints: {every_steps: 30}", "r"));
+        Assert.Equal([0, 40, 80, 100], Enumerable.Range(0, 101).Where(step => plan.ValidatesAt(step)));
+        Assert.Equal([0, 50, 100], Enumerable.Range(0, 101).Where(step => plan.SamplesAt(step)));
+        Assert.Equal([30, 60, 90, 100], Enumerable.Range(0, 101).Where(step => plan.SavesAt(step)));
+
+        plan = TrainingPlan.Create(RecipeFile.Parse(
+            Least + "validation: {every_steps: 0}\nsamples: {every_steps: 0}\ncheckpoints: {every_steps: 0}", "r"));
+        Assert.Equal([100], Enumerable.Range(0, 101).Where(step => plan.ValidatesAt(step)));
+        Assert.DoesNotContain(Enumerable.Range(0, 101), step => plan.SamplesAt(step));
+        Assert.Equal([100], Enumerable.Range(0, 101).Where(step => plan.SavesAt(step)));
+    }
+
+    [Theory]
+    [InlineData("batch.global_tokens=1000", "--set batch.global_tokens=1000: batch.global_tokens 1,000 is not a multiple of micro-batch 8 × context 64 = 512; use 512 or 1,024")]
+    [InlineData("batch.global_tokens=640", "--set batch.global_tokens=640: batch.global_tokens 640 is not a multiple of micro-batch 8 × context 64 = 512; use 512 or 1,024, or batch.micro_sequences 5")]
+    [InlineData("batch.global_tokens=5", "--set batch.global_tokens=5: batch.global_tokens 5 is not a multiple of micro-batch 8 × context 64 = 512; use 512")]
+    [InlineData("batch.micro_sequences=2147483647", "--set batch.micro_sequences=2147483647: batch.micro_sequences 2,147,483,647 × context 64 = 137,438,953,408 tokens in one micro-batch, but 16,777,216 are the most; let it accumulate more micro-batches")]
+    [InlineData("batch.context=128", "--set batch.context=128: batch.context 128 is more than the model's context of 64; raise model.context too")]
+    [InlineData("optimizer.min_learning_rate=4e-4", "--set optimizer.min_learning_rate=4e-4: optimizer.min_learning_rate 0.0004 is not below optimizer.learning_rate 0.0004: the rate would not fall; for that say schedule.kind: constant")]
+    [InlineData("schedule.warmup=100", "--set schedule.warmup=100: schedule.warmup of 100 steps is not less than the run of 100 steps; use about 5")]
+    [InlineData("budget.epochs=3", "--set budget.epochs=3: budget.epochs needs the data, which is not known here; give budget.tokens or budget.steps")]
+    [InlineData("budget.steps=1e12", "--set budget.steps=1e12: budget.steps: 1,000,000,000,000 steps of 1,099,511,627,776 tokens are more than anybody trains", "batch.global_tokens=1099511627776", "batch.micro_sequences=1024")]
+    [InlineData("model.heads=3", "model.channels 64 is not a multiple of heads 3")]
+    public void A_number_that_does_not_fit_is_refused_with_the_arithmetic(string set, string message, params string[] more)
+    {
+        var error = Assert.Throws<UserErrorException>(() => TrainingPlan.Create(RecipeFile.Parse(Least, "r", null, [set, .. more])));
+        Assert.Contains(message, error.Message.Split('\n'));
+    }
+
+    [Fact]
+    public void All_that_is_missing_or_wrong_is_said_at_once()
+    {
+        var error = Assert.Throws<UserErrorException>(() => TrainingPlan.Create(RecipeFile.Parse(
+            "optimizer:\n  learning_rate: 1e-4\n  min_learning_rate: 2e-4\n", "r")));
+        string[] problems = error.Message.Split('\n');
+        Assert.Equal(4, problems.Length);
+        Assert.StartsWith("model is missing: name a preset (smoke, quickstart,", problems[0], StringComparison.Ordinal);
+        Assert.Equal("batch.global_tokens is missing: how many tokens is one step?", problems[1]);
+        Assert.Equal("budget is missing: give one of budget.tokens, budget.steps and budget.epochs", problems[2]);
+        Assert.StartsWith("r:3:3: optimizer.min_learning_rate 0.0002 is not below", problems[3], StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public void A_model_without_preset_needs_every_number()
+    {
+        Recipe recipe = RecipeFile.Parse("model: {channels: 64, layers: 2}\nbatch: {global_tokens: 64}\nbudget: {steps: 1}", "r");
+        var error = Assert.Throws<UserErrorException>(() => TrainingPlan.Create(recipe));
+        Assert.Contains("model lacks vocabulary, context, heads, key_value_heads, hidden: give every number, or name a preset", error.Message, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public void Two_budgets_contradict_each_other()
+    {
+        Recipe recipe = RecipeFile.Parse("model: smoke\nbatch: {global_tokens: 512}\nbudget:\n  steps: 1\n  tokens: 512", "r");
+        var error = Assert.Throws<UserErrorException>(() => TrainingPlan.Create(recipe));
+        Assert.Equal("r:4:3: budget.steps contradicts budget.tokens: a budget is one of tokens, steps and epochs", error.Message);
+    }
+
+    [Fact]
+    public void The_shape_comes_from_what_a_run_begins_with_and_may_not_contradict_it()
+    {
+        ModelConfig initial = Presets.Find("smoke")!.Config;
+        Recipe recipe = RecipeFile.Parse("init: runs/a\nbatch: {global_tokens: 512}\nbudget: {steps: 10}", "r");
+        Assert.Equal(initial, TrainingPlan.Create(recipe, initial).Model);
+
+        recipe = RecipeFile.Parse("model: {preset: smoke, layers: 3}\ninit: runs/a\nbatch: {global_tokens: 512}\nbudget: {steps: 10}", "r");
+        var error = Assert.Throws<UserErrorException>(() => TrainingPlan.Create(recipe, initial));
+        Assert.Equal("r:1:24: model.layers is 3, but that of init runs/a is 2; leave model out to take its shape", error.Message);
+
+        recipe = RecipeFile.Parse("model: {preset: smoke, context: 128, rope_factor: 2}\ninit: runs/a\nbatch: {global_tokens: 1024}\nbudget: {steps: 10}", "r");
+        Assert.Equal(128, TrainingPlan.Create(recipe, initial).ContextLength);
+    }
+
+    [Fact]
+    public void A_minimum_that_is_not_given_is_a_tenth_of_the_peak()
+    {
+        TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(Least, "r", null, "optimizer.learning_rate=1e-5"));
+        Assert.Equal(1e-6, plan.LearningRateAt(plan.Steps), 1e-18);
+    }
+
+    [Theory]
+    [InlineData("schedule.warmup=0", "schedule.warmup is 0")]
+    [InlineData("schedule.warmup=30", "more than a quarter")]
+    [InlineData("schedule.decay_share=0.1", "has no effect")]
+    [InlineData("validation.every_steps=1000", "more than the 100 steps")]
+    public void What_is_allowed_but_odd_is_warned_of(string set, string words)
+    {
+        TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(Least, "r", null, "validation.every_steps=50", set));
+        Assert.Contains(words, Assert.Single(plan.Warnings), StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public void A_run_that_memory_cannot_hold_is_refused_with_a_remedy()
+    {
+        TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(Least, "r"));
+        (string, long)[] arenas = [("weights", 3L << 30), ("activations", 1L << 30)];
+        plan.RequireFits(arenas, 4L << 30);
+        var error = Assert.Throws<UserErrorException>(() => plan.RequireFits(arenas, (4L << 30) - 1));
+        Assert.Equal(
+            "the run needs 4.00 GiB (weights 3.00 GiB, activations 1.00 GiB), but this machine has 4.00 GiB; try r:2:30: batch.micro_sequences less than 8",
+            error.Message);
+    }
+
+    [Fact]
+    public void Any_recipe_that_is_accepted_divides_evenly()
+    {
+        var random = new Random(3);
+        int accepted = 0;
+        for (int i = 0; i < 3000; i++)
+        {
+            Recipe recipe = RecipeFile.Parse(Least, "r") with
+            {
+                Batch = new BatchSettings
+                {
+                    GlobalTokens = random.Next(1, 9) * 64L * random.Next(1, 9),
+                    MicroSequences = random.Next(1, 9),
+                    Context = random.Next(1, 65),
+                },
+            };
+            try
+            {
+                TrainingPlan plan = TrainingPlan.Create(recipe);
+                accepted++;
+                Assert.Equal(recipe.Batch.GlobalTokens, plan.SequencesPerMicroBatch * (long)plan.ContextLength * plan.AccumulationSteps);
+            }
+            catch (UserErrorException)
+            {
+                Assert.NotEqual(0, recipe.Batch.GlobalTokens % (recipe.Batch.MicroSequences * (long)recipe.Batch.Context!));
+            }
+        }
+
+        Assert.InRange(accepted, 100, 2900);
+    }
+}
