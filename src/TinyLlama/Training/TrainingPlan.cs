@@ -1,4 +1,5 @@
 using System.Globalization;
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Model;
 
@@ -61,6 +62,14 @@ public sealed record TrainingPlan
 
     /// <summary>Gets the model FLOPs of one token, forward and backward.</summary>
     public long FlopsPerToken => Flops.PerToken(Model, ContextLength);
+
+    /// <summary>Gets what decides how much memory the run takes.</summary>
+    public TrainingShape Shape => new(
+        Model, SequencesPerMicroBatch, ContextLength, Recipe.RecomputeBlocks ? Keep.BlockInputs : Keep.Everything,
+        new AdamWSettings(
+            (float)Recipe.Optimizer.Beta1, (float)Recipe.Optimizer.Beta2, (float)Recipe.Optimizer.Epsilon,
+            (float)Recipe.Optimizer.WeightDecay, (float)Recipe.Optimizer.Clip),
+        Recipe.Optimizer.Decay);
 
     /// <summary>Gets what is allowed and most likely a mistake, a sentence each.</summary>
     public required IReadOnlyList<string> Warnings { get; init; }
