@@ -1,3 +1,15 @@
 using TinyLlama.Bench;
 
-return TrainBench.Run(args[1..]);
+return args switch
+{
+    ["matmul", .. string[] rest] => MatMulBench.Run(rest),
+    ["train", .. string[] rest] => TrainBench.Run(rest),
+    _ => Usage(),
+};
+
+static int Usage()
+{
+    Console.Error.WriteLine("usage: TinyLlama.Bench matmul [--threads 1,2] [--path 512|256|128|scalar] [--seconds 0.5] [--shapes NAME]");
+    Console.Error.WriteLine("       TinyLlama.Bench train …");
+    return 2;
+}

@@ -7,7 +7,7 @@ public abstract class CpuBackend : Backend
 {
     private protected CpuBackend(CpuPath path, int threads)
     {
-        (Path, Team, Scratch) = (path, new ThreadTeam(threads), new Scratch(threads));
+        (Path, Scratch, Team) = (path, new Scratch(threads), new ThreadTeam(threads));
     }
 
     /// <summary>Gets the width of the kernels.</summary>
@@ -19,7 +19,7 @@ public abstract class CpuBackend : Backend
     /// <inheritdoc/>
     public override string Description => $"cpu, {Path}, {Threads} threads";
 
-    private protected ThreadTeam Team { get; }
+    internal ThreadTeam Team { get; }
 
     private protected Scratch Scratch { get; }
 
@@ -78,12 +78,10 @@ internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBacke
     where V : struct, ILanes<V>
 {
     /// <inheritdoc/>
-    public override int PackedCount(int outputs, int inputs) => 0;
+    public override int PackedCount(int outputs, int inputs) => Cpu.MatMul.PackedCount<V>(outputs, inputs);
 
     /// <inheritdoc/>
-    public override void Pack(Weight weight)
-    {
-    }
+    public override void Pack(Weight weight) => Cpu.MatMul.Pack<V>(Team, weight);
 
     /// <inheritdoc/>
     public override void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false)
@@ -92,7 +90,7 @@ internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBacke
             output.Rows == input.Rows && output.Columns == weight.Outputs && input.Columns == weight.Inputs,
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, weight.Values);
-        Cpu.MatMul.Scalar.Forward(output, input, weight.Values, accumulate);
+        Cpu.MatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
     }
 
     /// <inheritdoc/>
@@ -102,7 +100,7 @@ internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBacke
             dInput.Rows == dOutput.Rows && dInput.Columns == weight.Inputs && dOutput.Columns == weight.Outputs,
             "dInput (N, I), dOutput (N, O) and weight (O, I)");
         RequireF32(dInput, dOutput, weight.Values);
-        Cpu.MatMul.Scalar.BackwardInput(dInput, dOutput, weight.Values, accumulate);
+        Cpu.MatMul.BackwardInput<V>(Team, Scratch, dInput, dOutput, weight, accumulate);
     }
 
     /// <inheritdoc/>
@@ -112,7 +110,7 @@ internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBacke
             dWeight.Rows == dOutput.Columns && dWeight.Columns == input.Columns && dOutput.Rows == input.Rows,
             "dWeight (O, I), dOutput (N, O) and input (N, I)");
         RequireF32(dWeight, dOutput, input);
-        Cpu.MatMul.Scalar.BackwardWeight(dWeight, dOutput, input);
+        Cpu.MatMul.BackwardWeight<V>(Team, Scratch, dWeight, dOutput, input);
     }
 
     /// <inheritdoc/>

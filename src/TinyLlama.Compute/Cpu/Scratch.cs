@@ -1,32 +1,39 @@
-using System.Runtime.InteropServices;
+using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>Memory that kernels use inside one operation: allocated once, so that no operation allocates.</summary>
 internal sealed unsafe class Scratch : IDisposable
 {
+    private readonly long _byteCount;
     private float* _memory;
 
     /// <summary>Takes address space; the system backs a page when a kernel first touches it.</summary>
     /// <param name="threads">Threads that need a part of their own.</param>
     public Scratch(int threads)
     {
-        nuint count = (nuint)SharedCount + ((nuint)threads * Attention.ScratchCount);
-        _memory = (float*)NativeMemory.AlignedAlloc(count * sizeof(float), Arena.Alignment);
+        _byteCount = sizeof(float) * (SharedCount + ((long)threads * ThreadCount));
+        _memory = (float*)PageMemory.Map("scratch of kernels", _byteCount);
     }
 
     /// <summary>Gets the part that an operation uses as a whole.</summary>
     public float* Shared => _memory;
 
-    private static int SharedCount => RmsNorm.Partials * RmsNorm.MaxChannels;
+    private static int SharedCount => Math.Max(RmsNorm.Partials * RmsNorm.MaxChannels, MatMul.SharedCount);
 
-    /// <summary>The part of one thread, <see cref="Attention.ScratchCount"/> floats.</summary>
-    public float* Of(int thread) => _memory + SharedCount + ((nint)thread * Attention.ScratchCount);
+    // A multiple of a page, so that no two threads write to the same cache line.
+    private static int ThreadCount => (Math.Max(MatMul.ThreadCount, Attention.ScratchCount) + 1023) & -1024;
+
+    /// <summary>The part that one thread uses in one task, enough for any operation.</summary>
+    public float* Of(int thread) => _memory + SharedCount + ((nint)thread * ThreadCount);
 
     /// <inheritdoc/>
     public void Dispose()
     {
-        NativeMemory.AlignedFree(_memory);
-        _memory = null;
+        if (_memory != null)
+        {
+            PageMemory.Release((nint)_memory, _byteCount);
+            _memory = null;
+        }
     }
 }

@@ -1,0 +1,331 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
+using System.Runtime.Intrinsics.X86;
+
+namespace TinyLlama.Compute.Cpu;
+
+/// <summary>
+/// The innermost matrix product: a tile of <see cref="Rows"/> × <see cref="Columns"/> sums, kept in registers while k
+/// runs. Whatever multiplies matrices here does it with this.
+/// </summary>
+/// <remarks>
+/// The right operand is a panel: <see cref="Columns"/> columns, k after k, so that a step of k reads two whole registers.
+/// The left operand may lie anyhow: element (r, k) at <c>left[r · leftRow + k · leftStep]</c>.
+/// Each sum adds its products in the order of k, whatever the tile's place, so a row's bits do not depend on its company.
+/// The sizes: 6 × 2 sums, two registers of the panel and one of the left operand fill 15 of the 16 registers of AVX2
+/// and SSE; AVX-512 has 32. Two loads and six broadcasts a step leave the load ports idle a third of the time.
+/// </remarks>
+/// <typeparam name="V">The register.</typeparam>
+internal static unsafe class Tile<V>
+    where V : struct, ILanes<V>
+{
+    /// <summary>The largest <see cref="Rows"/> · <see cref="Columns"/> of any width.</summary>
+    public const int MaxCount = 8 * 32;
+
+    /// <summary>Gets the rows of a tile.</summary>
+    public static int Rows
+    {
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        get => V.Count == 16 ? 8 : 6;
+    }
+
+    /// <summary>Gets the columns of a tile and of a panel.</summary>
+    public static int Columns
+    {
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        get => 2 * V.Count;
+    }
+
+    /// <summary>sums[r, j] = or += Σₖ left[r, k] · panel[k, j] for a whole tile.</summary>
+    /// <param name="sums">First of the tile's sums.</param>
+    /// <param name="sumsRow">Elements from one row of sums to the next.</param>
+    /// <param name="left">Element (0, 0) of the left operand.</param>
+    /// <param name="leftRow">Elements from one of its rows to the next.</param>
+    /// <param name="leftStep">Elements from one of its k to the next.</param>
+    /// <param name="panel">The first step of the panel.</param>
+    /// <param name="depth">The number of steps, k.</param>
+    /// <param name="accumulate">Whether to add to the sums; the steps are summed first, then added.</param>
+    public static void Multiply(
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, bool accumulate)
+    {
+        if (V.Count == 16)
+        {
+            Multiply8(sums, sumsRow, left, leftRow, leftStep, panel, depth, accumulate);
+        }
+        else
+        {
+            Multiply6(sums, sumsRow, left, leftRow, leftStep, panel, depth, accumulate);
+        }
+    }
+
+    /// <summary>The same for a tile that sticks out: only the first rows and columns of its sums exist.</summary>
+    /// <remarks>All rows of the left operand are read, of the panel all columns; what sticks out may hold anything.</remarks>
+    [SkipLocalsInit]
+    public static void MultiplyEdge(
+        float* sums, nint sumsRow, int rows, int columns, float* left, nint leftRow, nint leftStep, float* panel, nint depth, bool accumulate)
+    {
+        float* whole = stackalloc float[MaxCount];
+        Multiply(whole, Columns, left, leftRow, leftStep, panel, depth, accumulate: false);
+        for (int r = 0; r < rows; r++, sums += sumsRow, whole += Columns)
+        {
+            for (int j = 0; j < columns; j++)
+            {
+                sums[j] = accumulate ? sums[j] + whole[j] : whole[j];
+            }
+        }
+    }
+
+    /// <summary>
+    /// One row by four panels: sums[j] = or += Σₖ left[k] · panels[k, j]. One row of a tile would wait for its own
+    /// additions; four panels have enough sums to hide that.
+    /// </summary>
+    /// <param name="sums">4 · <see cref="Columns"/> sums.</param>
+    /// <param name="left">The row, k after k.</param>
+    /// <param name="panels">The first step of the first panel.</param>
+    /// <param name="nextPanel">Elements from one panel to the next.</param>
+    /// <param name="depth">The number of steps, k.</param>
+    /// <param name="accumulate">Whether to add to the sums.</param>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    public static void MultiplyRow(float* sums, float* left, float* panels, nint nextPanel, nint depth, bool accumulate)
+    {
+        V s00 = default, s01 = default, s10 = default, s11 = default;
+        V s20 = default, s21 = default, s30 = default, s31 = default;
+        float* p0 = panels;
+        float* p1 = p0 + nextPanel;
+        float* p2 = p1 + nextPanel;
+        float* p3 = p2 + nextPanel;
+        for (nint k = 0; k < depth; k++)
+        {
+            V x = V.Create(left[k]);
+            s00 = V.Fma(x, V.Load(p0), s00);
+            s01 = V.Fma(x, V.Load(p0 + V.Count), s01);
+            s10 = V.Fma(x, V.Load(p1), s10);
+            s11 = V.Fma(x, V.Load(p1 + V.Count), s11);
+            s20 = V.Fma(x, V.Load(p2), s20);
+            s21 = V.Fma(x, V.Load(p2 + V.Count), s21);
+            s30 = V.Fma(x, V.Load(p3), s30);
+            s31 = V.Fma(x, V.Load(p3 + V.Count), s31);
+            p0 += Columns;
+            p1 += Columns;
+            p2 += Columns;
+            p3 += Columns;
+        }
+
+        Put(sums, s00, s01, accumulate);
+        Put(sums + Columns, s10, s11, accumulate);
+        Put(sums + (2 * Columns), s20, s21, accumulate);
+        Put(sums + (3 * Columns), s30, s31, accumulate);
+    }
+
+    /// <summary>Fills a panel: column j, step k from <c>source[j · column + k · step]</c>, and zeros beyond <paramref name="columns"/>.</summary>
+    /// <param name="panel">depth · <see cref="Columns"/> elements.</param>
+    /// <param name="source">Element (0, 0).</param>
+    /// <param name="column">Elements from one column to the next; 1 where columns are side by side.</param>
+    /// <param name="step">Elements from one k to the next; 1 where a column is a row of the source.</param>
+    /// <param name="columns">Columns that exist, at most <see cref="Columns"/>.</param>
+    /// <param name="depth">The number of steps, k.</param>
+    public static void Pack(float* panel, float* source, nint column, nint step, int columns, nint depth)
+    {
+        if (columns < Columns)
+        {
+            new Span<float>(panel, checked((int)depth * Columns)).Clear();
+        }
+
+        if (columns == Columns && column == 1)
+        {
+            for (nint k = 0; k < depth; k++, source += step, panel += Columns)
+            {
+                V.Load(source).Store(panel);
+                V.Load(source + V.Count).Store(panel + V.Count);
+            }
+
+            return;
+        }
+
+        int j = 0;
+        nint done = step == 1 && Avx.IsSupported ? depth & -8 : 0;
+        for (; done > 0 && j + 8 <= columns; j += 8)
+        {
+            for (nint k = 0; k < done; k += 8)
+            {
+                Transpose8(panel + (k * Columns) + j, Columns, source + (j * column) + k, column);
+            }
+
+            Copy(panel + (done * Columns) + j, source + (j * column) + done, column, step, 8, depth - done);
+        }
+
+        Copy(panel + j, source + (j * column), column, step, columns - j, depth);
+    }
+
+    private static void Copy(float* panel, float* source, nint column, nint step, int columns, nint depth)
+    {
+        for (nint k = 0; k < depth; k++, source += step, panel += Columns)
+        {
+            for (int j = 0; j < columns; j++)
+            {
+                panel[j] = source[j * column];
+            }
+        }
+    }
+
+    // Eight rows of eight become eight columns, in three rounds of pairs: of lanes, of pairs of lanes, of halves.
+    private static void Transpose8(float* destination, nint destinationRow, float* source, nint sourceRow)
+    {
+        Vector256<float> r0 = Vector256.Load(source);
+        Vector256<float> r1 = Vector256.Load(source + sourceRow);
+        Vector256<float> r2 = Vector256.Load(source + (2 * sourceRow));
+        Vector256<float> r3 = Vector256.Load(source + (3 * sourceRow));
+        source += 4 * sourceRow;
+        Vector256<float> r4 = Vector256.Load(source);
+        Vector256<float> r5 = Vector256.Load(source + sourceRow);
+        Vector256<float> r6 = Vector256.Load(source + (2 * sourceRow));
+        Vector256<float> r7 = Vector256.Load(source + (3 * sourceRow));
+
+        Vector256<double> a0 = Avx.UnpackLow(r0, r1).AsDouble(), a1 = Avx.UnpackHigh(r0, r1).AsDouble();
+        Vector256<double> a2 = Avx.UnpackLow(r2, r3).AsDouble(), a3 = Avx.UnpackHigh(r2, r3).AsDouble();
+        Vector256<double> a4 = Avx.UnpackLow(r4, r5).AsDouble(), a5 = Avx.UnpackHigh(r4, r5).AsDouble();
+        Vector256<double> a6 = Avx.UnpackLow(r6, r7).AsDouble(), a7 = Avx.UnpackHigh(r6, r7).AsDouble();
+
+        Vector256<float> b0 = Avx.UnpackLow(a0, a2).AsSingle(), b1 = Avx.UnpackHigh(a0, a2).AsSingle();
+        Vector256<float> b2 = Avx.UnpackLow(a1, a3).AsSingle(), b3 = Avx.UnpackHigh(a1, a3).AsSingle();
+        Vector256<float> b4 = Avx.UnpackLow(a4, a6).AsSingle(), b5 = Avx.UnpackHigh(a4, a6).AsSingle();
+        Vector256<float> b6 = Avx.UnpackLow(a5, a7).AsSingle(), b7 = Avx.UnpackHigh(a5, a7).AsSingle();
+
+        const byte LowHalves = 0x20;
+        const byte HighHalves = 0x31;
+        Avx.Permute2x128(b0, b4, LowHalves).Store(destination);
+        Avx.Permute2x128(b1, b5, LowHalves).Store(destination + destinationRow);
+        Avx.Permute2x128(b2, b6, LowHalves).Store(destination + (2 * destinationRow));
+        Avx.Permute2x128(b3, b7, LowHalves).Store(destination + (3 * destinationRow));
+        destination += 4 * destinationRow;
+        Avx.Permute2x128(b0, b4, HighHalves).Store(destination);
+        Avx.Permute2x128(b1, b5, HighHalves).Store(destination + destinationRow);
+        Avx.Permute2x128(b2, b6, HighHalves).Store(destination + (2 * destinationRow));
+        Avx.Permute2x128(b3, b7, HighHalves).Store(destination + (3 * destinationRow));
+    }
+
+    // One local for each sum, else the JIT keeps them in memory. Straight to full optimization: the first calls of a
+    // program would otherwise spend seconds in the unoptimized form.
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void Multiply6(
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, bool accumulate)
+    {
+        Prefetch(sums, sumsRow, 6);
+        V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default;
+        V s30 = default, s31 = default, s40 = default, s41 = default, s50 = default, s51 = default;
+        float* left3 = left + (3 * leftRow);
+        nint leftRow2 = 2 * leftRow;
+        for (nint k = depth; k > 0; k--)
+        {
+            V p0 = V.Load(panel), p1 = V.Load(panel + V.Count);
+            V x = V.Create(left[0]);
+            s00 = V.Fma(x, p0, s00);
+            s01 = V.Fma(x, p1, s01);
+            x = V.Create(left[leftRow]);
+            s10 = V.Fma(x, p0, s10);
+            s11 = V.Fma(x, p1, s11);
+            x = V.Create(left[leftRow2]);
+            s20 = V.Fma(x, p0, s20);
+            s21 = V.Fma(x, p1, s21);
+            x = V.Create(left3[0]);
+            s30 = V.Fma(x, p0, s30);
+            s31 = V.Fma(x, p1, s31);
+            x = V.Create(left3[leftRow]);
+            s40 = V.Fma(x, p0, s40);
+            s41 = V.Fma(x, p1, s41);
+            x = V.Create(left3[leftRow2]);
+            s50 = V.Fma(x, p0, s50);
+            s51 = V.Fma(x, p1, s51);
+            left += leftStep;
+            left3 += leftStep;
+            panel += Columns;
+        }
+
+        Put(sums, s00, s01, accumulate);
+        Put(sums += sumsRow, s10, s11, accumulate);
+        Put(sums += sumsRow, s20, s21, accumulate);
+        Put(sums += sumsRow, s30, s31, accumulate);
+        Put(sums += sumsRow, s40, s41, accumulate);
+        Put(sums + sumsRow, s50, s51, accumulate);
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void Multiply8(
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, bool accumulate)
+    {
+        Prefetch(sums, sumsRow, 8);
+        V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default, s30 = default, s31 = default;
+        V s40 = default, s41 = default, s50 = default, s51 = default, s60 = default, s61 = default, s70 = default, s71 = default;
+        float* left3 = left + (3 * leftRow);
+        float* left6 = left3 + (3 * leftRow);
+        nint leftRow2 = 2 * leftRow;
+        for (nint k = depth; k > 0; k--)
+        {
+            V p0 = V.Load(panel), p1 = V.Load(panel + V.Count);
+            V x = V.Create(left[0]);
+            s00 = V.Fma(x, p0, s00);
+            s01 = V.Fma(x, p1, s01);
+            x = V.Create(left[leftRow]);
+            s10 = V.Fma(x, p0, s10);
+            s11 = V.Fma(x, p1, s11);
+            x = V.Create(left[leftRow2]);
+            s20 = V.Fma(x, p0, s20);
+            s21 = V.Fma(x, p1, s21);
+            x = V.Create(left3[0]);
+            s30 = V.Fma(x, p0, s30);
+            s31 = V.Fma(x, p1, s31);
+            x = V.Create(left3[leftRow]);
+            s40 = V.Fma(x, p0, s40);
+            s41 = V.Fma(x, p1, s41);
+            x = V.Create(left3[leftRow2]);
+            s50 = V.Fma(x, p0, s50);
+            s51 = V.Fma(x, p1, s51);
+            x = V.Create(left6[0]);
+            s60 = V.Fma(x, p0, s60);
+            s61 = V.Fma(x, p1, s61);
+            x = V.Create(left6[leftRow]);
+            s70 = V.Fma(x, p0, s70);
+            s71 = V.Fma(x, p1, s71);
+            left += leftStep;
+            left3 += leftStep;
+            left6 += leftStep;
+            panel += Columns;
+        }
+
+        Put(sums, s00, s01, accumulate);
+        Put(sums += sumsRow, s10, s11, accumulate);
+        Put(sums += sumsRow, s20, s21, accumulate);
+        Put(sums += sumsRow, s30, s31, accumulate);
+        Put(sums += sumsRow, s40, s41, accumulate);
+        Put(sums += sumsRow, s50, s51, accumulate);
+        Put(sums += sumsRow, s60, s61, accumulate);
+        Put(sums + sumsRow, s70, s71, accumulate);
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static void Put(float* sums, V left, V right, bool accumulate)
+    {
+        if (accumulate)
+        {
+            left = V.Load(sums) + left;
+            right = V.Load(sums + V.Count) + right;
+        }
+
+        left.Store(sums);
+        right.Store(sums + V.Count);
+    }
+
+    // The sums are needed when the loop ends; asked for now, they arrive meanwhile.
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static void Prefetch(float* sums, nint sumsRow, int rows)
+    {
+        if (Sse.IsSupported)
+        {
+            for (int r = 0; r < rows; r++, sums += sumsRow)
+            {
+                Sse.Prefetch0(sums);
+                Sse.Prefetch0(sums + Columns - 1);
+            }
+        }
+    }
+}
