@@ -33,7 +33,9 @@ internal sealed class JsonKeys
 
             // A key that appears twice means one thing to one program and another to the next.
             var options = new JsonDocumentOptions { AllowDuplicateProperties = false };
-            using JsonDocument document = JsonDocument.Parse(File.ReadAllBytes(path), options);
+            ReadOnlyMemory<byte> text = File.ReadAllBytes(path);
+            text = text.Span.StartsWith("\uFEFF"u8) ? text[3..] : text;
+            using JsonDocument document = JsonDocument.Parse(text, options);
             return document.RootElement.ValueKind == JsonValueKind.Object
                 ? new JsonKeys(path, "", document.RootElement.Clone())
                 : throw new UserErrorException($"{path}: holds no JSON object");

@@ -97,6 +97,12 @@ public sealed record ModelConfig
             yield return $"heads {Heads:N0} is not a multiple of key_value_heads {KeyValueHeads:N0}";
         }
 
+        long largest = Math.Max(VocabularySize, Hidden) * (long)Channels;
+        if (largest > int.MaxValue)
+        {
+            yield return $"a matrix of {largest:N0} elements is larger than {int.MaxValue:N0}";
+        }
+
         if (!(NormEpsilon > 0 && float.IsFinite(NormEpsilon)))
         {
             yield return $"norm_epsilon is {NormEpsilon}, which is not a positive number";

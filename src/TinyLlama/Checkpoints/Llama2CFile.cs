@@ -1,0 +1,189 @@
+using System.Runtime.InteropServices;
+using TinyLlama.Compute.Native;
+using TinyLlama.Data;
+using TinyLlama.Model;
+
+namespace TinyLlama.Checkpoints;
+
+/// <summary>
+/// A model of llama2.c, version 0 of its format: seven int32 (channels, hidden, layers, heads, key/value heads, vocabulary,
+/// context length; a negative vocabulary means that a head of its own follows), then fp32 tensors without names.
+/// </summary>
+/// <remarks>
+/// llama2.c rotates the pairs (2i, 2i + 1) of a head, we rotate (i, i + D/2): the rows of q and k, head by head, come in
+/// that order here, which leaves every product of a query and a key as it was.
+/// </remarks>
+internal sealed class Llama2CFile : ModelSource
+{
+    private const int HeaderBytes = 7 * sizeof(int);
+
+    // "ak42": the versions 1 and 2 begin with it, where version 0 has the channels.
+    private const int LaterVersions = 0x616B3432;
+
+    private readonly MappedFile _file;
+    private readonly Dictionary<string, Place> _places;
+
+    private Llama2CFile(MappedFile file, ModelConfig config, Dictionary<string, Place> places)
+        : base(file.Path, config) => (_file, _places) = (file, places);
+
+    /// <inheritdoc/>
+    public override string? TokenizerPath
+    {
+        get
+        {
+            string folder = System.IO.Path.GetDirectoryName(Path) ?? "";
+            string[] names = ["tokenizer.bin", $"tok{Config.VocabularySize}.bin"];
+            return names.Select(name => System.IO.Path.Combine(folder, name)).FirstOrDefault(File.Exists);
+        }
+    }
+
+    /// <summary>Opens a file and checks that its size is the one that its header implies.</summary>
+    /// <exception cref="UserErrorException">It cannot be read, or is none of llama2.c's version 0.</exception>
+    public static Llama2CFile OpenFile(string path)
+    {
+        MappedFile? file = null;
+        try
+        {
+            file = MappedFile.Open(path);
+            ModelConfig config = ReadHeader(file);
+            (Dictionary<string, Place> places, long end) = Arrange(config);
+            if (file.Length != end)
+            {
+                throw new UserErrorException(
+                    $"{path}: {file.Length} bytes, its header implies {end}: cut off, damaged, or not a file of llama2.c's version 0");
+            }
+
+            return new Llama2CFile(file, config, places);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            file?.Dispose();
+            throw new UserErrorException($"{path}: cannot be read: {e.Message}", e);
+        }
+        catch
+        {
+            file?.Dispose();
+            throw;
+        }
+    }
+
+    /// <inheritdoc/>
+    public override void Read(Span<float> destination, string name, long first)
+    {
+        Place place = _places[name];
+        if (!place.Interleaved)
+        {
+            Singles(place.Offset, first, destination.Length).CopyTo(destination);
+            return;
+        }
+
+        while (!destination.IsEmpty)
+        {
+            (long row, long column) = Math.DivRem(first, Config.Channels);
+            int count = (int)Math.Min(Config.Channels - column, destination.Length);
+            Singles(place.Offset, (Interleaved(row) * Config.Channels) + column, count).CopyTo(destination);
+            destination = destination[count..];
+            first += count;
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (disposing)
+        {
+            _file.Dispose();
+        }
+    }
+
+    private static ModelConfig ReadHeader(MappedFile file)
+    {
+        if (file.Length < HeaderBytes)
+        {
+            throw new UserErrorException($"{file.Path}: {file.Length} bytes are too few for a file of llama2.c");
+        }
+
+        ReadOnlySpan<int> header = MemoryMarshal.Cast<byte, int>(file.Bytes(0, HeaderBytes));
+        if (header[0] == LaterVersions)
+        {
+            throw new UserErrorException(
+                $"{file.Path}: version {header[1]} of llama2.c's format is not supported; export it with --version 0");
+        }
+
+        if (file.Bytes(0, 2).SequenceEqual("PK"u8) || file.Bytes(0, 2).SequenceEqual((ReadOnlySpan<byte>)[0x80, 0x02]))
+        {
+            throw new UserErrorException(
+                $"{file.Path}: this is a PyTorch file, which is not supported; save the model as safetensors and name its folder");
+        }
+
+        var config = new ModelConfig
+        {
+            Channels = header[0],
+            Hidden = header[1],
+            Layers = header[2],
+            Heads = header[3],
+            KeyValueHeads = header[4],
+            VocabularySize = header[5] == int.MinValue ? 0 : Math.Abs(header[5]),
+            ContextLength = header[6],
+            NormEpsilon = 1e-5f,
+            RopeTheta = 10_000,
+            TiedEmbeddings = header[5] > 0,
+        };
+        return config.Problems().FirstOrDefault() is { } problem
+            ? throw new UserErrorException($"{file.Path}: not a file of llama2.c: {problem}")
+            : config;
+    }
+
+    private static (Dictionary<string, Place> Places, long End) Arrange(ModelConfig c)
+    {
+        var places = new Dictionary<string, Place>(StringComparer.Ordinal);
+        long next = HeaderBytes;
+        Add(ModelTensors.Embedding, c.VocabularySize, c.Channels);
+        AddLayers("input_layernorm", 1, c.Channels);
+        AddLayers("self_attn.q_proj", c.Channels, c.Channels, interleaved: true);
+        AddLayers("self_attn.k_proj", c.KeyValueChannels, c.Channels, interleaved: true);
+        AddLayers("self_attn.v_proj", c.KeyValueChannels, c.Channels);
+        AddLayers("self_attn.o_proj", c.Channels, c.Channels);
+        AddLayers("post_attention_layernorm", 1, c.Channels);
+        AddLayers("mlp.gate_proj", c.Hidden, c.Channels);
+        AddLayers("mlp.down_proj", c.Channels, c.Hidden);
+        AddLayers("mlp.up_proj", c.Hidden, c.Channels);
+        Add(ModelTensors.Norm, 1, c.Channels);
+
+        // Cosines and sines of the rotary embedding, which are computed here.
+        next += (long)c.ContextLength * c.HeadDim * sizeof(float);
+        if (!c.TiedEmbeddings)
+        {
+            Add(ModelTensors.Head, c.VocabularySize, c.Channels);
+        }
+
+        return (places, next);
+
+        void AddLayers(string name, int rows, int columns, bool interleaved = false)
+        {
+            for (int layer = 0; layer < c.Layers; layer++)
+            {
+                Add(ModelTensors.InLayer(layer, name), rows, columns, interleaved);
+            }
+        }
+
+        void Add(string name, int rows, int columns, bool interleaved = false)
+        {
+            places.Add(name, new Place(next, interleaved));
+            next = checked(next + ((long)rows * columns * sizeof(float)));
+        }
+    }
+
+    // The row of the file that is a row of ours: of a head's D rows, first the even ones, then the odd ones.
+    private long Interleaved(long row)
+    {
+        (long head, long i) = Math.DivRem(row, Config.HeadDim);
+        int half = Config.HeadDim / 2;
+        return (head * Config.HeadDim) + (i < half ? 2 * i : (2 * (i - half)) + 1);
+    }
+
+    private ReadOnlySpan<float> Singles(long offset, long first, int count) =>
+        MemoryMarshal.Cast<byte, float>(_file.Bytes(offset + (first * sizeof(float)), checked(count * sizeof(float))));
+
+    private readonly record struct Place(long Offset, bool Interleaved);
+}

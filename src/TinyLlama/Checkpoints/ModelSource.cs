@@ -1,0 +1,125 @@
+using TinyLlama.Compute;
+using TinyLlama.Data;
+using TinyLlama.Model;
+
+namespace TinyLlama.Checkpoints;
+
+/// <summary>
+/// A model in files, whatever their format: its shape is known and its tensors are all there, in the right shapes, once it
+/// is open; nothing of their size has been allocated.
+/// </summary>
+public abstract class ModelSource : IDisposable
+{
+    private protected ModelSource(string path, ModelConfig config)
+    {
+        (Path, Config) = (path, config);
+        Tensors = ModelTensors.Of(config);
+    }
+
+    /// <summary>Gets the file or folder that holds the weights.</summary>
+    public string Path { get; }
+
+    /// <summary>Gets the shape.</summary>
+    public ModelConfig Config { get; }
+
+    /// <summary>Gets the tensors, in the order of <see cref="LlamaModel.Parameters"/>.</summary>
+    public IReadOnlyList<ModelTensor> Tensors { get; }
+
+    /// <summary>Gets the file or folder of the tokenizer that came with the model, or null where none did.</summary>
+    public abstract string? TokenizerPath { get; }
+
+    /// <summary>Opens a model.</summary>
+    /// <param name="path">
+    /// A run (its newest checkpoint counts), a checkpoint, a Hugging Face folder, or a <c>.bin</c> file of llama2.c.
+    /// </param>
+    /// <param name="warn">Is told, in one line, which newer checkpoint of a run is damaged.</param>
+    /// <exception cref="UserErrorException">Nothing of that kind is there, or it is damaged or of another kind of model.</exception>
+    public static ModelSource Open(string path, Action<string> warn)
+    {
+        if (File.Exists(path))
+        {
+            return System.IO.Path.GetExtension(path) == ".bin"
+                ? Llama2CFile.OpenFile(path)
+                : throw new UserErrorException($"{path}: {WhyNoModel(path)}");
+        }
+
+        if (!Directory.Exists(path))
+        {
+            throw new UserErrorException($"{path}: not found; name a run, a checkpoint, a Hugging Face folder or a .bin file of llama2.c");
+        }
+
+        if (Directory.Exists(System.IO.Path.Combine(path, TrainingCheckpoint.FolderName)))
+        {
+            TrainingCheckpoint newest = TrainingCheckpoint.FindNewest(path, warn)
+                ?? throw new UserErrorException($"{path}: this run has no checkpoint yet");
+            return HuggingFaceFolder.OpenFolder(newest.Path);
+        }
+
+        return HuggingFaceFolder.OpenFolder(path);
+    }
+
+    /// <summary>Copies every tensor to the parameters of a model of the same shape, converting to their types.</summary>
+    /// <param name="backend">The device of the parameters.</param>
+    /// <param name="parameters">Those of <see cref="LlamaModel.Parameters"/>. Packed forms are the caller's to refresh.</param>
+    /// <exception cref="UserErrorException">The model has another shape; the message names the tensor and both shapes.</exception>
+    public void CopyTo(Backend backend, IReadOnlyList<Parameter> parameters)
+    {
+        Dictionary<string, ModelTensor> tensors = Tensors.ToDictionary(static tensor => tensor.Name, StringComparer.Ordinal);
+        foreach (Parameter parameter in parameters)
+        {
+            if (!tensors.TryGetValue(parameter.Name, out ModelTensor tensor))
+            {
+                throw new UserErrorException($"{Path}: has no tensor '{parameter.Name}', which the model needs");
+            }
+
+            if ((tensor.Rows, tensor.Columns) != (parameter.Values.Rows, parameter.Values.Columns))
+            {
+                throw new UserErrorException(
+                    $"{Path}: tensor '{tensor.Name}' has the shape [{tensor.Rows}, {tensor.Columns}], "
+                    + $"[{parameter.Values.Rows}, {parameter.Values.Columns}] is needed");
+            }
+        }
+
+        if (parameters.Count != tensors.Count)
+        {
+            string surplus = tensors.Keys.Except(parameters.Select(static parameter => parameter.Name), StringComparer.Ordinal).First();
+            throw new UserErrorException($"{Path}: has a tensor '{surplus}', for which the model has no place");
+        }
+
+        float[] piece = new float[SafetensorsFile.PieceElements];
+        foreach (Parameter parameter in parameters)
+        {
+            for (long first = 0; first < parameter.Values.Count;)
+            {
+                int count = (int)Math.Min(piece.Length, parameter.Values.Count - first);
+                Read(piece.AsSpan(0, count), parameter.Name, first);
+                DeviceElements.Write(backend, parameter.Values.Elements(first, count), piece.AsSpan(0, count));
+                first += count;
+            }
+        }
+    }
+
+    /// <summary>Reads elements of a tensor as singles.</summary>
+    /// <param name="destination">What is filled.</param>
+    /// <param name="name">One of <see cref="Tensors"/>.</param>
+    /// <param name="first">The first element, in row-major order.</param>
+    public abstract void Read(Span<float> destination, string name, long first);
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        Dispose(disposing: true);
+        GC.SuppressFinalize(this);
+    }
+
+    /// <summary>Closes the files.</summary>
+    protected abstract void Dispose(bool disposing);
+
+    private static string WhyNoModel(string path) => System.IO.Path.GetExtension(path) switch
+    {
+        ".safetensors" => $"name its folder, where {HuggingFaceConfig.FileName} says what model it is",
+        ".gguf" => "GGUF files are not supported; name a Hugging Face folder",
+        ".pt" or ".pth" or ".ckpt" => "PyTorch files are not supported; save the model as safetensors and name its folder",
+        _ => "not a model; name a run, a checkpoint, a Hugging Face folder or a .bin file of llama2.c",
+    };
+}
