@@ -156,6 +156,59 @@ public sealed class BpeTokenizer : ITokenizer
         return _startsWithSpace[token] ? bytes[1..] : bytes;
     }
 
+    /// <summary>
+    /// Writes <c>tokenizer.model</c>, and <c>tokenizer.json</c>, <c>tokenizer_config.json</c> and <c>special_tokens_map.json</c> as
+    /// Hugging Face's LlamaTokenizer reads them.
+    /// </summary>
+    /// <param name="folder">Where to; it is made if it is not there.</param>
+    /// <returns>A line for each of the two forms that cannot express this model and was left out; it says why.</returns>
+    /// <exception cref="UserErrorException">Neither form can express the model, or a file cannot be written.</exception>
+    public IReadOnlyList<string> Save(string folder)
+    {
+        ArgumentNullException.ThrowIfNull(folder);
+        var files = new List<(string Name, byte[] Content)>();
+        var leftOut = new List<string>();
+        if (SentencePieceModel.WhyNotWritable(Model) is { } noModel)
+        {
+            leftOut.Add($"tokenizer.model is left out: {noModel}");
+        }
+        else
+        {
+            files.Add(("tokenizer.model", SentencePieceModel.Write(Model)));
+        }
+
+        if (HuggingFaceTokenizer.WhyNotWritable(this) is { } noJson)
+        {
+            leftOut.Add($"tokenizer.json is left out: {noJson}");
+        }
+        else
+        {
+            files.Add(("tokenizer.json", HuggingFaceTokenizer.Write(this)));
+        }
+
+        if (leftOut.Count == 2)
+        {
+            throw new UserErrorException($"{folder}: the tokenizer cannot be written: {string.Join("; ", leftOut)}");
+        }
+
+        files.Add(("tokenizer_config.json", HuggingFaceTokenizer.WriteConfig(this)));
+        files.Add(("special_tokens_map.json", HuggingFaceTokenizer.WriteSpecialTokens(this)));
+        try
+        {
+            Directory.CreateDirectory(folder);
+            foreach ((string name, byte[] content) in files)
+            {
+                File.WriteAllBytes(Path.Combine(folder, name), content);
+            }
+        }
+        catch (Exception error) when (error is IOException or UnauthorizedAccessException)
+        {
+            throw new UserErrorException($"{folder}: cannot be written: {error.Message}", error);
+        }
+
+        return leftOut;
+    }
+
     /// <summary>Encodes one text with an encoder of its own and returns how many entries its priority queue took.</summary>
     internal long CountQueued(string text)
     {

@@ -6,7 +6,7 @@ public static class Tokenizer
     /// <summary>Opens a tokenizer.</summary>
     /// <param name="path">
     /// A <c>tokenizer.model</c> of SentencePiece, a <c>tokenizer.json</c> of Hugging Face, or a folder with either; where a
-    /// folder has both, tokenizer.model counts.
+    /// folder has both, tokenizer.model counts. Also a <c>.bin</c> of llama2.c.
     /// </param>
     /// <exception cref="UserErrorException">Nothing is there, or it cannot be read or is of another kind.</exception>
     public static BpeTokenizer Load(string path)
@@ -28,8 +28,11 @@ public static class Tokenizer
 
     private static BpeModel Read(string path)
     {
-        return Path.GetExtension(path).Equals(".json", StringComparison.OrdinalIgnoreCase)
-            ? HuggingFaceTokenizer.Read(path)
-            : SentencePieceModel.Read(path);
+        return Path.GetExtension(path).ToUpperInvariant() switch
+        {
+            ".JSON" => HuggingFaceTokenizer.Read(path),
+            ".BIN" => Llama2CTokenizer.Read(path),
+            _ => SentencePieceModel.Read(path),
+        };
     }
 }

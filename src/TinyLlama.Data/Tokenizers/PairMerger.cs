@@ -1,0 +1,449 @@
+using System.Runtime.InteropServices;
+using System.Text;
+
+namespace TinyLlama.Data.Tokenizers;
+
+/// <summary>
+/// Merges the most frequent pair of neighbours in a set of weighted chunks, again and again. A merge visits only the places
+/// where its pair occurs, and changes only the counts of the pairs beside them.
+/// </summary>
+internal sealed class PairMerger
+{
+    /// <summary>Between chunks, and in place of characters without a piece.</summary>
+    private const int Separator = -1;
+
+    /// <summary>
+    /// Where a symbol began that is now part of a longer one. The last place of a symbol of n characters, n above 1, holds
+    /// -n, so that the symbol before a place can be found.
+    /// </summary>
+    private const int Gone = int.MinValue;
+
+    private const int None = -1;
+    private const ulong HashBase = 0x9E3779B97F4A7C15UL;
+    private readonly int _maximumCharacters;
+    private readonly List<Symbol> _symbols = [];
+    private readonly Dictionary<ulong, int> _symbolByHash = [];
+    private readonly Dictionary<ulong, int> _pairs = [];
+    private readonly List<int> _touched = [];
+    private readonly List<int> _due = [];
+    private readonly int[] _places;
+    private readonly int[] _chunkOfPlace;
+    private readonly long[] _weights;
+    private Pair[] _pair = new Pair[1 << 12];
+    private int _pairCount;
+    private Node[] _nodes = new Node[1 << 14];
+    private int _nodeCount;
+    private int _freeNode = None;
+    private HeapEntry[] _heap = new HeapEntry[1 << 12];
+    private int _heapCount;
+    private int _step;
+
+    /// <param name="chunks">The chunks with their weights.</param>
+    /// <param name="alphabet">The characters that may be in pieces.</param>
+    /// <param name="maximumCharacters">The most characters that a piece may have.</param>
+    public PairMerger(ChunkCounter chunks, List<(Rune Character, long Count)> alphabet, int maximumCharacters)
+    {
+        _maximumCharacters = maximumCharacters;
+        var symbolOf = new Dictionary<Rune, int>();
+        foreach ((Rune rune, _) in alphabet)
+        {
+            symbolOf.Add(rune, AddSymbol(Encoding.UTF8.GetBytes(rune.ToString()), 1));
+        }
+
+        int placeCount = 1;
+        for (int i = 0; i < chunks.Count; i++)
+        {
+            placeCount = checked(placeCount + CharacterCount(chunks.Text(i)) + 1);
+        }
+
+        _places = new int[placeCount];
+        _chunkOfPlace = new int[placeCount];
+        _weights = new long[chunks.Count];
+        int place = 0;
+        _places[place++] = Separator;
+        for (int i = 0; i < chunks.Count; i++)
+        {
+            _weights[i] = chunks.Occurrences(i);
+            ReadOnlySpan<byte> text = chunks.Text(i);
+            while (!text.IsEmpty)
+            {
+                Rune.DecodeFromUtf8(text, out Rune rune, out int length);
+                text = text[length..];
+                _places[place] = symbolOf.GetValueOrDefault(rune, Separator);
+                _chunkOfPlace[place] = i;
+                if (_places[place - 1] != Separator && _places[place] != Separator)
+                {
+                    Increase(_places[place - 1], _places[place], _weights[i], place - 1);
+                }
+
+                place++;
+            }
+
+            _places[place++] = Separator;
+        }
+
+        PushTouched();
+    }
+
+    /// <summary>Merges the most frequent pair; returns the new piece, or null where no two neighbours may merge.</summary>
+    public string? Next()
+    {
+        while (_heapCount > 0)
+        {
+            HeapEntry top = Pop();
+            long count = _pair[top.Pair].Count;
+            if (count != top.Count)
+            {
+                if (count > 0 && count < top.Count)
+                {
+                    Push(new HeapEntry(count, top.Pair));
+                }
+
+                continue;
+            }
+
+            int left = _pair[top.Pair].Left;
+            int right = _pair[top.Pair].Right;
+            byte[] text = [.. _symbols[left].Text, .. _symbols[right].Text];
+            int merged = AddSymbol(text, _symbols[left].Characters + _symbols[right].Characters);
+            Merge(top.Pair, merged);
+            MergeDue();
+            PushTouched();
+            return Encoding.UTF8.GetString(text);
+        }
+
+        return null;
+    }
+
+    /// <summary>
+    /// Merges the pairs that make a piece which is there already from other parts: the encoder, to which it ranks before the
+    /// piece that was made last, merges them at once.
+    /// </summary>
+    private void MergeDue()
+    {
+        while (_due.Count > 0)
+        {
+            int first = 0;
+            for (int i = 1; i < _due.Count; i++)
+            {
+                first = _pair[_due[i]].Piece < _pair[_due[first]].Piece ? i : first;
+            }
+
+            int pair = _due[first];
+            _due.RemoveAt(first);
+            Merge(pair, _pair[pair].Piece);
+        }
+    }
+
+    private void Merge(int pair, int merged)
+    {
+        int left = _pair[pair].Left;
+        int right = _pair[pair].Right;
+        int leftLength = _symbols[left].Characters;
+        int rightLength = _symbols[right].Characters;
+        int node = _pair[pair].FirstNode;
+        int lastNode = _pair[pair].LastNode;
+        int firstNode = node;
+        _pairs.Remove(Key(left, right));
+        _pair[pair].Count = 0;
+        _pair[pair].FirstNode = None;
+        _step++;
+        for (; node != None; node = _nodes[node].Next)
+        {
+            int place = _nodes[node].Place;
+            int rightPlace = place + leftLength;
+            if (_places[place] != left || _places[rightPlace] != right)
+            {
+                // One of the two has become part of another symbol since.
+                continue;
+            }
+
+            long weight = _weights[_chunkOfPlace[place]];
+            int tag = _places[place - 1];
+            int before = tag >= 0 ? place - 1 : tag == Separator ? None : place + tag;
+            int after = rightPlace + rightLength;
+            if (before != None)
+            {
+                Decrease(_places[before], left, weight);
+            }
+
+            if (_places[after] >= 0)
+            {
+                Decrease(right, _places[after], weight);
+            }
+
+            _places[rightPlace] = Gone;
+            _places[place] = merged;
+            _places[after - 1] = -(leftLength + rightLength);
+            if (before != None)
+            {
+                Increase(_places[before], merged, weight, before);
+            }
+
+            if (_places[after] >= 0)
+            {
+                Increase(merged, _places[after], weight, place);
+            }
+        }
+
+        if (firstNode != None)
+        {
+            _nodes[lastNode].Next = _freeNode;
+            _freeNode = firstNode;
+        }
+    }
+
+    /// <summary>Whether a piece may consist of these two: spaces only, or at most one space, at the front.</summary>
+    private bool MayMerge(Symbol left, Symbol right)
+    {
+        return left.Characters + right.Characters <= _maximumCharacters
+            && (left.IsSpaces && right.IsSpaces
+                || !right.StartsWithSpace && !(left.IsSpaces && left.Characters > 1));
+    }
+
+    private void Increase(int left, int right, long weight, int place)
+    {
+        ref int index = ref CollectionsMarshal.GetValueRefOrAddDefault(_pairs, Key(left, right), out bool exists);
+        if (!exists)
+        {
+            index = MayMerge(_symbols[left], _symbols[right]) ? AddPair(left, right) : None;
+        }
+
+        if (index == None)
+        {
+            return;
+        }
+
+        ref Pair pair = ref _pair[index];
+        pair.Count += weight;
+        int node = NewNode(place);
+        if (pair.FirstNode == None)
+        {
+            pair.FirstNode = node;
+        }
+        else
+        {
+            _nodes[pair.LastNode].Next = node;
+        }
+
+        pair.LastNode = node;
+        if (pair.TouchedIn != _step)
+        {
+            pair.TouchedIn = _step;
+            _touched.Add(index);
+        }
+    }
+
+    private void Decrease(int left, int right, long weight)
+    {
+        if (_pairs.TryGetValue(Key(left, right), out int index) && index != None)
+        {
+            _pair[index].Count -= weight;
+        }
+    }
+
+    private int AddPair(int left, int right)
+    {
+        if (_pairCount == _pair.Length)
+        {
+            Array.Resize(ref _pair, _pairCount * 2);
+        }
+
+        int piece = FindSymbol(_symbols[left], _symbols[right]);
+        if (piece != None)
+        {
+            _due.Add(_pairCount);
+        }
+
+        _pair[_pairCount] = new Pair
+        {
+            Left = left,
+            Right = right,
+            Piece = piece,
+            FirstNode = None,
+            LastNode = None,
+            TouchedIn = -1,
+        };
+        return _pairCount++;
+    }
+
+    private int NewNode(int place)
+    {
+        int node = _freeNode;
+        if (node != None)
+        {
+            _freeNode = _nodes[node].Next;
+        }
+        else
+        {
+            if (_nodeCount == _nodes.Length)
+            {
+                Array.Resize(ref _nodes, _nodeCount * 2);
+            }
+
+            node = _nodeCount++;
+        }
+
+        _nodes[node] = new Node { Place = place, Next = None };
+        return node;
+    }
+
+    private int AddSymbol(byte[] text, int characters)
+    {
+        ulong hash = 0;
+        ulong shift = 1;
+        foreach (byte value in text)
+        {
+            hash = unchecked((hash * HashBase) + value + 1);
+            shift = unchecked(shift * HashBase);
+        }
+
+        bool isSpaces = !text.AsSpan().ContainsAnyExcept((byte)' ');
+        _symbols.Add(new Symbol(text, characters, hash, shift, text[0] == ' ', isSpaces));
+        _symbolByHash[hash] = _symbols.Count - 1;
+        return _symbols.Count - 1;
+    }
+
+    private int FindSymbol(Symbol left, Symbol right)
+    {
+        ulong hash = unchecked((left.Hash * right.HashShift) + right.Hash);
+        return _symbolByHash.TryGetValue(hash, out int symbol) && Compare(left, right, _symbols[symbol], null) == 0 ? symbol : None;
+    }
+
+    private static int CharacterCount(ReadOnlySpan<byte> text)
+    {
+        int count = 0;
+        foreach (byte value in text)
+        {
+            count += (value & 0xC0) != 0x80 ? 1 : 0;
+        }
+
+        return count;
+    }
+
+    private static ulong Key(int left, int right) => ((ulong)(uint)left << 32) | (uint)right;
+
+    /// <summary>The order of bytes of a pair's text and of another's.</summary>
+    private static int Compare(Symbol left, Symbol right, Symbol otherLeft, Symbol? otherRight)
+    {
+        int length = left.Text.Length + right.Text.Length;
+        int otherLength = otherLeft.Text.Length + (otherRight?.Text.Length ?? 0);
+        for (int i = 0; i < length && i < otherLength; i++)
+        {
+            byte a = i < left.Text.Length ? left.Text[i] : right.Text[i - left.Text.Length];
+            byte b = i < otherLeft.Text.Length ? otherLeft.Text[i] : otherRight!.Text[i - otherLeft.Text.Length];
+            if (a != b)
+            {
+                return a - b;
+            }
+        }
+
+        return length - otherLength;
+    }
+
+    private bool IsBefore(HeapEntry entry, HeapEntry other)
+    {
+        if (entry.Count != other.Count)
+        {
+            return entry.Count > other.Count;
+        }
+
+        Symbol left = _symbols[_pair[entry.Pair].Left];
+        Symbol right = _symbols[_pair[entry.Pair].Right];
+        Symbol otherLeft = _symbols[_pair[other.Pair].Left];
+        Symbol otherRight = _symbols[_pair[other.Pair].Right];
+        int difference = left.Characters + right.Characters - otherLeft.Characters - otherRight.Characters;
+        difference = difference != 0 ? difference : Compare(left, right, otherLeft, otherRight);
+        return difference != 0 ? difference < 0 : left.Characters > otherLeft.Characters;
+    }
+
+    private void PushTouched()
+    {
+        foreach (int pair in _touched)
+        {
+            if (_pair[pair].Count > 0)
+            {
+                Push(new HeapEntry(_pair[pair].Count, pair));
+            }
+        }
+
+        _touched.Clear();
+    }
+
+    private void Push(HeapEntry entry)
+    {
+        if (_heapCount == _heap.Length)
+        {
+            Array.Resize(ref _heap, _heapCount * 2);
+        }
+
+        int child = _heapCount++;
+        while (child > 0)
+        {
+            int parent = (child - 1) / 2;
+            if (!IsBefore(entry, _heap[parent]))
+            {
+                break;
+            }
+
+            _heap[child] = _heap[parent];
+            child = parent;
+        }
+
+        _heap[child] = entry;
+    }
+
+    private HeapEntry Pop()
+    {
+        HeapEntry top = _heap[0];
+        HeapEntry last = _heap[--_heapCount];
+        int parent = 0;
+        while (true)
+        {
+            int child = (2 * parent) + 1;
+            if (child >= _heapCount)
+            {
+                break;
+            }
+
+            if (child + 1 < _heapCount && IsBefore(_heap[child + 1], _heap[child]))
+            {
+                child++;
+            }
+
+            if (!IsBefore(_heap[child], last))
+            {
+                break;
+            }
+
+            _heap[parent] = _heap[child];
+            parent = child;
+        }
+
+        _heap[parent] = last;
+        return top;
+    }
+
+    /// <summary>A character or piece; the hash of two texts together follows from their hashes.</summary>
+    private sealed record Symbol(
+        byte[] Text, int Characters, ulong Hash, ulong HashShift, bool StartsWithSpace, bool IsSpaces);
+
+    private readonly record struct HeapEntry(long Count, int Pair);
+
+    private struct Node
+    {
+        public int Place;
+        public int Next;
+    }
+
+    private struct Pair
+    {
+        public int Left;
+        public int Right;
+        public int Piece;
+        public int FirstNode;
+        public int LastNode;
+        public int TouchedIn;
+        public long Count;
+    }
+}
