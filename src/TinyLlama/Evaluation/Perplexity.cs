@@ -1,0 +1,95 @@
+using TinyLlama.Compute;
+using TinyLlama.Model;
+
+namespace TinyLlama.Evaluation;
+
+/// <summary>Scores a model on fixed tokens.</summary>
+/// <remarks>
+/// Windows of the context length T: window i has the inputs iT … iT+T-1 and, one further on, the targets iT+1 … iT+T; the
+/// last one is shorter. So each target is scored exactly once, after 1 to T tokens of context, as in training. All
+/// targets count alike, BOS and EOS too. The result depends neither on the workspace's capacity nor on the threads.
+/// </remarks>
+public static class Perplexity
+{
+    /// <summary>Measures the loss over all targets.</summary>
+    /// <param name="model">The model.</param>
+    /// <param name="backend">The device.</param>
+    /// <param name="workspace">A workspace of the model; it holds one window or several.</param>
+    /// <param name="tokens">What to score.</param>
+    /// <param name="maskDocuments">Whether a token sees only its own document, as in a training that masks documents.</param>
+    /// <param name="contextLength">T; by default what the model is trained for.</param>
+    /// <param name="progress">Receives the number of targets scored so far.</param>
+    /// <param name="stop">Ends the measurement between two forwards.</param>
+    public static Score Measure(
+        LlamaModel model,
+        Backend backend,
+        Workspace workspace,
+        EvaluationTokens tokens,
+        bool maskDocuments = false,
+        int? contextLength = null,
+        IProgress<long>? progress = null,
+        CancellationToken stop = default)
+    {
+        int context = contextLength ?? model.Config.ContextLength;
+        if (workspace.Capacity < context)
+        {
+            throw new ArgumentException($"the workspace holds {workspace.Capacity} tokens, a window has {context}", nameof(workspace));
+        }
+
+        int capacity = Math.Min(workspace.Capacity / context * context, tokens.TargetCount);
+        using Arena arena = backend.Allocate("evaluation", checked((capacity * 28L) + (8 * Arena.Alignment)));
+        var layout = new TokenLayout(arena, capacity, capacity);
+        Tensor inputs = arena.Take(capacity, 1, DType.I32);
+        Tensor targets = arena.Take(capacity, 1, DType.I32);
+        float[] losses = new float[capacity];
+        Segment[] segments = new Segment[capacity];
+
+        double total = 0;
+        for (int first = 0; first < tokens.TargetCount; first += capacity)
+        {
+            stop.ThrowIfCancellationRequested();
+            int count = Math.Min(capacity, tokens.TargetCount - first);
+            backend.Write(inputs.RowRange(0, count), tokens.Tokens.Slice(first, count));
+            backend.Write(targets.RowRange(0, count), tokens.Tokens.Slice(first + 1, count));
+            int used = Segments(segments, first, count, context, maskDocuments ? tokens.DocumentStarts : []);
+            layout.Set(backend, segments.AsSpan(0, used));
+            model.Forward(workspace, inputs.RowRange(0, count), layout, KeyValueSource.Batch);
+            model.Loss(workspace, targets.RowRange(0, count));
+            backend.Read(losses.AsSpan(0, count), workspace.Losses(count));
+            foreach (float loss in losses.AsSpan(0, count))
+            {
+                total += loss;
+            }
+
+            progress?.Report(first + count);
+        }
+
+        return new Score(tokens.TargetCount, tokens.ByteCount, total);
+    }
+
+    /// <summary>The segments of the rows of a forward: cut at every multiple of the context and at document starts.</summary>
+    /// <param name="segments">Receives them.</param>
+    /// <param name="first">The token in row 0; a window begins with it.</param>
+    /// <param name="count">Number of rows.</param>
+    /// <param name="context">T.</param>
+    /// <param name="documentStarts">Tokens that begin a document, ascending; none where documents are joined.</param>
+    private static int Segments(Segment[] segments, int first, int count, int context, ReadOnlySpan<int> documentStarts)
+    {
+        int used = 0;
+        int start = documentStarts.BinarySearch(first + 1);
+        start = start < 0 ? ~start : start;
+        for (int row = 0; row < count;)
+        {
+            int end = Math.Min(count, (row / context * context) + context);
+            if (start < documentStarts.Length && documentStarts[start] - first <= end)
+            {
+                end = documentStarts[start++] - first;
+            }
+
+            segments[used++] = new Segment(row, end - row, 0, row);
+            row = end;
+        }
+
+        return used;
+    }
+}
