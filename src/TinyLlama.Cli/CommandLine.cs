@@ -12,21 +12,22 @@ internal static class CommandLine
     private const string ReportTo = "please report it, with these lines and the command";
 
     /// <summary>Runs one command.</summary>
+    /// <param name="root">The command with its verbs.</param>
     /// <param name="arguments">The words after the program's name.</param>
     /// <param name="output">Where results go.</param>
     /// <param name="error">Where errors and progress go.</param>
     /// <param name="stop">Asks the verb to stop cleanly.</param>
     /// <returns>One of <see cref="ExitCode"/>.</returns>
     public static async Task<int> RunAsync(
-        string[] arguments, TextWriter output, TextWriter error, CancellationToken stop)
+        RootCommand root, string[] arguments, TextWriter output, TextWriter error, CancellationToken stop)
     {
         // Options are whole words: "-abc" is not "-a -b -c".
-        ParseResult parse = Program.CreateRoot().Parse(arguments, new ParserConfiguration { EnablePosixBundling = false });
+        ParseResult parse = root.Parse(arguments, new ParserConfiguration { EnablePosixBundling = false });
         bool asksForHelp = parse.Action is HelpAction;
         if (parse.Errors.Count > 0 && !asksForHelp)
         {
-            string verb = string.Join(' ', Verb(parse));
-            await error.WriteLineAsync($"error: {OneLine(parse.Errors[0].Message).TrimEnd('.')}; see '{verb} --help'");
+            string mistake = string.Join(' ', Lines(parse.Errors[0].Message)).TrimEnd('.');
+            await error.WriteLineAsync($"error: {mistake}; see '{string.Join(' ', Verb(parse))} --help'");
             return ExitCode.UserError;
         }
 
@@ -50,7 +51,7 @@ internal static class CommandLine
         }
     }
 
-    /// <summary>Says in one line what the user can mend; anything else is a defect and shows where it happened.</summary>
+    /// <summary>Says in a line each what the user can mend; anything else is a defect and shows where it happened.</summary>
     private static int Report(Exception exception, TextWriter error, CancellationToken stop)
     {
         while (exception is AggregateException { InnerExceptions: [Exception only] })
@@ -64,7 +65,11 @@ internal static class CommandLine
                 error.WriteLine("stopped");
                 return ExitCode.Stopped;
             case UserErrorException or DeviceException or IOException or UnauthorizedAccessException:
-                error.WriteLine($"error: {OneLine(exception.Message)}");
+                foreach (string line in Lines(exception.Message))
+                {
+                    error.WriteLine($"error: {line}");
+                }
+
                 return ExitCode.UserError;
             case OutOfMemoryException:
                 error.WriteLine("error: this machine has too little memory for that");
@@ -92,6 +97,8 @@ internal static class CommandLine
         }
     }
 
-    private static string OneLine(string message) =>
-        string.Join(' ', message.Split(['\r', '\n'], StringSplitOptions.RemoveEmptyEntries | StringSplitOptions.TrimEntries));
+    /// <summary>A mistake is a line; what a user's file brings into it cannot steer the terminal.</summary>
+    private static IEnumerable<string> Lines(string message) => message
+        .Split(['\r', '\n'], StringSplitOptions.RemoveEmptyEntries | StringSplitOptions.TrimEntries)
+        .Select(line => string.Concat(line.Select(c => char.IsControl(c) ? '?' : c)));
 }
