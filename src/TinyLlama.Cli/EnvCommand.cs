@@ -16,19 +16,16 @@ internal static class EnvCommand
         var command = new Command("env", "Show this machine and which kernels run on it") { json };
         command.SetAction(parse =>
         {
-            JsonObject facts = Facts();
             TextWriter output = parse.InvocationConfiguration.Output;
+            using CpuBackend backend = CpuBackend.Create();
+            CpuCeiling ceiling = CpuCeiling.Measure(backend);
             if (parse.GetValue(json))
             {
-                output.WriteLine(facts.ToJsonString(JsonOutput.Options));
+                output.WriteLine(ToJson(ceiling).ToJsonString(JsonOutput.Options));
             }
             else
             {
-                int width = facts.Max(fact => fact.Key.Length);
-                foreach ((string name, JsonNode? value) in facts)
-                {
-                    output.WriteLine($"{name.Replace('_', ' ').PadRight(width)}  {value}");
-                }
+                Write(output, ceiling);
             }
 
             return ExitCode.Success;
@@ -36,22 +33,53 @@ internal static class EnvCommand
         return command;
     }
 
-    private static JsonObject Facts()
+    private static void Write(TextWriter output, CpuCeiling ceiling)
     {
-        long memory = GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
-        CpuPath chosen = CpuPaths.Choose();
-        return new JsonObject
+        void Row(string name, FormattableString value) =>
+            output.WriteLine($"{name,-10} {value.ToString(CultureInfo.InvariantCulture)}");
+
+        Row("version", $"{Program.Version}");
+        Row("system", $"{RuntimeInformation.OSDescription}, {RuntimeInformation.OSArchitecture}");
+        Row("runtime", $"{RuntimeInformation.FrameworkDescription}");
+        Row("processor", $"{ProcessorName()}");
+        Row("cores", $"{Environment.ProcessorCount}");
+        Row("memory", $"{MemoryBytes / (double)(1 << 30):0.0} GiB");
+        Row("kernels", $"{ceiling.Path}: {Why(ceiling.Path)}");
+        foreach (CpuPath path in Enum.GetValues<CpuPath>())
         {
-            ["version"] = Program.Version,
-            ["system"] = $"{RuntimeInformation.OSDescription}, {RuntimeInformation.OSArchitecture}",
-            ["runtime"] = RuntimeInformation.FrameworkDescription,
-            ["processor"] = ProcessorName(),
-            ["cores"] = Environment.ProcessorCount,
-            ["memory"] = string.Create(CultureInfo.InvariantCulture, $"{memory / (double)(1 << 30):0.0} GiB"),
-            ["path"] = chosen.ToString(),
-            ["path_why"] = Why(chosen),
-        };
+            Row("", $"{path}: {Claim(path)}");
+        }
+
+        Row("peak", $"{ceiling.AllThreads:0} GFLOP/s of fp32 multiply-adds on {ceiling.Threads} threads, {ceiling.OneThread:0} on one");
+        Row("", $"{ceiling.AllThreadsRead:0.0} GB/s read from memory on {ceiling.Threads} threads, {ceiling.OneThreadRead:0.0} on one");
+        Row("", $"measured now, while whatever else runs here was running");
     }
+
+    private static JsonObject ToJson(CpuCeiling ceiling) => new()
+    {
+        ["version"] = Program.Version,
+        ["system"] = RuntimeInformation.OSDescription,
+        ["architecture"] = RuntimeInformation.OSArchitecture.ToString(),
+        ["runtime"] = RuntimeInformation.FrameworkDescription,
+        ["processor"] = ProcessorName(),
+        ["cores"] = Environment.ProcessorCount,
+        ["memory_bytes"] = MemoryBytes,
+        ["path"] = ceiling.Path.ToString(),
+        ["path_why"] = Why(ceiling.Path),
+        ["paths"] = new JsonObject(
+            Enum.GetValues<CpuPath>().Select(path => KeyValuePair.Create(path.ToString(), (JsonNode?)Claim(path)))),
+        ["threads"] = ceiling.Threads,
+        ["all_threads_gflops"] = ceiling.AllThreads,
+        ["one_thread_gflops"] = ceiling.OneThread,
+        ["all_threads_read_gigabytes_per_second"] = ceiling.AllThreadsRead,
+        ["one_thread_read_gigabytes_per_second"] = ceiling.OneThreadRead,
+    };
+
+    private static long MemoryBytes => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
+
+    private static string Claim(CpuPath path) => path < CpuPaths.Best
+        ? "unproved here: the processor lacks it"
+        : path == CpuPaths.Best ? "the widest that this processor has" : "runs here";
 
     private static string Why(CpuPath chosen)
     {
@@ -65,8 +93,7 @@ internal static class EnvCommand
         };
         return string.IsNullOrEmpty(forced)
             ? best
-            : $"{CpuPaths.Variable}={forced} asks for it; without it {CpuPaths.Best}: {best}"
-                + (chosen < CpuPaths.Best ? "; unproved: the runtime emulates what the processor lacks" : "");
+            : $"{CpuPaths.Variable}={forced} asks for it; without it {CpuPaths.Best}: {best}";
     }
 
     private static string ProcessorName()
