@@ -41,17 +41,18 @@ public sealed partial class LayoutTests
         {
             if (Path.GetFileName(project) != "TinyLlama.Compute")
             {
-                Assert.Empty(Directory.GetFiles(project, "*.cs", SearchOption.AllDirectories)
-                    .Where(file => UnsafeCode().IsMatch(File.ReadAllText(file))));
+                Assert.DoesNotContain(
+                    Directory.GetFiles(project, "*.cs", SearchOption.AllDirectories),
+                    file => UnsafeCode().IsMatch(File.ReadAllText(file)));
             }
         }
     }
 
-    private static IEnumerable<string> Uses(string code) => Use().Matches(code).Select(match => match.Groups[1].Value);
+    private static IEnumerable<string> Uses(string code) => Use().Matches(code).Select(match => match.Groups["folder"].Value);
 
-    [GeneratedRegex(@"\bTinyLlama\.(Model|Checkpoints|Inference|Evaluation|Training)\b", RegexOptions.None, 1000)]
+    [GeneratedRegex(@"\bTinyLlama\.(?<folder>Model|Checkpoints|Inference|Evaluation|Training)\b", RegexOptions.ExplicitCapture, 1000)]
     private static partial Regex Use();
 
-    [GeneratedRegex(@"\bunsafe\s+[a-z{]|\[(DllImport|LibraryImport)\b", RegexOptions.None, 1000)]
+    [GeneratedRegex(@"\bunsafe\s+[a-z{]|\[(DllImport|LibraryImport)\b", RegexOptions.ExplicitCapture, 1000)]
     private static partial Regex UnsafeCode();
 }
