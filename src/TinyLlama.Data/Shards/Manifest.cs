@@ -179,4 +179,6 @@ public sealed record Manifest(
     NewLine = "\n")]
 [JsonSerializable(typeof(Manifest))]
 [JsonSerializable(typeof(SourceEntry[]))]
+[JsonSerializable(typeof(PreparationState))]
+[JsonSerializable(typeof(Dictionary<string, string>))]
 internal sealed partial class ManifestJson : JsonSerializerContext;

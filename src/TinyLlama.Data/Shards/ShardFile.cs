@@ -169,16 +169,9 @@ internal sealed class ShardFile : IDisposable
 
     private void ReadExactly(Span<byte> destination, long offset)
     {
-        while (destination.Length > 0)
+        if (WholeFile.ReadAt(_handle, destination, offset) != destination.Length)
         {
-            int read = RandomAccess.Read(_handle, destination, offset);
-            if (read == 0)
-            {
-                throw new UserErrorException($"{_path} was cut off at byte {offset} while it was in use");
-            }
-
-            destination = destination[read..];
-            offset += read;
+            throw new UserErrorException($"{_path} was cut off behind byte {offset} while it was in use");
         }
     }
 }

@@ -17,7 +17,7 @@ internal sealed class ShardWriter : IDisposable
     {
         _path = path;
         _bytesPerToken = bytesPerToken;
-        _file = new FileStream(path, FileMode.Create, FileAccess.ReadWrite, FileShare.None, bufferSize: 1 << 16);
+        _file = new FileStream(path, FileMode.Create, FileAccess.Write, FileShare.Read, bufferSize: 1 << 16);
         _file.Write(stackalloc byte[ShardFile.HeaderBytes]);
     }
 

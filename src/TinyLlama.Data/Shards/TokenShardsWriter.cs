@@ -100,7 +100,8 @@ public sealed class TokenShardsWriter : IDisposable
 
     private static string ShardName(Split split, int index) => $"{(split == Split.Train ? "train" : "validation")}-{index:D5}.tokens";
 
-    private void EndShard(Split split)
+    /// <summary>Ends the open shard of a split, if there is one.</summary>
+    internal void EndShard(Split split)
     {
         if (_open[(int)split] is { } shard)
         {

@@ -1,4 +1,5 @@
 using System.Security.Cryptography;
+using Microsoft.Win32.SafeHandles;
 
 namespace TinyLlama.Data.Shards;
 
@@ -26,5 +27,18 @@ internal static class WholeFile
     {
         using FileStream file = new(path, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 1 << 20, FileOptions.SequentialScan);
         return Convert.ToHexStringLower(SHA256.HashData(file));
+    }
+
+    /// <summary>Reads bytes at a place of a file.</summary>
+    /// <returns>How many there were: fewer than asked for at the end of the file only.</returns>
+    public static int ReadAt(SafeFileHandle file, Span<byte> destination, long offset)
+    {
+        int done = 0;
+        while (done < destination.Length && RandomAccess.Read(file, destination[done..], offset + done) is int read and > 0)
+        {
+            done += read;
+        }
+
+        return done;
     }
 }

@@ -1,0 +1,38 @@
+using System.Reflection;
+using System.Runtime.InteropServices;
+
+namespace TinyLlama.Compute.Native;
+
+/// <summary>The names under which systems install the libraries that are bound here.</summary>
+internal static class SystemLibraries
+{
+    /// <summary>libzstd.</summary>
+    public const string Zstd = "zstd";
+
+    static SystemLibraries() => NativeLibrary.SetDllImportResolver(typeof(SystemLibraries).Assembly, Find);
+
+    /// <summary>Makes the names resolve; each binding calls it before its first call. An assembly has one resolver.</summary>
+    public static void Resolve()
+    {
+    }
+
+    /// <summary>Distributions install the versioned name alone; the plain one comes with the development package.</summary>
+    private static nint Find(string library, Assembly assembly, DllImportSearchPath? search)
+    {
+        string[] names = library switch
+        {
+            Zstd => ["libzstd.so.1", "libzstd.1.dylib", "libzstd"],
+            _ => [],
+        };
+        foreach (string name in names)
+        {
+            if (NativeLibrary.TryLoad(name, assembly, search, out nint handle))
+            {
+                return handle;
+            }
+        }
+
+        // The usual search for names that are not listed; its error where there is no such library.
+        return 0;
+    }
+}
