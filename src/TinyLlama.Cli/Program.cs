@@ -19,6 +19,7 @@ internal static class Program
     {
         var root = new RootCommand("Pretrain a Llama from raw text and use what came out.")
         {
+            DataCommand.Create(),
             PresetsCommand.Create(),
             EnvCommand.Create(),
         };

@@ -24,4 +24,6 @@ internal sealed class CharacterTokenizer(int vocabularySize = 65_538) : ITokeniz
     public string Decode(ReadOnlySpan<int> tokens) => string.Concat(tokens.ToArray().Where(t => t > 1).Select(t => (char)(t - 2)));
 
     public ReadOnlyMemory<byte> TokenBytes(int token) => throw new NotSupportedException();
+
+    public ReadOnlyMemory<byte> FirstTokenBytes(int token) => throw new NotSupportedException();
 }

@@ -1,3 +1,4 @@
+using System.Diagnostics.CodeAnalysis;
 using System.Text.Json;
 using System.Text.Json.Serialization;
 
@@ -125,7 +126,7 @@ public sealed record Manifest(
     public void Write(string folder) =>
         WholeFile.Write(Path.Combine(folder, FileName), JsonSerializer.SerializeToUtf8Bytes(this, ManifestJson.Default.Manifest));
 
-    private static void Require(bool condition, string what)
+    private static void Require([DoesNotReturnIf(false)] bool condition, string what)
     {
         if (!condition)
         {
@@ -153,6 +154,7 @@ public sealed record Manifest(
             Require(split.TextBytes >= 0, "a split has a negative number of bytes");
             foreach (ShardEntry shard in split.Shards)
             {
+                Require(shard is not null, "a shard is null");
                 Require(shard.Tokens >= 0 && shard.Documents >= 0, $"{shard.File} has negative counts");
                 Require(shard.Bytes == ShardFile.ByteCount(shard.Tokens, shard.Documents, BytesPerToken), $"the counts of {shard.File} do not make {shard.Bytes} bytes");
                 Require(IsPlainName(shard.File) && names.Add(shard.File), $"'{shard.File}' is not a name for a shard");
@@ -165,6 +167,7 @@ public sealed record Manifest(
 
         foreach (FileEntry file in Files)
         {
+            Require(file is not null, "a file is null");
             Require(file.Bytes >= 0 && IsPlainName(file.File) && names.Add(file.File), $"'{file.File}' is not a name for a file");
         }
     }

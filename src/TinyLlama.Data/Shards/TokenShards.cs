@@ -220,8 +220,8 @@ public sealed class TokenShards : IDisposable
         string path = Path.Combine(_folder, SourcesFile);
         try
         {
-            SourceEntry[] entries = JsonSerializer.Deserialize(File.ReadAllBytes(path), ManifestJson.Default.SourceEntryArray) ?? [];
-            return [.. entries.Select(e => e.File)];
+            SourceEntry?[] entries = JsonSerializer.Deserialize(File.ReadAllBytes(path), ManifestJson.Default.SourceEntryArray) ?? [];
+            return [.. entries.Select(e => e?.File ?? "")];
         }
         catch (Exception e) when (e is IOException or JsonException or UnauthorizedAccessException)
         {
