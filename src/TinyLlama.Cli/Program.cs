@@ -20,6 +20,9 @@ internal static class Program
         var root = new RootCommand("Pretrain a Llama from raw text and use what came out.")
         {
             DataCommand.Create(),
+            ImportCommand.Create(),
+            ExportCommand.Create(),
+            RunsCommand.Create(),
             PresetsCommand.Create(),
             EnvCommand.Create(),
         };

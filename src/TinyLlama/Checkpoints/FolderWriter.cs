@@ -1,6 +1,9 @@
 using System.Security.Cryptography;
 using System.Text;
 using TinyLlama.Compute;
+using TinyLlama.Data;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Model;
 
 namespace TinyLlama.Checkpoints;
 
@@ -13,6 +16,12 @@ public sealed record ListedFile(string Name, long ByteCount, string Sha256);
 /// <summary>Writes the files of one folder: each is hashed on its way and on the disk (fsync) when its call returns.</summary>
 public sealed class FolderWriter
 {
+    // Other programs look for the framework that a file was written for; "pt" is what all of them accept.
+    private static readonly Dictionary<string, string> s_metadata = new(StringComparer.Ordinal) { ["format"] = "pt" };
+
+    private static readonly string[] s_tokenizerFiles =
+        ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+
     private readonly string _folder;
     private readonly List<ListedFile> _files = [];
 
@@ -21,23 +30,59 @@ public sealed class FolderWriter
     /// <summary>Gets what has been written.</summary>
     public IReadOnlyList<ListedFile> Files => _files;
 
+    /// <summary>Writes the files of a Hugging Face folder for a model on a device: weights, configs and the tokenizer's.</summary>
+    /// <param name="config">The shape.</param>
+    /// <param name="backend">The device.</param>
+    /// <param name="parameters">Those of <see cref="LlamaModel.Parameters"/>.</param>
+    /// <param name="tokenizer">The tokenizer; null where the model comes without one that has files.</param>
+    /// <exception cref="IOException">The disk is full or gone.</exception>
+    public void WriteModel(ModelConfig config, Backend backend, IReadOnlyList<Parameter> parameters, BpeTokenizer? tokenizer)
+    {
+        NamedTensor[] tensors =
+            [.. parameters.Select(static parameter => new NamedTensor(parameter.Name, parameter.Values, parameter.IsVector))];
+        WriteTensors(TrainingCheckpoint.ModelName, backend, tensors);
+        WriteConfigs(config, parameters[0].Values.Type, tokenizer);
+        WriteTokenizer(tokenizer, originals: null);
+    }
+
+    /// <summary>Writes the files of a Hugging Face folder for a model in other files.</summary>
+    /// <param name="source">The model.</param>
+    /// <param name="type">What its weights are stored in: F32, BF16 or F16.</param>
+    /// <param name="tokenizer">The tokenizer; null where the model comes without one.</param>
+    /// <param name="originals">A folder whose tokenizer files are taken as they are, or null.</param>
+    /// <param name="progress">Is told the number of elements written so far.</param>
+    /// <exception cref="IOException">The disk is full or gone.</exception>
+    public void WriteModel(
+        ModelSource source, DType type, BpeTokenizer? tokenizer, string? originals = null, Action<long>? progress = null)
+    {
+        long done = 0;
+        float[] singles = new float[SafetensorsFile.PieceElements];
+        StoredTensor[] tensors = [.. source.Tensors.Select(tensor => new StoredTensor(
+            tensor.Name,
+            tensor.IsVector ? [tensor.Columns] : [tensor.Rows, tensor.Columns],
+            type,
+            (first, bytes) => ReadPiece(tensor.Name, first, bytes)))];
+        Write(TrainingCheckpoint.ModelName, stream => Safetensors.Write(stream, tensors, s_metadata));
+        WriteConfigs(source.Config, type, tokenizer);
+        WriteTokenizer(tokenizer, originals);
+
+        void ReadPiece(string name, long first, Span<byte> bytes)
+        {
+            Span<float> piece = singles.AsSpan(0, bytes.Length / type.ByteCount());
+            source.Read(piece, name, first);
+            ElementCodec.Encode(piece, type, bytes);
+            progress?.Invoke(done += piece.Length);
+        }
+    }
+
     /// <summary>Writes a file of tensors; see <see cref="Safetensors"/>.</summary>
     /// <exception cref="IOException">The disk is full or gone.</exception>
-    public void WriteTensors(
-        string name, Backend backend, IReadOnlyList<NamedTensor> tensors, DType? storeAs = null) =>
-        Write(name, stream => Safetensors.Write(stream, backend, tensors, FormatMetadata, storeAs));
+    public void WriteTensors(string name, Backend backend, IReadOnlyList<NamedTensor> tensors) =>
+        Write(name, stream => Safetensors.Write(stream, backend, tensors, s_metadata));
 
     /// <summary>Writes a text file in UTF-8.</summary>
     /// <exception cref="IOException">The disk is full or gone.</exception>
     public void WriteText(string name, string text) => Write(name, stream => stream.Write(Encoding.UTF8.GetBytes(text)));
-
-    /// <summary>Copies a file from elsewhere, under its own name.</summary>
-    /// <exception cref="IOException">The file is missing, or the disk is full or gone.</exception>
-    public void Copy(string path)
-    {
-        using var source = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 0);
-        Write(Path.GetFileName(path), stream => source.CopyTo(stream));
-    }
 
     /// <summary>Writes a file.</summary>
     /// <param name="name">Its name, without a path; each name once.</param>
@@ -58,9 +103,48 @@ public sealed class FolderWriter
         _files.Add(new ListedFile(name, file.Length, Convert.ToHexStringLower(hash.GetHashAndReset())));
     }
 
-    // Other programs look for the framework that a file was written for; "pt" is what all of them accept.
-    internal static readonly IReadOnlyDictionary<string, string> FormatMetadata =
-        new Dictionary<string, string>(StringComparer.Ordinal) { ["format"] = "pt" };
+    private void WriteConfigs(ModelConfig config, DType type, BpeTokenizer? tokenizer)
+    {
+        WriteText(HuggingFaceConfig.FileName, HuggingFaceConfig.Write(config, type, tokenizer?.Bos, tokenizer?.Eos));
+        WriteText(HuggingFaceConfig.GenerationFileName, HuggingFaceConfig.WriteGeneration(tokenizer?.Bos, tokenizer?.Eos));
+    }
+
+    private void WriteTokenizer(BpeTokenizer? tokenizer, string? originals)
+    {
+        try
+        {
+            tokenizer?.Save(_folder);
+        }
+        catch (UserErrorException e) when (e.InnerException is IOException)
+        {
+            throw new IOException(e.Message, e);
+        }
+
+        foreach (string name in s_tokenizerFiles)
+        {
+            string path = Path.Combine(_folder, name);
+            if (originals is not null && File.Exists(Path.Combine(originals, name)))
+            {
+                // What we do not know of, such as a chat template, survives in the original alone.
+                File.Copy(Path.Combine(originals, name), path, overwrite: true);
+            }
+
+            if (File.Exists(path))
+            {
+                Add(name);
+            }
+        }
+    }
+
+    /// <summary>Lists a file that others wrote into the folder.</summary>
+    private void Add(string name)
+    {
+        using var file = new FileStream(
+            Path.Combine(_folder, name), FileMode.Open, FileAccess.ReadWrite, FileShare.None, bufferSize: 0);
+        string hash = Convert.ToHexStringLower(SHA256.HashData(file));
+        file.Flush(flushToDisk: true);
+        _files.Add(new ListedFile(name, file.Length, hash));
+    }
 
     /// <summary>Passes bytes on and hashes them.</summary>
     private sealed class HashingStream(Stream destination, IncrementalHash hash) : Stream

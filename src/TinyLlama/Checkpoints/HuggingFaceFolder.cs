@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Model;
 
@@ -22,7 +23,13 @@ internal sealed class HuggingFaceFolder : ModelSource
 
     /// <inheritdoc/>
     public override string? TokenizerPath =>
-        TokenizerFiles.Any(Path) ? Path : null;
+        File.Exists(System.IO.Path.Combine(Path, "tokenizer.model")) || File.Exists(System.IO.Path.Combine(Path, "tokenizer.json"))
+            ? Path
+            : null;
+
+    /// <inheritdoc/>
+    public override DType StoredType =>
+        _fileOf[ModelTensors.Embedding].Entry(ModelTensors.Embedding).ElementType is { } type and not DType.F64 ? type : DType.F32;
 
     /// <summary>Opens a folder and checks that it holds the tensors of its config, and no others.</summary>
     /// <exception cref="UserErrorException">Something is missing, damaged, unexpected or not supported.</exception>

@@ -1,4 +1,5 @@
 using System.Runtime.InteropServices;
+using TinyLlama.Compute;
 using TinyLlama.Compute.Native;
 using TinyLlama.Data;
 using TinyLlama.Model;
@@ -36,6 +37,9 @@ internal sealed class Llama2CFile : ModelSource
             return names.Select(name => System.IO.Path.Combine(folder, name)).FirstOrDefault(File.Exists);
         }
     }
+
+    /// <inheritdoc/>
+    public override DType StoredType => DType.F32;
 
     /// <summary>Opens a file and checks that its size is the one that its header implies.</summary>
     /// <exception cref="UserErrorException">It cannot be read, or is none of llama2.c's version 0.</exception>

@@ -28,6 +28,9 @@ public abstract class ModelSource : IDisposable
     /// <summary>Gets the file or folder of the tokenizer that came with the model, or null where none did.</summary>
     public abstract string? TokenizerPath { get; }
 
+    /// <summary>Gets what the weights are stored in; F32 also where the file has F64.</summary>
+    public abstract DType StoredType { get; }
+
     /// <summary>Opens a model.</summary>
     /// <param name="path">
     /// A run (its newest checkpoint counts), a checkpoint, a Hugging Face folder, or a <c>.bin</c> file of llama2.c.
