@@ -84,7 +84,7 @@ public static class RecipeFile
         return yaml.ToString();
     }
 
-    /// <summary>What sets a budget, a learning-rate curve's length and the like, replaces the same of an earlier layer.</summary>
+    /// <summary>Lets a later layer win.</summary>
     private static void Merge(Dictionary<string, RecipeValue> values, Dictionary<string, RecipeValue> later)
     {
         // The three kinds of budget exclude each other: a flag that names one takes the place of the file's.
