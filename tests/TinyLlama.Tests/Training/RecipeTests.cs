@@ -1,5 +1,6 @@
 using TinyLlama.Data;
 using TinyLlama.Model;
+using TinyLlama.Tests.Common;
 using TinyLlama.Training;
 
 namespace TinyLlama.Tests.Training;
@@ -168,6 +169,17 @@ public sealed class RecipeTests
             string yaml = RecipeFile.Write(recipe);
             Assert.Equal(recipe, RecipeFile.Parse(yaml, "written"));
         }
+    }
+
+    [Fact]
+    public void Every_key_is_documented()
+    {
+        string page = File.ReadAllText(Path.Combine(Checkout.Root, "docs", "formats", "recipe.md"));
+        Assert.All(RecipeKeys.All, key => Assert.True(
+            page.Contains($"`{key.Name}`", StringComparison.Ordinal)
+            || (page.Contains($"`{key.Name[(key.Name.IndexOf('.', StringComparison.Ordinal) + 1)..]}`", StringComparison.Ordinal)
+                && key.Name.Contains('.', StringComparison.Ordinal)),
+            key.Name));
     }
 
     [Fact]
