@@ -138,7 +138,7 @@ internal sealed class ProgressDisplay : IDisposable
             .Columns(new ProgressBarColumn { Width = 24 }, new DescriptionColumn(Describe))
             .StartAsync(async context =>
             {
-                ProgressTask bar = context.AddTask("", maxValue: Math.Max(1, _total));
+                ProgressTask bar = context.AddTask(_stage, maxValue: Math.Max(1, _total));
                 bar.IsIndeterminate = _total == 0;
                 while (await Task.WhenAny(_ended.Task, Task.Delay(100)) != _ended.Task)
                 {
