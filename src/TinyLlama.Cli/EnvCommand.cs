@@ -3,6 +3,7 @@ using System.Globalization;
 using System.Runtime.InteropServices;
 using System.Text.Json.Nodes;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Cli;
 
@@ -44,6 +45,7 @@ internal static class EnvCommand
         Row("processor", $"{ProcessorName()}");
         Row("cores", $"{Environment.ProcessorCount}");
         Row("memory", $"{MemoryBytes / (double)(1 << 30):0.0} GiB");
+        Row("libzstd", $"{LibZstd() ?? "not found: .zst files cannot be read"}");
         Row("kernels", $"{ceiling.Path}: {Why(ceiling.Path)}");
         foreach (CpuPath path in Enum.GetValues<CpuPath>())
         {
@@ -64,6 +66,7 @@ internal static class EnvCommand
         ["processor"] = ProcessorName(),
         ["cores"] = Environment.ProcessorCount,
         ["memory_bytes"] = MemoryBytes,
+        ["libzstd"] = LibZstd(),
         ["path"] = ceiling.Path.ToString(),
         ["path_why"] = Why(ceiling.Path),
         ["paths"] = new JsonObject(
@@ -76,6 +79,21 @@ internal static class EnvCommand
     };
 
     private static long MemoryBytes => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
+
+    /// <summary>Its version, or null where the system has none.</summary>
+    private static string? LibZstd()
+    {
+        try
+        {
+            // Two decimal digits each for the minor and the patch number.
+            int version = ZstdStream.LibraryVersion;
+            return $"{version / 10_000}.{version / 100 % 100}.{version % 100}";
+        }
+        catch (DllNotFoundException)
+        {
+            return null;
+        }
+    }
 
     private static string Claim(CpuPath path) => path < CpuPaths.Best
         ? "unproved here: the processor lacks it"
