@@ -5,6 +5,10 @@ namespace TinyLlama.Cli;
 /// <summary>The options that several verbs share, so that a word means the same everywhere.</summary>
 internal static class CommonOptions
 {
+    /// <summary><c>RUN</c>: a trained model.</summary>
+    public static Argument<string> Model() =>
+        new("RUN") { Description = "A run, a checkpoint, a Hugging Face folder, or a .bin file of llama2.c" };
+
     /// <summary><c>--json</c>: the result as one JSON document on standard output; progress stays on standard error.</summary>
     public static Option<bool> Json() => new("--json") { Description = "Write the result as JSON" };
 
@@ -66,7 +70,7 @@ internal static class CommonOptions
     {
         var option = new Option<double?>("--temperature")
         {
-            Description = "Divides the logits before sampling; 0 takes the likeliest token",
+            Description = "Divides the logits before sampling; 0 takes the likeliest token [default: 0.8]",
             HelpName = "X",
         };
         return AtLeast(option, 0);

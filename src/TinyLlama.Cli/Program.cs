@@ -23,6 +23,8 @@ internal static class Program
             ImportCommand.Create(),
             ExportCommand.Create(),
             RunsCommand.Create(),
+            GenerateCommand.Create(),
+            EvalCommand.Create(),
             PresetsCommand.Create(),
             EnvCommand.Create(),
         };

@@ -46,16 +46,24 @@ public sealed class EvaluationTokens
     /// <param name="text">The text.</param>
     /// <param name="tokenizer">The model's tokenizer. Without BOS the first token of the text is context and not scored.</param>
     /// <param name="source">What messages and reports call the text.</param>
+    /// <param name="addBos">Whether the model has seen BOS before its documents.</param>
+    /// <param name="maxTargets">Most targets; by default the whole text.</param>
     /// <exception cref="UserErrorException">The text is too short.</exception>
-    public static EvaluationTokens FromText(string text, ITokenizer tokenizer, string source)
+    public static EvaluationTokens FromText(
+        string text, ITokenizer tokenizer, string source, bool addBos = true, long maxTargets = long.MaxValue)
     {
         List<int> tokens = [];
-        if (tokenizer.Bos is int bos)
+        if (addBos && tokenizer.Bos is int bos)
         {
             tokens.Add(bos);
         }
 
         tokenizer.Encode(text, tokens);
+        if (maxTargets < tokens.Count)
+        {
+            tokens.RemoveRange((int)maxTargets + 1, tokens.Count - (int)maxTargets - 1);
+        }
+
         return new EvaluationTokens([.. tokens], [0], tokenizer, source);
     }
 

@@ -27,7 +27,7 @@ public static class Perplexity
         EvaluationTokens tokens,
         bool maskDocuments = false,
         int? contextLength = null,
-        IProgress<long>? progress = null,
+        Action<long>? progress = null,
         CancellationToken stop = default)
     {
         int context = contextLength ?? model.Config.ContextLength;
@@ -61,7 +61,7 @@ public static class Perplexity
                 total += loss;
             }
 
-            progress?.Report(first + count);
+            progress?.Invoke(first + count);
         }
 
         return new Score(tokens.TargetCount, tokens.ByteCount, total);

@@ -79,7 +79,7 @@ public sealed class TextGenerator : IDisposable
 
         throw new UserErrorException(
             room <= 0
-                ? $"the prompt has {prompt} tokens and leaves no room in the context of {ContextLength}; shorten it, or let the context slide (--overflow sliding)"
-                : $"{prompt} tokens of prompt and {options.MaxTokens} new ones exceed the context of {ContextLength}; ask for {room} at most, or let the context slide (--overflow sliding)");
+                ? $"the prompt has {prompt} tokens and leaves no room in a context of {ContextLength}; shorten it, or let the context slide (--overflow sliding)"
+                : $"{prompt} tokens of the prompt and {options.MaxTokens} new ones are more than the context of {ContextLength}; ask for {room} at most, or let the context slide (--overflow sliding)");
     }
 }

@@ -77,9 +77,9 @@ public sealed class PerplexityTests : IDisposable
     [Fact]
     public void Progress_ends_with_all_targets()
     {
-        var progress = new Recorder();
-        Perplexity.Measure(_run.Model, _run.Backend, _run.Workspace, Over(Tokens(100), [0]), progress: progress);
-        Assert.Equal([48, 96, 99], progress.Reports);
+        List<long> reports = [];
+        Perplexity.Measure(_run.Model, _run.Backend, _run.Workspace, Over(Tokens(100), [0]), progress: reports.Add);
+        Assert.Equal([48, 96, 99], reports);
     }
 
     [Fact]
@@ -137,12 +137,5 @@ public sealed class PerplexityTests : IDisposable
         _run.Forward(inputs);
         float[][] rows = [.. _run.Logits().Chunk(258)];
         return rows.Zip(targets, (row, target) => Math.Log(row.Sum(logit => Math.Exp(logit - row[target])))).Sum();
-    }
-
-    private sealed class Recorder : IProgress<long>
-    {
-        public List<long> Reports { get; } = [];
-
-        public void Report(long value) => Reports.Add(value);
     }
 }

@@ -113,7 +113,7 @@ public sealed class TextGeneratorTests : IDisposable
     {
         using TextGenerator generator = Generator();
         var error = Assert.Throws<UserErrorException>(() => generator.Generate("abc", new() { MaxTokens = 61 }));
-        Assert.Contains("4 tokens of prompt and 61 new ones exceed the context of 64; ask for 60", error.Message, StringComparison.Ordinal);
+        Assert.Contains("4 tokens of the prompt and 61 new ones are more than the context of 64; ask for 60", error.Message, StringComparison.Ordinal);
         error = Assert.Throws<UserErrorException>(() => generator.Generate(new string('a', 63)));
         Assert.Contains("64 tokens", error.Message, StringComparison.Ordinal);
         Assert.Equal(60, Run(generator, "abc", new() { MaxTokens = 60 }).Tokens.Count);

@@ -1,0 +1,135 @@
+using System.CommandLine;
+using System.Globalization;
+using System.Text;
+using System.Text.Json.Nodes;
+using TinyLlama.Data;
+using TinyLlama.Data.Shards;
+using TinyLlama.Evaluation;
+using TinyLlama.Inference;
+using TinyLlama.Model;
+
+namespace TinyLlama.Cli;
+
+/// <summary><c>tinyllama eval RUN --tasks perplexity</c>: how well a model predicts a text.</summary>
+internal sealed class EvalCommand
+{
+    private const int TokensPerForward = 2048;
+
+    private readonly Argument<string> _run = CommonOptions.Model();
+
+    private readonly Option<string[]> _tasks = new Option<string[]>("--tasks")
+    {
+        Description = "What to measure",
+        HelpName = "perplexity",
+        DefaultValueFactory = _ => ["perplexity"],
+    }.AcceptOnlyFromAmong("perplexity");
+
+    private readonly Option<string?> _data = new("--data")
+    {
+        Description = "A folder of token shards, whose validation split is scored",
+        HelpName = "DIR",
+    };
+
+    private readonly Option<string?> _text = new("--text")
+    {
+        Description = "A text file, which is scored as one document",
+        HelpName = "FILE",
+    };
+
+    private readonly Option<int?> _maxTokens = CommonOptions.MaxTokens("Score the first N tokens only");
+    private readonly Option<int?> _context = CommonOptions.Context();
+    private readonly Option<int?> _threads = CommonOptions.Threads();
+    private readonly Option<bool> _json = CommonOptions.Json();
+
+    /// <summary>The verb.</summary>
+    public static Command Create() => new EvalCommand().Build();
+
+    private Command Build()
+    {
+        var command = new Command("eval", "Measure a trained model: loss, perplexity and bits per byte of a text")
+        {
+            _run, _tasks, _data, _text, _maxTokens, _context, _threads, _json,
+        };
+        command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
+        return command;
+    }
+
+    private int Run(ParseResult parse, CancellationToken stop)
+    {
+        (TextWriter output, TextWriter error) = (parse.InvocationConfiguration.Output, parse.InvocationConfiguration.Error);
+        if ((parse.GetValue(_data) is null) == (parse.GetValue(_text) is null))
+        {
+            throw new UserErrorException("name what to score: --data DIR (the validation split of token shards) or --text FILE");
+        }
+
+        using LanguageModel model = LanguageModel.Load(
+            parse.GetRequiredValue(_run), parse.GetValue(_threads) ?? 0, warn: line => error.WriteLine("warning: " + line));
+        EvaluationTokens tokens = ReadTokens(parse, model);
+        int context = parse.GetValue(_context) ?? model.Model.Config.ContextLength;
+        int perForward = Math.Max(1, TokensPerForward / context) * context;
+        using Workspace workspace = Workspace.Allocate(
+            model.Model, model.Backend, Math.Max(context, Math.Min(perForward, tokens.TargetCount)), Keep.Nothing, context);
+        Score score;
+        using (ProgressDisplay progress = ProgressDisplay.Start("perplexity", tokens.TargetCount, "tokens"))
+        {
+            score = Perplexity.Measure(
+                model.Model, model.Backend, workspace, tokens, contextLength: context, progress: done => progress.Report(done), stop: stop);
+        }
+
+        if (parse.GetValue(_json))
+        {
+            var report = new JsonObject
+            {
+                ["task"] = "perplexity",
+                ["source"] = tokens.Source,
+                ["context"] = context,
+                ["tokens"] = score.TargetCount,
+                ["bytes"] = score.ByteCount,
+                ["loss"] = score.Loss,
+                ["perplexity"] = score.Perplexity,
+                ["bits_per_byte"] = score.BitsPerByte,
+            };
+            output.WriteLine(report.ToJsonString(JsonOutput.Options));
+            return ExitCode.Success;
+        }
+
+        output.WriteLine(string.Create(
+            CultureInfo.InvariantCulture,
+            $"""
+            {tokens.Source}: {score.TargetCount:N0} tokens, {score.ByteCount:N0} bytes, context {context}
+            loss           {score.Loss:0.0000} nats per token
+            perplexity     {score.Perplexity:0.00}
+            bits per byte  {score.BitsPerByte:0.0000}
+            """));
+        return ExitCode.Success;
+    }
+
+    private EvaluationTokens ReadTokens(ParseResult parse, LanguageModel model)
+    {
+        long most = parse.GetValue(_maxTokens) ?? long.MaxValue;
+        if (parse.GetValue(_data) is string folder)
+        {
+            using TokenShards shards = TokenShards.Open(folder);
+            return EvaluationTokens.FromShards(shards, Split.Validation, model.Tokenizer, most);
+        }
+
+        string path = parse.GetValue(_text)!;
+        return EvaluationTokens.FromText(ReadText(path), model.Tokenizer, path, model.AddsBos, most);
+    }
+
+    private static string ReadText(string path)
+    {
+        try
+        {
+            return File.ReadAllText(path, new UTF8Encoding(false, throwOnInvalidBytes: true));
+        }
+        catch (DecoderFallbackException e)
+        {
+            throw new UserErrorException($"{path}: not UTF-8 text at byte {e.Index}; convert it first", e);
+        }
+        catch (Exception e) when (e is FileNotFoundException or DirectoryNotFoundException)
+        {
+            throw new UserErrorException($"{path}: not found", e);
+        }
+    }
+}

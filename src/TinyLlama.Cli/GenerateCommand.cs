@@ -1,0 +1,182 @@
+using System.CommandLine;
+using System.Globalization;
+using System.Security.Cryptography;
+using System.Text.Json.Nodes;
+using TinyLlama.Inference;
+
+namespace TinyLlama.Cli;
+
+/// <summary><c>tinyllama generate RUN -p TEXT</c>: continues a text, as it is computed.</summary>
+internal sealed class GenerateCommand
+{
+    private readonly Argument<string> _run = CommonOptions.Model();
+
+    private readonly Option<string?> _prompt = new("-p", "--prompt")
+    {
+        Description = "The text to continue; - reads it from standard input [default: nothing, the beginning of a text]",
+        HelpName = "TEXT",
+    };
+
+    private readonly Option<int?> _maxTokens = CommonOptions.MaxTokens("Most new tokens [default: as many as the context holds]");
+    private readonly Option<double?> _temperature = CommonOptions.Temperature();
+    private readonly Option<int?> _topK = new("--top-k") { Description = "Draw from the K likeliest tokens only", HelpName = "K" };
+
+    private readonly Option<double?> _topP = new("--top-p")
+    {
+        Description = "Draw from the likeliest tokens that reach this probability together [default: 0.95]",
+        HelpName = "P",
+    };
+
+    private readonly Option<double?> _minP = new("--min-p")
+    {
+        Description = "Draw only tokens of at least this share of the likeliest one's probability",
+        HelpName = "P",
+    };
+
+    private readonly Option<double?> _penalty = new("--repetition-penalty")
+    {
+        Description = "Makes tokens that are in the context already less likely; 1 for not",
+        HelpName = "X",
+    };
+
+    private readonly Option<ulong?> _seed = CommonOptions.Seed();
+
+    private readonly Option<string[]> _stops = new("--stop")
+    {
+        Description = "End before this text; may be repeated",
+        HelpName = "TEXT",
+        DefaultValueFactory = _ => [],
+    };
+
+    private readonly Option<string> _overflow = new Option<string>("--overflow")
+    {
+        Description = "Where the context is too small: an error, or a window that slides over the text",
+        DefaultValueFactory = _ => "error",
+    }.AcceptOnlyFromAmong("error", "sliding");
+
+    private readonly Option<int?> _context = CommonOptions.Context();
+    private readonly Option<int?> _threads = CommonOptions.Threads();
+    private readonly Option<bool> _json = CommonOptions.Json();
+
+    /// <summary>The verb.</summary>
+    public static Command Create() => new GenerateCommand().Build();
+
+    private Command Build()
+    {
+        var command = new Command("generate", "Continue a text with a trained model")
+        {
+            _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _seed, _stops, _overflow,
+            _context, _threads, _json,
+        };
+        command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
+        return command;
+    }
+
+    private int Run(ParseResult parse, CancellationToken stop)
+    {
+        (TextWriter output, TextWriter error) = (parse.InvocationConfiguration.Output, parse.InvocationConfiguration.Error);
+        GenerationOptions options = Options(parse);
+        options.Validate();
+        string prompt = parse.GetValue(_prompt) ?? "";
+        if (prompt == "-")
+        {
+            // The line's end belongs to the shell that wrote it.
+            prompt = Console.In.ReadToEnd();
+            prompt = prompt.EndsWith('\n') ? prompt[..^1] : prompt;
+        }
+
+        using LanguageModel model = LanguageModel.Load(
+            parse.GetRequiredValue(_run), parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line));
+        int trained = model.Model.Config.ContextLength;
+        if (parse.GetValue(_context) > trained)
+        {
+            error.WriteLine($"warning: the model is trained for {trained} tokens of context; expect worse text beyond");
+        }
+
+        Generation generation = model.Generate(prompt, options, stop);
+        if (parse.GetValue(_json))
+        {
+            string text = generation.ToString();
+            output.WriteLine(Report(generation, prompt, text, options.Seed).ToJsonString(JsonOutput.Options));
+            return ExitCode.Success;
+        }
+
+        output.Write(prompt);
+        try
+        {
+            foreach (string piece in generation)
+            {
+                output.Write(piece);
+                output.Flush();
+            }
+        }
+        finally
+        {
+            output.WriteLine();
+        }
+
+        error.WriteLine(Summary(generation, options));
+        return ExitCode.Success;
+    }
+
+    private GenerationOptions Options(ParseResult parse)
+    {
+        double temperature = parse.GetValue(_temperature) ?? 0.8;
+
+        // A new text each time, unless asked otherwise; the seed is shown, so that any can be had again.
+        ulong seed = parse.GetValue(_seed) ?? (ulong)RandomNumberGenerator.GetInt32(int.MaxValue);
+        return new GenerationOptions
+        {
+            MaxTokens = parse.GetValue(_maxTokens),
+            Temperature = temperature,
+            TopK = parse.GetValue(_topK) ?? 0,
+            TopP = parse.GetValue(_topP) ?? 0.95,
+            MinP = parse.GetValue(_minP) ?? 0,
+            RepetitionPenalty = parse.GetValue(_penalty) ?? 1,
+            Seed = seed,
+            StopStrings = parse.GetValue(_stops) ?? [],
+            Overflow = parse.GetValue(_overflow) == "sliding" ? ContextOverflow.Sliding : ContextOverflow.Error,
+        };
+    }
+
+    private static string Summary(Generation generation, GenerationOptions options)
+    {
+        (int tokens, TimeSpan time) = generation.Decode;
+        string seed = options.Temperature == 0 ? "" : $" · seed {options.Seed}";
+        string decode = tokens == 0 ? "" : $" · decode {Rate(tokens, time)}";
+        return $"prefill {generation.PromptTokens.Count} tokens, {Rate(generation.PromptTokens.Count, generation.PrefillTime)}"
+            + $"{decode} · {generation.Tokens.Count} new tokens, {Ending(generation.Finish)}{seed}";
+    }
+
+    private static string Rate(int tokens, TimeSpan time) =>
+        string.Create(CultureInfo.InvariantCulture, $"{tokens / time.TotalSeconds:N1} tokens/s");
+
+    private static string Ending(FinishReason reason) => reason switch
+    {
+        FinishReason.EndOfText => "the text ended",
+        FinishReason.StopString => "a stop string came",
+        FinishReason.MaxTokens => "as many as asked for",
+        FinishReason.ContextFull => "the context is full",
+        _ => "not finished",
+    };
+
+    private static JsonObject Report(Generation generation, string prompt, string text, ulong seed) => new()
+    {
+        ["prompt"] = prompt,
+        ["text"] = text,
+        ["finish_reason"] = generation.Finish switch
+        {
+            FinishReason.EndOfText => "end_of_text",
+            FinishReason.StopString => "stop_string",
+            FinishReason.MaxTokens => "max_tokens",
+            FinishReason.ContextFull => "context_full",
+            _ => "none",
+        },
+        ["seed"] = seed,
+        ["prompt_tokens"] = generation.PromptTokens.Count,
+        ["new_tokens"] = generation.Tokens.Count,
+        ["prefill_seconds"] = generation.PrefillTime.TotalSeconds,
+        ["decode_tokens"] = generation.Decode.Tokens,
+        ["decode_seconds"] = generation.Decode.Time.TotalSeconds,
+    };
+}

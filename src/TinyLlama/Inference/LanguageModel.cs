@@ -1,0 +1,98 @@
+using TinyLlama.Checkpoints;
+using TinyLlama.Compute;
+using TinyLlama.Compute.Cpu;
+using TinyLlama.Data;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Model;
+
+namespace TinyLlama.Inference;
+
+/// <summary>A trained model from files, with its tokenizer, ready to continue texts.</summary>
+/// <example>
+/// <code>
+/// using LanguageModel model = LanguageModel.Load("runs/quickstart");
+/// foreach (string piece in model.Generate("Once upon a time", new() { Temperature = 0.8, MaxTokens = 100 }))
+/// {
+///     Console.Write(piece);
+/// }
+/// </code>
+/// </example>
+public sealed class LanguageModel : IDisposable
+{
+    private readonly int _contextLength;
+    private TextGenerator? _generator;
+
+    private LanguageModel(Backend backend, LlamaModel model, ITokenizer tokenizer, bool addsBos, int contextLength)
+    {
+        (Backend, Model, Tokenizer, AddsBos, _contextLength) = (backend, model, tokenizer, addsBos, contextLength);
+    }
+
+    /// <summary>Gets the device.</summary>
+    public Backend Backend { get; }
+
+    /// <summary>Gets the model.</summary>
+    public LlamaModel Model { get; }
+
+    /// <summary>Gets the tokenizer that came with the model.</summary>
+    public ITokenizer Tokenizer { get; }
+
+    /// <summary>Gets a value indicating whether a text begins with BOS, where the vocabulary has one.</summary>
+    public bool AddsBos { get; }
+
+    /// <summary>Loads a model and its tokenizer.</summary>
+    /// <param name="path">A run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a <c>.bin</c> file of llama2.c.</param>
+    /// <param name="threads">Threads to compute with; 0 for one a core.</param>
+    /// <param name="contextLength">Most tokens of a text; by default what the model is trained for.</param>
+    /// <param name="warn">Is told, in one line, what is wrong but can be worked around.</param>
+    /// <exception cref="UserErrorException">There is no such model, it is damaged, or it has no tokenizer.</exception>
+    /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
+    public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null)
+    {
+        using ModelSource source = ModelSource.Open(path, warn ?? (static _ => { }));
+        string tokenizerPath = source.TokenizerPath
+            ?? throw new UserErrorException($"{source.Path}: has no tokenizer; put its tokenizer.model or tokenizer.json beside the weights");
+        ITokenizer tokenizer = Data.Tokenizers.Tokenizer.Load(tokenizerPath);
+        CpuBackend backend = CpuBackend.Create(threads);
+        LlamaModel? model = null;
+        try
+        {
+            model = LlamaModel.Allocate(source.Config, backend, trains: false);
+            source.CopyTo(backend, model.Parameters);
+            model.Pack();
+            return new LanguageModel(backend, model, tokenizer, WantsBos(tokenizerPath), contextLength ?? source.Config.ContextLength);
+        }
+        catch
+        {
+            model?.Dispose();
+            backend.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>Prepares a continuation of a text; its pieces are computed as they are enumerated.</summary>
+    /// <param name="prompt">The text to continue.</param>
+    /// <param name="options">How to continue; by default from the whole distribution to the end of the context.</param>
+    /// <param name="stop">Ends the enumeration with <see cref="OperationCanceledException"/>.</param>
+    /// <exception cref="UserErrorException">An option is out of range, or prompt and new tokens do not fit the context.</exception>
+    public Generation Generate(string prompt, GenerationOptions? options = null, CancellationToken stop = default)
+    {
+        _generator ??= new TextGenerator(Model, Backend, Tokenizer, AddsBos, _contextLength);
+        return _generator.Generate(prompt, options, stop);
+    }
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        _generator?.Dispose();
+        Model.Dispose();
+        Backend.Dispose();
+    }
+
+    // Llama's tokenizers add BOS unless the folder says otherwise.
+    private static bool WantsBos(string tokenizerPath)
+    {
+        string folder = Directory.Exists(tokenizerPath) ? tokenizerPath : Path.GetDirectoryName(Path.GetFullPath(tokenizerPath))!;
+        string settings = Path.Combine(folder, "tokenizer_config.json");
+        return !File.Exists(settings) || JsonKeys.Read(settings).Boolean("add_bos_token", absent: true);
+    }
+}

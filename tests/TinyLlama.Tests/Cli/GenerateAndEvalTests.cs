@@ -1,0 +1,96 @@
+using System.Text;
+using System.Text.Json.Nodes;
+using TinyLlama.Cli;
+using TinyLlama.Tests.Common;
+
+namespace TinyLlama.Tests.Cli;
+
+public sealed class GenerateAndEvalTests
+{
+    private static string Stories => SharedFiles.Require("oracles/stories260K/stories260K.bin");
+
+    [Fact]
+    public async Task Generate_writes_prompt_and_text_and_then_the_rates_to_standard_error()
+    {
+        (int code, string output, string error) = await RunAsync(
+            "generate", Stories, "-p", "Once upon a time", "--temperature", "0", "--max-tokens", "8");
+        Assert.Equal((0, "Once upon a time, there was a little girl\n"), (code, output));
+        Assert.StartsWith("prefill 5 tokens, ", error, StringComparison.Ordinal);
+        Assert.Contains(" · decode ", error, StringComparison.Ordinal);
+        Assert.Single(error.TrimEnd('\n').Split('\n'));
+    }
+
+    [Fact]
+    public async Task Generate_as_json_says_what_it_took()
+    {
+        (int code, string output, string error) = await RunAsync(
+            "generate", Stories, "-p", "Once", "--seed", "7", "--stop", ".", "--json", "--threads", "1");
+        Assert.Equal((0, ""), (code, error));
+        JsonObject report = JsonNode.Parse(output)!.AsObject();
+        Assert.Equal("stop_string", report["finish_reason"]!.GetValue<string>());
+        Assert.Equal(7, report["seed"]!.GetValue<int>());
+        Assert.DoesNotContain('.', report["text"]!.GetValue<string>());
+        (_, string again, _) = await RunAsync("generate", Stories, "-p", "Once", "--seed", "7", "--stop", ".", "--json");
+        Assert.Equal(report["text"]!.GetValue<string>(), JsonNode.Parse(again)!["text"]!.GetValue<string>());
+    }
+
+    [Theory]
+    [InlineData("more than the context of 512", "--max-tokens", "512")]
+    [InlineData("top-p is 2", "--top-p", "2")]
+    [InlineData("'sliding'", "--overflow", "ignore")]
+    public async Task Generate_refuses_in_one_line(string problem, params string[] options)
+    {
+        (int code, string output, string error) = await RunAsync(["generate", Stories, .. options]);
+        Assert.Equal((2, ""), (code, output));
+        Assert.Contains(problem, error, StringComparison.Ordinal);
+        Assert.Single(error.TrimEnd('\n').Split('\n'));
+    }
+
+    [Fact]
+    public async Task Eval_scores_every_byte_of_a_text()
+    {
+        string path = Path.GetTempFileName();
+        try
+        {
+            const string Text = "One day, a girl went to the park. She saw a big tree. ☺";
+            await File.WriteAllTextAsync(path, Text);
+            (int code, string output, _) = await RunAsync("eval", Stories, "--tasks", "perplexity", "--text", path, "--json");
+            Assert.Equal(0, code);
+            JsonObject report = JsonNode.Parse(output)!.AsObject();
+            Assert.Equal(Encoding.UTF8.GetByteCount(Text), report["bytes"]!.GetValue<int>());
+            double nats = report["loss"]!.GetValue<double>() * report["tokens"]!.GetValue<int>();
+            Assert.Equal(nats / Math.Log(2) / report["bytes"]!.GetValue<int>(), report["bits_per_byte"]!.GetValue<double>(), 1e-9);
+
+            (_, string table, _) = await RunAsync("eval", Stories, "--text", path);
+            Assert.Contains("bits per byte  ", table, StringComparison.Ordinal);
+
+            await File.WriteAllBytesAsync(path, [0x61, 0xFF]);
+            (code, _, string error) = await RunAsync("eval", Stories, "--text", path);
+            Assert.Equal(2, code);
+            Assert.Contains("not UTF-8", error, StringComparison.Ordinal);
+        }
+        finally
+        {
+            File.Delete(path);
+        }
+    }
+
+    [Fact]
+    public async Task Eval_needs_one_thing_to_score()
+    {
+        foreach (string[] options in (string[][])[[], ["--data", "a", "--text", "b"]])
+        {
+            (int code, _, string error) = await RunAsync(["eval", "run", .. options]);
+            Assert.Equal(2, code);
+            Assert.Contains("--data DIR", error, StringComparison.Ordinal);
+        }
+    }
+
+    private static async Task<(int Code, string Output, string Error)> RunAsync(params string[] arguments)
+    {
+        using StringWriter output = new() { NewLine = "\n" };
+        using StringWriter error = new() { NewLine = "\n" };
+        int code = await CommandLine.RunAsync(Program.CreateRoot(), arguments, output, error, CancellationToken.None);
+        return (code, output.ToString(), error.ToString());
+    }
+}
