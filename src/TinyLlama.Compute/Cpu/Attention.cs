@@ -36,8 +36,8 @@ internal static unsafe class Attention
 
     /// <summary>Floats of scratch that a thread needs: the larger, backward.</summary>
     public const int ScratchCount =
-        (3 * MaxHeadDim * Keys) + (2 * KeyRows * MaxHeadDim) + (2 * ForwardRows * (MaxHeadDim + ProbabilityRow))
-        + (TileProduct.Rows * (Keys + MaxHeadDim)) + 64;
+        (3 * MaxHeadDim * Keys) + (2 * KeyRows * MaxHeadDim) + (ForwardRows * ((3 * MaxHeadDim) + (2 * ProbabilityRow) + 3))
+        + (TileProduct.Rows * Keys) + 64;
 
     /// <summary>Writes output and logSumExp.</summary>
     public static void Forward<V>(
@@ -124,15 +124,57 @@ internal static unsafe class Attention
         }
     }
 
+    /// <summary>
+    /// The heads of a group of some tokens as rows of a small matrix, width apart, times <paramref name="scale"/>; rows of
+    /// zeros up to whole register tiles.
+    /// </summary>
+    private static void PackHeads<V>(float* y, int width, Tensor source, int firstRow, int tokens, int firstHead, float scale, Geometry geometry)
+        where V : struct, ILanes<V>
+    {
+        // Without padding the heads lie side by side in both.
+        int step = width == geometry.HeadDim ? geometry.Group : 1;
+        for (int t = 0; t < tokens; t++)
+        {
+            float* x = source.F32(firstRow + t) + (firstHead * geometry.HeadDim);
+            for (int head = 0; head < geometry.Group; head += step)
+            {
+                PackRow<V>(y, x + (head * geometry.HeadDim), scale, step * geometry.HeadDim, step * width);
+                y += step * width;
+            }
+        }
+
+        int rows = tokens * geometry.Group;
+        new Span<float>(y, (RoundUp(rows, TileProduct.Rows) - rows) * width).Clear();
+    }
+
     /// <summary>A tile of keys, (count, D), as (D, Keys): keys become lanes. Zeros where the tile has no keys.</summary>
     private static void PackTransposed(float* y, float* x, int xRow, int count, int headDim)
     {
-        for (int j = 0; j < count; j++)
+        // Eight keys at a time write half a cache line each, instead of one word in each of many lines.
+        int j = 0;
+        for (; j <= count - 8; j += 8)
         {
             float* row = x + ((nint)j * xRow);
+            float* to = y + j;
+            for (int d = 0; d < headDim; d++, to += Keys)
+            {
+                float* from = row + d;
+                to[0] = *from;
+                to[1] = *(from += xRow);
+                to[2] = *(from += xRow);
+                to[3] = *(from += xRow);
+                to[4] = *(from += xRow);
+                to[5] = *(from += xRow);
+                to[6] = *(from += xRow);
+                to[7] = *(from + xRow);
+            }
+        }
+
+        for (; j < count; j++)
+        {
             for (int d = 0; d < headDim; d++)
             {
-                y[(d * Keys) + j] = row[d];
+                y[(d * Keys) + j] = x[((nint)j * xRow) + d];
             }
         }
 
@@ -227,21 +269,21 @@ internal static unsafe class Attention
             float* valueRows = keysT + (MaxHeadDim * Keys);
             float* max = valueRows + (Keys * MaxHeadDim);
             float* sum = max + ForwardRows;
-            float* tile = sum + ForwardRows;
+            int* position = (int*)(sum + ForwardRows);
+            float* shrink = sum + (2 * ForwardRows);
+            float* tile = shrink + 16;
 
             int firstRow = segment.FirstRow + firstToken;
             int firstPosition = segment.FirstPosition + firstToken;
             int column = keyHead * headDim;
-            for (int r = 0; r < rows; r++)
-            {
-                float* row = query.F32(firstRow + (r / group)) + ((group * column) + (r % group * headDim));
-                PackRow<V>(q + ((nint)r * width), row, geometry.Scale, headDim, width);
-            }
-
-            new Span<float>(q + ((nint)rows * width), (paddedRows - rows) * width).Clear();
+            PackHeads<V>(q, width, query, firstRow, tokens, keyHead * group, geometry.Scale, geometry);
             new Span<float>(o, paddedRows * width).Clear();
             new Span<float>(max, paddedRows).Fill(float.NegativeInfinity);
             new Span<float>(sum, paddedRows).Clear();
+            for (int r = 0; r < paddedRows; r++)
+            {
+                position[r] = firstPosition + Math.Min(r / group, tokens - 1);
+            }
 
             int keyCount = firstPosition + tokens;
             for (int firstKey = 0; firstKey < keyCount; firstKey += Keys)
@@ -257,43 +299,42 @@ internal static unsafe class Attention
                 // A row sees keys up to its own position: of each few rows, only the columns that the last of them sees.
                 for (int r = 0; r < paddedRows; r += TileProduct.Rows)
                 {
-                    int lastToken = Math.Min((r + TileProduct.Rows - 1) / group, tokens - 1);
-                    int seen = Math.Min(Keys, firstPosition + lastToken + 1 - firstKey);
-                    if (seen <= 0)
+                    int seen = Math.Min(Keys, position[r + TileProduct.Rows - 1] + 1 - firstKey);
+                    if (seen > 0)
                     {
-                        continue;
+                        float* oRows = o + ((nint)r * width);
+                        int columns = RoundUp(seen, TileProduct.Columns<V>());
+                        TileProduct.Multiply<V>(
+                            tile, Keys, q + ((nint)r * width), width, 1, keysT, Keys, TileProduct.Rows, columns, headDim, false);
+                        Softmax(tile, columns, firstKey, position + r, max + r, sum + r, shrink, oRows, width);
+                        TileProduct.Multiply<V>(oRows, width, tile, Keys, 1, valueRows, width, TileProduct.Rows, width, seen, true);
                     }
-
-                    int columns = RoundUp(seen, TileProduct.Columns<V>());
-                    TileProduct.Multiply<V>(tile, Keys, q + ((nint)r * width), width, 1, keysT, Keys, TileProduct.Rows, columns, headDim, false);
-                    Softmax(tile, columns, firstPosition - firstKey, r, max + r, sum + r, o + ((nint)r * width), width);
-                    TileProduct.Multiply<V>(o + ((nint)r * width), width, tile, Keys, 1, valueRows, width, TileProduct.Rows, width, seen, true);
                 }
             }
 
-            for (int r = 0; r < rows; r++)
+            int at = 0;
+            for (int row = firstRow; row < firstRow + tokens; row++)
             {
-                int head = (keyHead * group) + (r % group);
-                int row = firstRow + (r / group);
-                PackRow<V>(output.F32(row) + (head * headDim), o + ((nint)r * width), 1f / sum[r], headDim, headDim);
-                logSumExp.F32(row)[head] = (float)(max[r] + Math.Log(sum[r]));
+                for (int head = keyHead * group; head < (keyHead + 1) * group; head++, at++)
+                {
+                    PackRow<V>(output.F32(row) + (head * headDim), o + ((nint)at * width), 1f / sum[at], headDim, headDim);
+                    logSumExp.F32(row)[head] = (float)(max[at] + Math.Log(sum[at]));
+                }
             }
         }
 
         /// <summary>
         /// Turns scores into exp(score - max) with the largest score so far, and scales what was summed under the former
-        /// maximum.
+        /// maximum. <paramref name="shrink"/> is room for a whole register of any width; its lanes beyond the rows
+        /// compute nothing that is used.
         /// </summary>
-        private void Softmax(float* tile, int columns, int firstPosition, int firstRow, float* max, float* sum, float* o, int width)
+        private static void Softmax(
+            float* tile, int columns, int firstKey, int* position, float* max, float* sum, float* shrink, float* o, int width)
         {
-            // Room for a whole register of any width; the lanes beyond the rows compute nothing that is used.
-            float* shrink = stackalloc float[16];
-            new Span<float>(shrink, 16).Clear();
             for (int r = 0; r < TileProduct.Rows; r++)
             {
                 float* row = tile + (r * Keys);
-                int seen = Math.Max(0, firstPosition + ((firstRow + r) / geometry.Group) + 1);
-                for (int j = seen; j < columns; j++)
+                for (int j = Math.Max(0, position[r] + 1 - firstKey); j < columns; j++)
                 {
                     row[j] = float.NegativeInfinity;
                 }
@@ -305,14 +346,15 @@ internal static unsafe class Attention
                     m1 = V.Max(m1, V.Load(row + j + V.Count));
                 }
 
-                float newMax = MathF.Max(max[r], V.Max(m0, m1).Max());
-                shrink[r] = max[r] - newMax;
-                max[r] = newMax;
+                float top = V.Max(m0, m1).Max();
+                top = max[r] > top ? max[r] : top;
+                shrink[r] = max[r] - top;
+                max[r] = top;
             }
 
             for (int r = 0; r < TileProduct.Rows; r += V.Count)
             {
-                Exponential.Exp(V.Load(shrink + r)).Store(shrink + r);
+                Exponential.ExpOfUpToZero(V.Load(shrink + r)).Store(shrink + r);
             }
 
             for (int r = 0; r < TileProduct.Rows; r++)
@@ -322,8 +364,8 @@ internal static unsafe class Attention
                 V s0 = default, s1 = default;
                 for (int j = 0; j < columns; j += 2 * V.Count)
                 {
-                    V e0 = Exponential.Exp(V.Load(row + j) - top);
-                    V e1 = Exponential.Exp(V.Load(row + j + V.Count) - top);
+                    V e0 = Exponential.ExpOfUpToZero(V.Load(row + j) - top);
+                    V e1 = Exponential.ExpOfUpToZero(V.Load(row + j + V.Count) - top);
                     e0.Store(row + j);
                     e1.Store(row + j + V.Count);
                     s0 += e0;
@@ -331,9 +373,10 @@ internal static unsafe class Attention
                 }
 
                 sum[r] = (sum[r] * shrink[r]) + (s0 + s1).Sum();
-                if (shrink[r] != 1f)
+                V keep = V.Create(shrink[r]);
+                for (float* x = o + ((nint)r * width), end = x + width; x < end; x += V.Count)
                 {
-                    PackRow<V>(o + ((nint)r * width), o + ((nint)r * width), shrink[r], width, width);
+                    (V.Load(x) * keep).Store(x);
                 }
             }
         }
@@ -365,6 +408,9 @@ internal static unsafe class Attention
             float* dv = dk + (KeyRows * MaxHeadDim);
             float* blocks = dv + (KeyRows * MaxHeadDim);
             int column = keyHead * headDim;
+
+            // Products over keys read a few columns beyond the last key, which nothing else writes.
+            new Span<float>(blocks, 2 * ForwardRows * ProbabilityRow).Clear();
             for (int firstKey = 0; firstKey < segment.RowCount; firstKey += Keys)
             {
                 int count = Math.Min(Keys, segment.RowCount - firstKey);
@@ -403,55 +449,58 @@ internal static unsafe class Attention
             (int headDim, int group) = (geometry.HeadDim, geometry.Group);
             int rows = tokens * group;
             int paddedRows = RoundUp(rows, TileProduct.Rows);
-            float* q = blocks;
-            float* dy = q + (ForwardRows * MaxHeadDim);
-            float* p = dy + (ForwardRows * MaxHeadDim);
+            float* p = blocks;
             float* ds = p + (ForwardRows * ProbabilityRow);
-            float* dScores = ds + (ForwardRows * ProbabilityRow);
-            float* dq = dScores + (TileProduct.Rows * Keys);
+            float* q = ds + (ForwardRows * ProbabilityRow);
+            float* dy = q + (ForwardRows * MaxHeadDim);
+            float* dq = dy + (ForwardRows * MaxHeadDim);
+            float* logSum = dq + (ForwardRows * MaxHeadDim);
+            float* mean = logSum + ForwardRows;
+            int* own = (int*)(mean + ForwardRows);
+            float* dScores = mean + (2 * ForwardRows);
             int firstHead = keyHead * group;
-            for (int r = 0; r < rows; r++)
+            int firstRow = segment.FirstRow + firstToken;
+            PackHeads<V>(q, width, query, firstRow, tokens, firstHead, geometry.Scale, geometry);
+            PackHeads<V>(dy, width, dOutput, firstRow, tokens, firstHead, 1f, geometry);
+            int next = 0;
+            for (int t = 0; t < tokens; t++)
             {
-                int row = segment.FirstRow + firstToken + (r / group);
-                int at = (firstHead + (r % group)) * headDim;
-                PackRow<V>(q + ((nint)r * width), query.F32(row) + at, geometry.Scale, headDim, width);
-                PackRow<V>(dy + ((nint)r * width), dOutput.F32(row) + at, 1f, headDim, width);
+                for (int head = firstHead; head < firstHead + group; head++, next++)
+                {
+                    own[next] = Math.Clamp(firstToken + t + 1 - firstKey, 0, Keys);
+                    logSum[next] = logSumExp.F32(firstRow + t)[head];
+                    mean[next] = delta.F32(firstRow + t)[head];
+                }
             }
 
-            new Span<float>(q + ((nint)rows * width), (paddedRows - rows) * width).Clear();
-            new Span<float>(dy + ((nint)rows * width), (paddedRows - rows) * width).Clear();
+            // Rows that only fill up the last register tile see no key.
+            for (; next < paddedRows; next++)
+            {
+                (own[next], logSum[next], mean[next]) = (0, 0, 0);
+            }
 
             for (int r = 0; r < paddedRows; r += TileProduct.Rows)
             {
-                int lastToken = Math.Min((r + TileProduct.Rows - 1) / group, tokens - 1);
-                int seen = Math.Clamp(firstToken + lastToken + 1 - firstKey, 0, Keys);
+                int seen = own[Math.Min(r + TileProduct.Rows, rows) - 1];
                 int columns = RoundUp(seen, TileProduct.Columns<V>());
                 float* pRow = p + (r * ProbabilityRow);
                 float* dsRow = ds + (r * ProbabilityRow);
-                TileProduct.Multiply<V>(pRow, ProbabilityRow, q + ((nint)r * width), width, 1, keysT, Keys, TileProduct.Rows, columns, headDim, false);
-                TileProduct.Multiply<V>(dScores, Keys, dy + ((nint)r * width), width, 1, valuesT, Keys, TileProduct.Rows, columns, headDim, false);
+                TileProduct.Multiply<V>(
+                    pRow, ProbabilityRow, q + ((nint)r * width), width, 1, keysT, Keys, TileProduct.Rows, columns, headDim, false);
+                TileProduct.Multiply<V>(
+                    dScores, Keys, dy + ((nint)r * width), width, 1, valuesT, Keys, TileProduct.Rows, columns, headDim, false);
                 for (int i = 0; i < TileProduct.Rows; i++)
                 {
-                    // Rows that only fill up the register tile see no key.
-                    int token = (r + i) / group;
-                    int own = r + i < rows ? Math.Clamp(firstToken + token + 1 - firstKey, 0, Keys) : 0;
-                    int head = firstHead + ((r + i) % group);
-                    int row = segment.FirstRow + firstToken + Math.Min(token, tokens - 1);
                     Probabilities(
-                        pRow + (i * ProbabilityRow), dsRow + (i * ProbabilityRow), dScores + (i * Keys), columns, own,
-                        logSumExp.F32(row)[head], delta.F32(row)[head]);
+                        pRow + (i * ProbabilityRow), dsRow + (i * ProbabilityRow), dScores + (i * Keys), columns, own[r + i],
+                        logSum[r + i], mean[r + i]);
                 }
 
-                if (seen > 0)
-                {
-                    TileProduct.Multiply<V>(dq, width, dsRow, ProbabilityRow, 1, keyRows, width, TileProduct.Rows, width, seen, false);
-                    for (int i = 0; i < TileProduct.Rows && r + i < rows; i++)
-                    {
-                        float* row = dQuery.F32(segment.FirstRow + firstToken + ((r + i) / group));
-                        AddScaled(row + ((firstHead + ((r + i) % group)) * headDim), dq + (i * width), firstKey == 0);
-                    }
-                }
+                TileProduct.Multiply<V>(
+                    dq + ((nint)r * width), width, dsRow, ProbabilityRow, 1, keyRows, width, TileProduct.Rows, width, seen, false);
             }
+
+            AddToQueries(dq, width, firstRow, tokens, firstHead, firstKey == 0);
 
             // dV += Pᵀ · dY and dK += dSᵀ · Q, for a few keys at a time from the first row on that sees one of them.
             for (int j = 0; j < KeyRows; j += TileProduct.Rows)
@@ -476,27 +525,39 @@ internal static unsafe class Attention
             V logSum = V.Create(logSumExp), mean = V.Create(delta);
             for (int j = 0; j < columns; j += V.Count)
             {
-                V e = Exponential.Exp(V.Load(p + j) - logSum);
+                V e = Exponential.ExpOfUpToZero(V.Load(p + j) - logSum);
                 e.Store(p + j);
                 (e * (V.Load(dScores + j) - mean)).Store(ds + j);
             }
 
-            new Span<float>(p + own, KeyRows - own).Clear();
-            new Span<float>(ds + own, KeyRows - own).Clear();
+            for (int j = own; j < Keys; j++)
+            {
+                (p[j], ds[j]) = (0, 0);
+            }
         }
 
-        private void AddScaled(float* y, float* x, bool first)
+        /// <summary>dQuery += dq / √D, or = for the first tile of keys.</summary>
+        private void AddToQueries(float* dq, int width, int firstRow, int tokens, int firstHead, bool first)
         {
-            int i = 0;
+            int step = width == geometry.HeadDim ? geometry.Group : 1;
+            int count = step * geometry.HeadDim;
             V scale = V.Create(geometry.Scale);
-            for (; i <= geometry.HeadDim - V.Count; i += V.Count)
+            for (int t = 0; t < tokens; t++)
             {
-                V.Fma(V.Load(x + i), scale, first ? default : V.Load(y + i)).Store(y + i);
-            }
+                for (int head = 0; head < geometry.Group; head += step, dq += step * width)
+                {
+                    float* y = dQuery.F32(firstRow + t) + ((firstHead + head) * geometry.HeadDim);
+                    int i = 0;
+                    for (; i <= count - V.Count; i += V.Count)
+                    {
+                        V.Fma(V.Load(dq + i), scale, first ? default : V.Load(y + i)).Store(y + i);
+                    }
 
-            for (; i < geometry.HeadDim; i++)
-            {
-                y[i] = (x[i] * geometry.Scale) + (first ? 0 : y[i]);
+                    for (; i < count; i++)
+                    {
+                        y[i] = (dq[i] * geometry.Scale) + (first ? 0 : y[i]);
+                    }
+                }
             }
         }
     }

@@ -41,6 +41,35 @@ internal static unsafe class Copy
 
     private static bool IsFloat(DType type) => type is DType.F32 or DType.BF16 or DType.F16;
 
+    /// <summary>A type that converts to and from single precision.</summary>
+    private interface IElement
+    {
+        static abstract float Load(void* row, int i);
+
+        static abstract void Store(void* row, int i, float value);
+    }
+
+    private readonly struct Single : IElement
+    {
+        public static float Load(void* row, int i) => ((float*)row)[i];
+
+        public static void Store(void* row, int i, float value) => ((float*)row)[i] = value;
+    }
+
+    private readonly struct BFloat16 : IElement
+    {
+        public static float Load(void* row, int i) => FromBFloat16(((ushort*)row)[i]);
+
+        public static void Store(void* row, int i, float value) => ((ushort*)row)[i] = ToBFloat16(value);
+    }
+
+    private readonly struct Float16 : IElement
+    {
+        public static float Load(void* row, int i) => (float)((Half*)row)[i];
+
+        public static void Store(void* row, int i, float value) => ((Half*)row)[i] = (Half)value;
+    }
+
     private readonly struct Work(Rows rows, Tensor destination, Tensor source) : IWork
     {
         public void Run(int task, int thread)
@@ -56,33 +85,45 @@ internal static unsafe class Copy
                     continue;
                 }
 
-                for (int i = 0; i < source.Columns; i++)
+                switch (source.Type)
                 {
-                    Store(y, i, Load(x, i));
+                    case DType.BF16:
+                        From<BFloat16>(y, x);
+                        break;
+                    case DType.F16:
+                        From<Float16>(y, x);
+                        break;
+                    default:
+                        From<Single>(y, x);
+                        break;
                 }
             }
         }
 
-        private float Load(byte* row, int i) => source.Type switch
-        {
-            DType.BF16 => FromBFloat16(((ushort*)row)[i]),
-            DType.F16 => (float)((Half*)row)[i],
-            _ => ((float*)row)[i],
-        };
-
-        private void Store(byte* row, int i, float value)
+        private void From<TFrom>(void* y, void* x)
+            where TFrom : struct, IElement
         {
             switch (destination.Type)
             {
                 case DType.BF16:
-                    ((ushort*)row)[i] = ToBFloat16(value);
+                    Row<BFloat16, TFrom>(y, x);
                     break;
                 case DType.F16:
-                    ((Half*)row)[i] = (Half)value;
+                    Row<Float16, TFrom>(y, x);
                     break;
                 default:
-                    ((float*)row)[i] = value;
+                    Row<Single, TFrom>(y, x);
                     break;
+            }
+        }
+
+        private void Row<TTo, TFrom>(void* y, void* x)
+            where TTo : struct, IElement
+            where TFrom : struct, IElement
+        {
+            for (int i = 0; i < source.Columns; i++)
+            {
+                TTo.Store(y, i, TFrom.Load(x, i));
             }
         }
     }

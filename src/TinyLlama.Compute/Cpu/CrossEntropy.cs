@@ -92,8 +92,8 @@ internal static unsafe class CrossEntropy
                 V s0 = default, s1 = default;
                 for (; i < end && i <= count - (2 * V.Count); i += 2 * V.Count)
                 {
-                    V e0 = Exponential.Exp(V.Load(x + i) - V.Create(max));
-                    V e1 = Exponential.Exp(V.Load(x + i + V.Count) - V.Create(max));
+                    V e0 = Exponential.ExpOfUpToZero(V.Load(x + i) - V.Create(max));
+                    V e1 = Exponential.ExpOfUpToZero(V.Load(x + i + V.Count) - V.Create(max));
                     s0 += e0;
                     s1 += e1;
                     if (typeof(TKeep) == typeof(Keep))
@@ -108,7 +108,7 @@ internal static unsafe class CrossEntropy
 
             for (; i < count; i++)
             {
-                float e = Exponential.Exp(new Lanes1(x[i] - max)).Sum();
+                float e = Exponential.ExpOfUpToZero(new Lanes1(x[i] - max)).Sum();
                 sum += e;
                 x[i] = typeof(TKeep) == typeof(Keep) ? e : x[i];
             }

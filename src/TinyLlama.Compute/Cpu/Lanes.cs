@@ -32,8 +32,8 @@ internal unsafe interface ILanes<TSelf>
     /// <summary>Square roots.</summary>
     static abstract TSelf Sqrt(TSelf a);
 
-    /// <summary>2ⁿ for whole n from -127 to 128, where the least gives 0 and the largest infinity.</summary>
-    static abstract TSelf PowerOfTwo(TSelf n);
+    /// <summary>2ⁿ from n + <see cref="LaneBits.Exponent"/>, for whole n from -127, which gives 0, to 128, which gives infinity.</summary>
+    static abstract TSelf PowerOfTwo(TSelf shifted);
 
     /// <summary>a + b.</summary>
     static abstract TSelf operator +(TSelf a, TSelf b);
@@ -60,7 +60,7 @@ internal unsafe interface ILanes<TSelf>
 /// <summary>Constants of the lanes.</summary>
 internal static class LaneBits
 {
-    /// <summary>1.5 · 2²³ + 127: added to a whole number, its last nine bits are the exponent bits of that power of two.</summary>
+    /// <summary>1.5 · 2²³ + 127: added to whole n, the last nine bits of the sum are the exponent bits of 2ⁿ.</summary>
     public const float Exponent = 12_583_039f;
 }
 
@@ -90,8 +90,7 @@ internal readonly unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes5
     public static Lanes512 Sqrt(Lanes512 a) => new(Vector512.Sqrt(a._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes512 PowerOfTwo(Lanes512 n) =>
-        new(Vector512.ShiftLeft((n._value + Vector512.Create(LaneBits.Exponent)).AsInt32(), 23).AsSingle());
+    public static Lanes512 PowerOfTwo(Lanes512 shifted) => new(Vector512.ShiftLeft(shifted._value.AsInt32(), 23).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 operator +(Lanes512 a, Lanes512 b) => new(a._value + b._value);
@@ -141,8 +140,7 @@ internal readonly unsafe struct Lanes256(Vector256<float> value) : ILanes<Lanes2
     public static Lanes256 Sqrt(Lanes256 a) => new(Vector256.Sqrt(a._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes256 PowerOfTwo(Lanes256 n) =>
-        new(Vector256.ShiftLeft((n._value + Vector256.Create(LaneBits.Exponent)).AsInt32(), 23).AsSingle());
+    public static Lanes256 PowerOfTwo(Lanes256 shifted) => new(Vector256.ShiftLeft(shifted._value.AsInt32(), 23).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 operator +(Lanes256 a, Lanes256 b) => new(a._value + b._value);
@@ -195,8 +193,7 @@ internal readonly unsafe struct Lanes128(Vector128<float> value) : ILanes<Lanes1
     public static Lanes128 Sqrt(Lanes128 a) => new(Vector128.Sqrt(a._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes128 PowerOfTwo(Lanes128 n) =>
-        new(Vector128.ShiftLeft((n._value + Vector128.Create(LaneBits.Exponent)).AsInt32(), 23).AsSingle());
+    public static Lanes128 PowerOfTwo(Lanes128 shifted) => new(Vector128.ShiftLeft(shifted._value.AsInt32(), 23).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes128 operator +(Lanes128 a, Lanes128 b) => new(a._value + b._value);
@@ -217,7 +214,11 @@ internal readonly unsafe struct Lanes128(Vector128<float> value) : ILanes<Lanes1
     public float Sum() => Vector128.Sum(_value);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public float Max() => MathF.Max(MathF.Max(_value[0], _value[1]), MathF.Max(_value[2], _value[3]));
+    public float Max()
+    {
+        Vector128<float> pairs = Vector128.MaxNative(_value, Vector128.Shuffle(_value, Vector128.Create(2, 3, 0, 1)));
+        return Vector128.MaxNative(pairs, Vector128.Shuffle(pairs, Vector128.Create(1, 0, 3, 2))).ToScalar();
+    }
 }
 
 /// <summary>1 float: no vector instructions at all.</summary>
@@ -239,8 +240,8 @@ internal readonly unsafe struct Lanes1(float value) : ILanes<Lanes1>
 
     public static Lanes1 Sqrt(Lanes1 a) => new(MathF.Sqrt(a._value));
 
-    public static Lanes1 PowerOfTwo(Lanes1 n) =>
-        new(BitConverter.Int32BitsToSingle(BitConverter.SingleToInt32Bits(n._value + LaneBits.Exponent) << 23));
+    public static Lanes1 PowerOfTwo(Lanes1 shifted) =>
+        new(BitConverter.Int32BitsToSingle(BitConverter.SingleToInt32Bits(shifted._value) << 23));
 
     public static Lanes1 operator +(Lanes1 a, Lanes1 b) => new(a._value + b._value);
 
