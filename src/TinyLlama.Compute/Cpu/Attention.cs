@@ -184,24 +184,20 @@ internal static unsafe class Attention
         }
     }
 
+    /// <summary>
+    /// A sum of products in the order and with the roundings of <see cref="TileProduct"/>: where a row has all its weight
+    /// on one key, delta cancels the gradient of that weight exactly.
+    /// </summary>
     private static float Dot<V>(float* a, float* b, int count)
         where V : struct, ILanes<V>
     {
-        V s0 = default, s1 = default;
-        int i = 0;
-        for (; i <= count - (2 * V.Count); i += 2 * V.Count)
+        V sum = default;
+        for (int i = 0; i < count; i++)
         {
-            s0 = V.Fma(V.Load(a + i), V.Load(b + i), s0);
-            s1 = V.Fma(V.Load(a + i + V.Count), V.Load(b + i + V.Count), s1);
+            sum = V.Fma(V.Create(a[i]), V.Create(b[i]), sum);
         }
 
-        float sum = (s0 + s1).Sum();
-        for (; i < count; i++)
-        {
-            sum += a[i] * b[i];
-        }
-
-        return sum;
+        return sum.Max();
     }
 
     private static int RoundUp(int count, int multiple) => (count + multiple - 1) / multiple * multiple;
