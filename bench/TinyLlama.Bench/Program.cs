@@ -3,6 +3,7 @@ using TinyLlama.Bench;
 return args switch
 {
     ["matmul", .. string[] rest] => MatMulBench.Run(rest),
+    ["kernels", .. string[] rest] => KernelBench.Run(rest),
     ["train", .. string[] rest] => TrainBench.Run(rest),
     _ => Usage(),
 };
@@ -10,6 +11,7 @@ return args switch
 static int Usage()
 {
     Console.Error.WriteLine("usage: TinyLlama.Bench matmul [--threads 1,2] [--path 512|256|128|scalar] [--seconds 0.5] [--shapes NAME]");
+    Console.Error.WriteLine("       TinyLlama.Bench kernels [--threads 1,2] [--seconds 0.3] [--kernels NAME]");
     Console.Error.WriteLine("       TinyLlama.Bench train …");
     return 2;
 }
