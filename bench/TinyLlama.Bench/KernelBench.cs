@@ -88,9 +88,9 @@ internal static class KernelBench
         Tensor Take(int rows, int columns, double deviation = 1)
         {
             Tensor tensor = arena.Take(rows, columns);
-            foreach (ref float x in tensor.HostSpan<float>())
+            foreach (ref float element in tensor.HostSpan<float>())
             {
-                x = (float)((random.NextDouble() - 0.5) * 3.5 * deviation);
+                element = (float)((random.NextDouble() - 0.5) * 3.5 * deviation);
             }
 
             return tensor;
@@ -114,9 +114,9 @@ internal static class KernelBench
         Tensor table = Take(Context, D), logSumExp = Take(N, QueryHeads), delta = Take(N, QueryHeads);
         Tensor rotated = qkv.ColumnRange(0, C + (KeyHeads * D));
         yield return new("Rope", 2 * Layers, 8L * N * rotated.Columns, 0, () => backend.Rope(rotated, layout.Positions, table));
-        foreach (ref float v in qkv.HostSpan<float>())
+        foreach (ref float element in qkv.HostSpan<float>())
         {
-            v = (float)(random.NextDouble() - 0.5);
+            element = (float)(random.NextDouble() - 0.5);
         }
 
         long pairs = (long)Sequences * QueryHeads * Context * (Context + 1) / 2;
