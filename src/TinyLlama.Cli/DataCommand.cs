@@ -118,7 +118,8 @@ internal static class DataCommand
         return command;
     }
 
-    private static Manifest Run(string folder, IDocumentSource source, ITokenizer tokenizer, PreparationOptions options, CancellationToken stop)
+    /// <summary>Prepares a folder and shows how far it is.</summary>
+    internal static Manifest Run(string folder, IDocumentSource source, ITokenizer tokenizer, PreparationOptions options, CancellationToken stop)
     {
         ProgressDisplay? display = null;
         string? stage = null;

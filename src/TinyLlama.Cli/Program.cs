@@ -19,12 +19,14 @@ internal static class Program
     {
         var root = new RootCommand("Pretrain a Llama from raw text and use what came out.")
         {
+            QuickstartCommand.Create(),
             DataCommand.Create(),
             ImportCommand.Create(),
             ExportCommand.Create(),
             RunsCommand.Create(),
             GenerateCommand.Create(),
             EvalCommand.Create(),
+            PretrainCommand.Create(),
             PresetsCommand.Create(),
             EnvCommand.Create(),
         };

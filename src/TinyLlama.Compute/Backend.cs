@@ -14,8 +14,14 @@ namespace TinyLlama.Compute;
 /// </remarks>
 public abstract class Backend : IDisposable
 {
-    /// <summary>Gets the device and the instruction path in words, as <c>tinyllama env</c> and checkpoints show it.</summary>
+    /// <summary>Gets the device in words, as <c>tinyllama env</c> shows it.</summary>
     public abstract string Description { get; }
+
+    /// <summary>
+    /// Gets what the bits of a result depend on besides the input: the device and the instruction path, not the threads.
+    /// Checkpoints keep it, because a run that goes on with another one is no longer bit for bit the unbroken run.
+    /// </summary>
+    public abstract string Arithmetic { get; }
 
     /// <summary>Allocates zeroed memory on the device.</summary>
     /// <param name="name">What the arena is for.</param>

@@ -19,6 +19,9 @@ public abstract class CpuBackend : Backend
     /// <inheritdoc/>
     public override string Description => $"cpu, {Path}, {Threads} threads";
 
+    /// <inheritdoc/>
+    public override string Arithmetic => $"cpu {Path}";
+
     internal ThreadTeam Team { get; }
 
     private protected Scratch Scratch { get; }

@@ -1,3 +1,5 @@
+using System.Security.Cryptography;
+using System.Text;
 using System.Text.Json;
 
 namespace TinyLlama.Data.Shards;
@@ -36,6 +38,10 @@ public sealed class TokenShards : IDisposable
 
     /// <summary>Gets what the folder holds.</summary>
     public Manifest Manifest { get; }
+
+    /// <summary>Gets what tells this corpus from another: the SHA-256 of the shards' hashes, in lower-case hexadecimal.</summary>
+    public string Sha256 => Convert.ToHexStringLower(
+        SHA256.HashData(Encoding.ASCII.GetBytes(string.Join('\n', Manifest.Shards.Select(shard => shard.Sha256)))));
 
     /// <summary>Opens a folder that was written by <see cref="DataPreparation"/>, and checks sizes and headers against its manifest.</summary>
     /// <param name="folder">The folder.</param>

@@ -84,6 +84,15 @@ public static class RecipeFile
         return yaml.ToString();
     }
 
+    /// <summary>The keys that two recipes differ in.</summary>
+    /// <returns>Name, value before and value after; <c>–</c> where one does not set it.</returns>
+    public static IReadOnlyList<(string Key, string Before, string After)> Differences(Recipe before, Recipe after) =>
+    [
+        .. RecipeKeys.All
+            .Select(key => (key.Name, Before: key.Write(before) ?? "–", After: key.Write(after) ?? "–"))
+            .Where(key => key.Before != key.After),
+    ];
+
     /// <summary>Lets a later layer win.</summary>
     private static void Merge(Dictionary<string, RecipeValue> values, Dictionary<string, RecipeValue> later)
     {

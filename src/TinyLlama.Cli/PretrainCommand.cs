@@ -1,0 +1,142 @@
+using System.CommandLine;
+using System.Diagnostics;
+using System.Text.Json.Nodes;
+using TinyLlama.Compute.Cpu;
+using TinyLlama.Data;
+using TinyLlama.Training;
+
+namespace TinyLlama.Cli;
+
+/// <summary><c>tinyllama pretrain</c>: trains what a recipe says, or goes on with a run.</summary>
+internal static class PretrainCommand
+{
+    /// <summary>The verb.</summary>
+    public static Command Create()
+    {
+        var recipe = new Option<string?>("--recipe") { Description = "The recipe to train", HelpName = "FILE" };
+        var resume = new Option<string?>("--resume") { Description = "Go on with this run, by its own recipe", HelpName = "RUN" };
+        var plan = new Option<bool>("--plan") { Description = "Print what would be done and how much memory it takes, and do nothing" };
+        var output = CommonOptions.Out("The run's folder [default: runs/ and the recipe's name]; a run that is there goes on");
+        var set = CommonOptions.Set();
+        var threads = CommonOptions.Threads();
+        var device = CommonOptions.Device();
+        var maxSteps = CommonOptions.MaxSteps();
+        var json = CommonOptions.Json();
+        var command = new Command("pretrain", "Train a model by a recipe; the same command again goes on where it was")
+        {
+            recipe, resume, plan, output, set, threads, device, maxSteps, json,
+        };
+        command.Validators.Add(result =>
+        {
+            if ((result.GetResult(recipe) is null) == (result.GetResult(resume) is null))
+            {
+                result.AddError("give --recipe FILE for a new run, or --resume RUN to go on with one");
+            }
+        });
+        command.SetAction((parse, stop) =>
+        {
+            string? run = parse.GetValue(resume);
+            string folder = run ?? parse.GetValue(output)
+                ?? Path.Combine("runs", Path.GetFileNameWithoutExtension(parse.GetValue(recipe)!));
+            string file = run is null ? parse.GetValue(recipe)! : Path.Combine(run, TrainingRun.RecipeName);
+            if (run is not null && !File.Exists(file))
+            {
+                throw new UserErrorException($"{run}: not a run, it has no {TrainingRun.RecipeName}");
+            }
+
+            List<string> settings = [.. parse.GetValue(set)!];
+            if (parse.GetValue(threads) is int count)
+            {
+                settings.Add($"threads={count}");
+            }
+
+            Recipe resolved = RecipeFile.Read(file, [.. settings]);
+            TextWriter writer = parse.InvocationConfiguration.Output;
+            if (parse.GetValue(plan))
+            {
+                WritePlan(resolved, writer, parse.GetValue(json));
+            }
+            else
+            {
+                bool finished = Train(resolved, folder, writer, parse.GetValue(json), parse.GetValue(maxSteps) ?? long.MaxValue, stop);
+                if (!finished && stop.IsCancellationRequested)
+                {
+                    return Task.FromResult(ExitCode.Stopped);
+                }
+            }
+
+            return Task.FromResult(ExitCode.Success);
+        });
+        return command;
+    }
+
+    private static void WritePlan(Recipe recipe, TextWriter writer, bool json)
+    {
+        TrainingPlan plan = TrainingRun.PlanOf(recipe, Warn);
+        using CpuBackend backend = CpuBackend.Create(recipe.Threads);
+        using TrainingMemory memory = TrainingMemory.Plan(plan.Shape, backend);
+
+        // A guess: half of the measured ceiling, which models of some size exceed.
+        double rate = CpuCeiling.Measure(backend).AllThreads * 1e9 / 2 / plan.FlopsPerToken;
+        if (json)
+        {
+            writer.WriteLine(PlanOutput.ToJson(plan, memory.Arenas, rate).ToJsonString(JsonOutput.Options));
+        }
+        else
+        {
+            PlanOutput.Write(writer, plan, memory.Arenas, rate);
+        }
+
+        plan.RequireFits(memory.Arenas, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);
+    }
+
+    private static bool Train(Recipe recipe, string folder, TextWriter writer, bool json, long lastStep, CancellationToken stop)
+    {
+        using var display = new TrainingDisplay();
+        using TrainingRun run = TrainingRun.Open(recipe, folder, display);
+        foreach (string warning in run.Plan.Warnings)
+        {
+            Warn(warning);
+        }
+
+        TrainingState before = run.Trainer.State;
+        Console.Error.WriteLine(before.Step == 0
+            ? $"{folder}: {run.Plan.Model.ParameterCount:N0} parameters, {run.Plan.Steps:N0} steps of {run.Plan.TokensPerStep:N0} tokens, {run.Backend.Description}"
+            : $"{folder}: goes on from step {before.Step:N0} of {run.Plan.Steps:N0}, {run.Backend.Description}");
+        display.Start(run.Plan, before.Tokens);
+        long start = Stopwatch.GetTimestamp();
+        run.Trainer.Run(stop, lastStep);
+        double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
+        display.Dispose();
+
+        TrainingState after = run.Trainer.State;
+        double rate = (after.Tokens - before.Tokens) / Math.Max(seconds, 1e-9);
+        if (json)
+        {
+            writer.WriteLine(new JsonObject
+            {
+                ["run"] = folder,
+                ["finished"] = run.Trainer.IsFinished,
+                ["step"] = after.Step,
+                ["tokens"] = after.Tokens,
+                ["seconds"] = seconds,
+                ["tokens_per_second"] = rate,
+                ["validation_loss"] = display.LastValidation?.Loss,
+                ["bits_per_byte"] = display.LastValidation?.BitsPerByte,
+            }.ToJsonString(JsonOutput.Options));
+        }
+        else if (run.Trainer.IsFinished)
+        {
+            writer.WriteLine(FormattableString.Invariant(
+                $"{folder}: {after.Step:N0} steps, {after.Tokens:N0} tokens, {rate:N0} tokens/s; validation loss {display.LastValidation?.Loss:0.0000}"));
+        }
+        else
+        {
+            writer.WriteLine($"{folder}: stopped after step {after.Step:N0} of {run.Plan.Steps:N0}; the same command goes on from there");
+        }
+
+        return run.Trainer.IsFinished;
+    }
+
+    private static void Warn(string message) => Console.Error.WriteLine($"warning: {message}");
+}

@@ -1,0 +1,169 @@
+using TinyLlama.Checkpoints;
+using TinyLlama.Compute;
+using TinyLlama.Compute.Cpu;
+using TinyLlama.Data;
+using TinyLlama.Data.Batches;
+using TinyLlama.Data.Shards;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Model;
+
+namespace TinyLlama.Training;
+
+/// <summary>
+/// A run and its folder: recipe, data, device and trainer put together. Opening the folder again goes on with the run.
+/// </summary>
+public sealed class TrainingRun : IDisposable
+{
+    /// <summary>The resolved recipe in the run's folder.</summary>
+    public const string RecipeName = "recipe.yaml";
+
+    private const string LockName = "lock";
+
+    private readonly FileStream _lock;
+    private readonly TokenShards _shards;
+
+    private TrainingRun(FileStream runLock, TokenShards shards, Backend backend, Trainer trainer, TrainingPlan plan) =>
+        (_lock, _shards, Backend, Trainer, Plan) = (runLock, shards, backend, trainer, plan);
+
+    /// <summary>Gets the device.</summary>
+    public Backend Backend { get; }
+
+    /// <summary>Gets the trainer.</summary>
+    public Trainer Trainer { get; }
+
+    /// <summary>Gets the plan.</summary>
+    public TrainingPlan Plan { get; }
+
+    /// <summary>Derives a run's plan from its recipe and, where it is there, from its data.</summary>
+    /// <param name="recipe">The recipe.</param>
+    /// <param name="warn">Is told, in one line, what the user should know.</param>
+    /// <exception cref="UserErrorException">The recipe, the data or the initial model do not fit together.</exception>
+    public static TrainingPlan PlanOf(Recipe recipe, Action<string> warn)
+    {
+        using ModelSource? initial = recipe.Init == Recipe.Scratch ? null : ModelSource.Open(recipe.Init, warn);
+        using TokenShards? shards = recipe.Data.Path is string path && Directory.Exists(path) ? TokenShards.Open(path) : null;
+        return PlanOf(recipe, initial, shards);
+    }
+
+    /// <summary>Opens a run: new in an empty folder, else it goes on from the newest valid checkpoint.</summary>
+    /// <param name="recipe">The recipe.</param>
+    /// <param name="folder">The run's folder, made where it is missing.</param>
+    /// <param name="observer">Is told of everything.</param>
+    /// <exception cref="UserErrorException">Something does not fit together, or another process trains the run.</exception>
+    public static TrainingRun Open(Recipe recipe, string folder, ITrainingObserver observer)
+    {
+        string dataFolder = recipe.Data.Path ?? throw new UserErrorException(
+            "data.path is missing: name a folder that 'tinyllama data prepare' made, in the recipe or with --set data.path=DIR");
+        Directory.CreateDirectory(folder);
+        FileStream runLock = Lock(folder);
+        TokenShards? shards = null;
+        CpuBackend? backend = null;
+        try
+        {
+            shards = TokenShards.Open(dataFolder);
+            ITokenizer tokenizer = TokenizerOf(shards, dataFolder);
+            using ModelSource? initial = recipe.Init == Recipe.Scratch ? null : ModelSource.Open(recipe.Init, observer.Warn);
+            TrainingPlan plan = PlanOf(recipe, initial, shards);
+            if (tokenizer.VocabularySize > plan.Model.VocabularySize)
+            {
+                throw new UserErrorException(
+                    $"{recipe.Origins.Describe("model.vocabulary")} is {plan.Model.VocabularySize}, but the tokenizer of {dataFolder} has {tokenizer.VocabularySize} ids; raise it");
+            }
+
+            IReadOnlyList<string> changes = Changes(recipe, folder);
+            backend = CpuBackend.Create(recipe.Threads);
+            using (TrainingMemory memory = TrainingMemory.Plan(plan.Shape, backend))
+            {
+                plan.RequireFits(memory.Arenas, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);
+            }
+
+            double peakFlops = CpuCeiling.Measure(backend).AllThreads * 1e9;
+            var trainer = new Trainer(plan, folder, backend, shards, dataFolder, tokenizer, initial, peakFlops, observer);
+            WriteRecipe(recipe, Path.Combine(folder, RecipeName));
+            foreach (string change in changes)
+            {
+                trainer.Record(new NoteMetrics(trainer.State.Step, "changed " + change));
+            }
+
+            return new TrainingRun(runLock, shards, backend, trainer, plan);
+        }
+        catch
+        {
+            backend?.Dispose();
+            shards?.Dispose();
+            runLock.Dispose();
+            throw;
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        Trainer.Dispose();
+        Backend.Dispose();
+        _shards.Dispose();
+        _lock.Dispose();
+    }
+
+    // Bytes need no file; any other tokenizer lies beside the shards.
+    private static ITokenizer TokenizerOf(TokenShards shards, string folder)
+    {
+        var bytes = new ByteTokenizer();
+        return shards.Manifest.TokenizerSha256 == bytes.Hash ? bytes : Tokenizer.Load(folder);
+    }
+
+    private static TrainingPlan PlanOf(Recipe recipe, ModelSource? initial, TokenShards? shards)
+    {
+        // The number of sequences depends on the context, which the plan chooses: ask it once without the data.
+        long? sequences = null;
+        if (shards is not null)
+        {
+            int context = recipe.Batch.Context ?? recipe.Model?.ContextLength ?? initial?.Config.ContextLength ?? 0;
+            sequences = context > 0 ? new TokenLoader(shards, Split.Train, context, recipe.Seed).BlocksPerEpoch : null;
+        }
+
+        return TrainingPlan.Create(recipe, initial?.Config, sequences);
+    }
+
+    // What may change when a run goes on is noted in its log; what would make it another run is refused.
+    private static IReadOnlyList<string> Changes(Recipe recipe, string folder)
+    {
+        string path = Path.Combine(folder, RecipeName);
+        if (!File.Exists(path))
+        {
+            return [];
+        }
+
+        Recipe before = RecipeFile.Parse(File.ReadAllText(path), path);
+        IReadOnlyList<(string Key, string Before, string After)> differences = RecipeFile.Differences(before, recipe);
+        string[] refused =
+        [
+            .. differences
+                .Where(key => key.Key is "seed" or "init" or "initialization" || key.Key.StartsWith("model", StringComparison.Ordinal))
+                .Select(key => $"{key.Key} {key.Before} → {key.After}"),
+        ];
+        return refused.Length == 0
+            ? [.. differences.Select(key => $"{key.Key} {key.Before} → {key.After}")]
+            : throw new UserErrorException(
+                $"{folder} holds a run with another recipe ({string.Join(", ", refused)}); choose another --out, or delete that run");
+    }
+
+    private static void WriteRecipe(Recipe recipe, string path)
+    {
+        string unfinished = path + ".tmp";
+        File.WriteAllText(unfinished, RecipeFile.Write(recipe));
+        File.Move(unfinished, path, overwrite: true);
+    }
+
+    private static FileStream Lock(string folder)
+    {
+        try
+        {
+            return new FileStream(Path.Combine(folder, LockName), FileMode.OpenOrCreate, FileAccess.ReadWrite, FileShare.None);
+        }
+        catch (IOException e) when (e is not (DirectoryNotFoundException or PathTooLongException))
+        {
+            throw new UserErrorException($"{folder}: another process trains this run ({e.Message})", e);
+        }
+    }
+}
