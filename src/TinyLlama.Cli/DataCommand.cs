@@ -41,6 +41,11 @@ internal static class DataCommand
         output.Required = true;
         Option<string> field = new("--field") { Description = "Field of a JSON line that holds the text", DefaultValueFactory = _ => "text", HelpName = "NAME" };
         Option<bool> lines = new("--lines") { Description = "Take each line of a .txt file as a document, not the whole file" };
+        Option<string?> separator = new("--separator")
+        {
+            Description = "Line between the documents of a .txt file, such as '<|endoftext|>', or '' for paragraphs",
+            HelpName = "LINE",
+        };
         Option<double> share = new("--validation-share")
         {
             Description = "Share of the documents to validate on, chosen by a hash of their text",
@@ -61,7 +66,7 @@ internal static class DataCommand
         Option<bool> json = CommonOptions.Json();
         Command command = new("prepare", "Encode text into shuffled token shards; run again, it continues where it was")
         {
-            text, sdk, tokenizer, output, field, lines, share, seed, deduplicate, noBos, noEos, maximumBad, threads, json,
+            text, sdk, tokenizer, output, field, lines, separator, share, seed, deduplicate, noBos, noEos, maximumBad, threads, json,
         };
         command.SetAction((parse, stop) =>
         {
@@ -89,6 +94,7 @@ internal static class DataCommand
                 {
                     Field = parse.GetRequiredValue(field),
                     Lines = parse.GetValue(lines),
+                    Separator = parse.GetValue(separator),
                     OpenZstandard = compressed => new ZstdStream(compressed),
                 });
             ITokenizer opened = tokenizerPath == ByteTokenizerName ? new ByteTokenizer() : Tokenizer.Load(tokenizerPath);
@@ -192,7 +198,7 @@ internal static class DataCommand
 
         if (manifest.Validation.Tokens < 2)
         {
-            output.WriteLine("note: nothing is left to validate on; give more documents (such as --lines) or a larger --validation-share");
+            output.WriteLine("note: nothing is left to validate on; give more documents (--lines or --separator make more of a file) or a larger --validation-share");
         }
     }
 

@@ -15,6 +15,12 @@ public sealed record TextFileOptions
     /// <summary>Gets a value indicating whether each line of a .txt file is a document, and not the whole file.</summary>
     public bool Lines { get; init; }
 
+    /// <summary>
+    /// Gets the line that stands between the documents of a .txt file, such as <c>&lt;|endoftext|&gt;</c>, or an empty one
+    /// where paragraphs are documents; null where the whole file is one. Not with <see cref="Lines"/>.
+    /// </summary>
+    public string? Separator { get; init; }
+
     /// <summary>Gets the longest document or line, in bytes, at most 512 MiB: what is longer ends the reading with an error.</summary>
     public int MaximumDocumentBytes { get; init; } = 256 << 20;
 
@@ -44,6 +50,7 @@ public sealed class TextFiles : IDocumentSource
             ["source"] = "files",
             ["field"] = options.Field,
             ["lines"] = options.Lines ? "true" : "false",
+            ["separator"] = options.Separator is null ? "none" : $"'{options.Separator}'",
         };
     }
 
@@ -70,6 +77,11 @@ public sealed class TextFiles : IDocumentSource
     {
         ArgumentOutOfRangeException.ThrowIfNegativeOrZero(options.MaximumDocumentBytes);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(options.MaximumDocumentBytes, 1 << 29);
+        if (options.Lines && options.Separator is not null)
+        {
+            throw new UserErrorException("either each line is a document or a separator stands between them; choose one");
+        }
+
         List<SourceFile> files = [];
         List<string> passedOver = [];
         foreach (string path in paths)
@@ -188,13 +200,26 @@ public sealed class TextFiles : IDocumentSource
             name = name[..^packing.Length];
         }
 
-        if (!name.EndsWith(".jsonl", StringComparison.OrdinalIgnoreCase) && !_options.Lines)
+        bool json = name.EndsWith(".jsonl", StringComparison.OrdinalIgnoreCase);
+        if (!json && !_options.Lines && _options.Separator is null)
         {
             yield return Text(index, 0, WithoutMark(reader.ReadToEnd()));
             yield break;
         }
 
-        bool json = name.EndsWith(".jsonl", StringComparison.OrdinalIgnoreCase);
+        if (!json && _options.Separator is string separator)
+        {
+            ArrayBufferWriter<byte> text = new();
+            byte[] between = Encoding.UTF8.GetBytes(separator);
+            while (ReadSeparated(reader, index, between, text) is Document document)
+            {
+                yield return document;
+                Interlocked.Exchange(ref _bytesRead, before + raw.Position);
+            }
+
+            yield break;
+        }
+
         while (ReadLine(reader, index, json) is Document document)
         {
             // A line without text is the space between documents.
@@ -205,6 +230,37 @@ public sealed class TextFiles : IDocumentSource
 
             Interlocked.Exchange(ref _bytesRead, before + raw.Position);
         }
+    }
+
+    /// <summary>Reads up to the next separator; what has no text between two of them is no document.</summary>
+    private Document? ReadSeparated(LineReader reader, int file, ReadOnlySpan<byte> separator, ArrayBufferWriter<byte> text)
+    {
+        text.ResetWrittenCount();
+        long first = 0;
+        while (reader.TryRead(out ReadOnlySpan<byte> line))
+        {
+            line = reader.Line == 1 ? WithoutMark(line) : line;
+            if (!line.SequenceEqual(separator))
+            {
+                if (text.WrittenCount + line.Length > _options.MaximumDocumentBytes)
+                {
+                    throw new InvalidDataException($"the document of line {first} is longer than {_options.MaximumDocumentBytes} bytes");
+                }
+
+                first = text.WrittenCount == 0 ? reader.Line : first;
+                if (text.WrittenCount > 0 || !line.IsEmpty)
+                {
+                    text.Write(line);
+                    text.Write("\n"u8);
+                }
+            }
+            else if (text.WrittenCount > 0)
+            {
+                break;
+            }
+        }
+
+        return text.WrittenCount > 0 ? Text(file, first, text.WrittenSpan) : null;
     }
 
     private Document? ReadLine(LineReader reader, int file, bool json)

@@ -47,6 +47,20 @@ public sealed class TextFilesTests
     }
 
     [Fact]
+    public void A_separator_stands_between_documents_where_one_is_named()
+    {
+        using TemporaryFolder folder = new();
+        File.WriteAllText(folder["a.txt"], "<|endoftext|>\none\r\n\ntwo\n<|endoftext|>\n\n<|endoftext|>\nthree<|endoftext|>\nfour");
+        Assert.Equal(
+            [new Document(0, 2, "one\n\ntwo\n"), new Document(0, 8, "three<|endoftext|>\nfour\n")],
+            Read(folder["a.txt"], s_options with { Separator = "<|endoftext|>" }));
+        File.WriteAllText(folder["b.txt"], "\n\none\ntwo\n\n\nthree\n");
+        Assert.Equal([new Document(0, 3, "one\ntwo\n"), new Document(0, 7, "three\n")], Read(folder["b.txt"], s_options with { Separator = "" }));
+        Assert.Contains("the document of line 3 is longer", Error(folder["b.txt"], s_options with { Separator = "", MaximumDocumentBytes = 6 }), StringComparison.Ordinal);
+        Assert.Contains("choose one", Error(folder["b.txt"], s_options with { Separator = "", Lines = true }), StringComparison.Ordinal);
+    }
+
+    [Fact]
     public void Json_lines_take_the_field_that_is_named_and_say_why_a_line_is_bad()
     {
         using TemporaryFolder folder = new();
