@@ -138,9 +138,9 @@ public sealed class DataPreparation
         {
             try
             {
-                RequireSame(JsonSerializer.Deserialize(File.ReadAllBytes(settings), ManifestJson.Default.DictionaryStringString)!, settings);
-                PreparationState left = JsonSerializer.Deserialize(File.ReadAllBytes(state), ManifestJson.Default.PreparationState)!;
-                return left.BucketBytes.Length == 2 * _bucketsPerSplit && left.File >= 0 && left.Bucket >= 0 ? left : throw new JsonException("its numbers do not fit");
+                RequireSame(JsonSerializer.Deserialize(File.ReadAllBytes(settings), ManifestJson.Default.DictionaryStringString) ?? [], settings);
+                PreparationState left = JsonSerializer.Deserialize(File.ReadAllBytes(state), ManifestJson.Default.PreparationState) ?? throw new JsonException("it is null");
+                return left.BucketBytes.Length == 2 * _bucketsPerSplit && left is { File: >= 0, Record: >= 0, Bucket: >= 0, BucketEntry: >= 0, QuarantineBytes: >= 0 } ? left : throw new JsonException("its numbers do not fit");
             }
             catch (Exception e) when (e is JsonException or FileNotFoundException)
             {
@@ -208,8 +208,7 @@ public sealed class DataPreparation
             }
         }
 
-        string sources = Path.Combine(_folder, TokenShards.SourcesFile);
-        SourceEntry[] files = File.Exists(sources) ? JsonSerializer.Deserialize(File.ReadAllBytes(sources), ManifestJson.Default.SourceEntryArray) ?? [] : [];
+        SourceEntry?[] files = TokenShards.ReadSources(_folder);
         DateTime begun = File.GetLastWriteTimeUtc(path);
         for (int i = 0; i < Math.Max(files.Length, _source.Files.Count); i++)
         {

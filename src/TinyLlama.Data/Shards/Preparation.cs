@@ -33,7 +33,7 @@ public sealed record PreparationOptions
     public long TokensPerShard { get; init; } = TokenShardsWriter.DefaultTokensPerShard;
 
     /// <summary>Gets the bytes of text after which the state is written down, to continue from.</summary>
-    internal long JournalBytes { get; init; } = 256 << 20;
+    internal long JournalBytes { get; init; } = 64 << 20;
 
     /// <summary>Gets the characters of text that a thread encodes at once.</summary>
     internal int BatchCharacters { get; init; } = 1 << 18;

@@ -33,7 +33,7 @@ public sealed class TokenShards : IDisposable
         (_folder, Manifest) = (folder, manifest);
         _shards = [new ShardFile[manifest.Train.Shards.Count], new ShardFile[manifest.Validation.Shards.Count]];
         _ends = [new long[_shards[0].Length], new long[_shards[1].Length]];
-        _sources = new Lazy<string[]>(ReadSources);
+        _sources = new Lazy<string[]>(() => [.. ReadSources(_folder).Select(s => s?.File ?? "")]);
     }
 
     /// <summary>Gets what the folder holds.</summary>
@@ -204,6 +204,22 @@ public sealed class TokenShards : IDisposable
         }
     }
 
+    /// <summary>
+    /// The source files of a folder; none where the list is missing or damaged. Names are for messages: one about a batch
+    /// is better without them than not at all.
+    /// </summary>
+    internal static SourceEntry?[] ReadSources(string folder)
+    {
+        try
+        {
+            return JsonSerializer.Deserialize(File.ReadAllBytes(Path.Combine(folder, SourcesFile)), ManifestJson.Default.SourceEntryArray) ?? [];
+        }
+        catch (Exception e) when (e is IOException or JsonException or UnauthorizedAccessException)
+        {
+            return [];
+        }
+    }
+
     /// <summary>The shard that a token is in; shards without tokens are passed over.</summary>
     private int ShardOf(Split split, long token)
     {
@@ -219,21 +235,6 @@ public sealed class TokenShards : IDisposable
         }
 
         return index;
-    }
-
-    private string[] ReadSources()
-    {
-        string path = Path.Combine(_folder, SourcesFile);
-        try
-        {
-            SourceEntry?[] entries = JsonSerializer.Deserialize(File.ReadAllBytes(path), ManifestJson.Default.SourceEntryArray) ?? [];
-            return [.. entries.Select(e => e?.File ?? "")];
-        }
-        catch (Exception e) when (e is IOException or JsonException or UnauthorizedAccessException)
-        {
-            // Names are for messages: a message about a batch is better without them than not at all.
-            return [];
-        }
     }
 }
 
