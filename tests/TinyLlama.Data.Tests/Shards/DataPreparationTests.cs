@@ -72,7 +72,17 @@ public sealed class DataPreparationTests
         HashSet<string> stages = [];
         DataPreparation.Run(shards.Path, Source(text), s_tokenizer, options, progress =>
         {
-            Copy(shards.Path, copies[$"{moments++:D3}"]);
+            string copy = copies[$"{moments++:D3}"];
+            Copy(shards.Path, copy);
+            if (progress.Stage == "encode")
+            {
+                // Whatever was written since the last state was written down is there, in part.
+                foreach (string file in Directory.GetFiles(copy, "bucket-*", SearchOption.AllDirectories).Append(Path.Combine(copy, "quarantine.jsonl")))
+                {
+                    File.AppendAllText(file, new string('?', 5000));
+                }
+            }
+
             stages.Add(progress.Stage);
         });
         Assert.Equal(["encode", "shuffle"], stages);
