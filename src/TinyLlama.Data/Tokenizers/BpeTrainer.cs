@@ -27,8 +27,8 @@ public readonly record struct BpeTrainingProgress(long Characters, int Pieces, i
 
 /// <summary>
 /// Trains byte-pair encodings with byte fallback as SentencePiece does with Llama 2's settings: identity normalization, a
-/// space before the text, digits alone, runs of spaces as pieces. Pieces do not cross from letters to punctuation, nor into a
-/// space inside, and control characters (the line feed is one) stay byte tokens.
+/// space before the text, digits alone, runs of spaces as pieces that merge last. Pieces do not cross from letters to
+/// punctuation, nor over a space, and control characters (the line feed is one) stay byte tokens.
 /// </summary>
 /// <remarks>
 /// Of all pairs of neighbours the one that occurs most often merges next; of equally many the shorter, then the first in
@@ -97,6 +97,7 @@ public static class BpeTrainer
 
     private static List<Piece> Pieces(List<string> merged, List<(Rune Character, long Count)> alphabet)
     {
+        int size = FixedPieces + merged.Count + alphabet.Count;
         List<Piece> pieces =
         [
             new Piece("<unk>", 0, PieceKind.Unknown),
@@ -110,7 +111,10 @@ public static class BpeTrainer
 
         foreach (string text in merged.Concat(alphabet.Select(c => c.Character.ToString().Replace(' ', BpeModel.Space))))
         {
-            pieces.Add(new Piece(text, FixedPieces - pieces.Count, PieceKind.Normal));
+            // Runs of spaces merge after everything else: the last space of an indentation belongs to the word after it.
+            int order = pieces.Count - FixedPieces;
+            bool isSpaces = text.All(character => character == BpeModel.Space);
+            pieces.Add(new Piece(text, isSpaces ? -order - size : -order, PieceKind.Normal));
         }
 
         return pieces;

@@ -4,8 +4,9 @@ using System.Text;
 namespace TinyLlama.Data.Tokenizers;
 
 /// <summary>
-/// Counts the chunks of text within which a tokenizer's pieces may lie: a word with the spaces before it, a run of
-/// punctuation, a digit. One thread at a time; the counts of several counters add up to the same whatever the division.
+/// Counts the chunks of text within which a tokenizer's pieces may lie: a word or a run of punctuation, either with one space
+/// before it, a digit, a run of spaces. One thread at a time; the counts of several counters add up to the same whatever the
+/// division.
 /// </summary>
 internal sealed class ChunkCounter
 {
@@ -123,13 +124,13 @@ internal sealed class ChunkCounter
                 continue;
             }
 
-            // Spaces go with the word or the punctuation after them; a digit stands alone.
-            bool joins = next == current ? next != CharacterClass.Digit
-                : current == CharacterClass.Space && next is CharacterClass.Letter or CharacterClass.Other;
-            if (!joins)
+            // The last space goes with the word or the punctuation after it; a digit stands alone.
+            if (next != current || next == CharacterClass.Digit)
             {
-                Flush(text, start, position);
-                start = position;
+                bool joins = current == CharacterClass.Space && next is CharacterClass.Letter or CharacterClass.Other;
+                int cut = joins ? position - 1 : position;
+                Flush(text, start, cut);
+                start = cut;
             }
 
             current = next;

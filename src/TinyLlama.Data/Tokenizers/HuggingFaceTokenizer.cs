@@ -95,7 +95,29 @@ public static class HuggingFaceTokenizer
             : tokenizer.Tables.HasHiddenCharacters ? "it merges characters that have no piece of their own"
             : !model.SymbolsSplitText && model.Pieces.Any(piece => piece.Kind == PieceKind.UserDefined)
                 ? "its user-defined symbols do not split the text, those of tokenizer.json do"
+            : HasTies(tokenizer) ? "it has pieces of equal score, whose merges have no order that a list can express"
             : null;
+    }
+
+    /// <summary>
+    /// Whether different pieces share a rank, so that the place in the text decides. Runs of spaces, which Llama 2 has at one
+    /// rank, come out the same in the order of their ids.
+    /// </summary>
+    private static bool HasTies(BpeTokenizer tokenizer)
+    {
+        List<(int Rank, int Left, int Right, int Result)> merges = tokenizer.Tables.MergeList;
+        IReadOnlyList<Piece> pieces = tokenizer.Model.Pieces;
+        bool IsSpaces(int id) => pieces[id].Text.All(character => character == BpeModel.Space);
+        for (int i = 1; i < merges.Count; i++)
+        {
+            if (merges[i].Rank == merges[i - 1].Rank && merges[i].Result != merges[i - 1].Result
+                && !(IsSpaces(merges[i].Result) && IsSpaces(merges[i - 1].Result)))
+            {
+                return true;
+            }
+        }
+
+        return false;
     }
 
     private static T Parse<T>(ReadOnlyMemory<byte> content, string source, Func<JsonElement, T> read)

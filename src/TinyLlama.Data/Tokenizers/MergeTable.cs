@@ -11,7 +11,9 @@ internal sealed class MergeTable
     /// <summary>The rank of a pair that does not merge.</summary>
     public const int NoMerge = int.MaxValue;
 
-    private const ulong Empty = ulong.MaxValue;
+    /// <summary>The key of no pair: symbols are smaller, and an unknown character is -1.</summary>
+    private const ulong Empty = 0x7FFFFFFF_7FFFFFFF;
+
     private readonly Slot[] _slots;
     private readonly int _shift;
 

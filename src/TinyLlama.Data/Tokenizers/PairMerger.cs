@@ -193,20 +193,13 @@ internal sealed class PairMerger
         }
     }
 
-    /// <summary>Whether a piece may consist of these two: spaces only, or at most one space, at the front.</summary>
-    private bool MayMerge(Symbol left, Symbol right)
-    {
-        return left.Characters + right.Characters <= _maximumCharacters
-            && (left.IsSpaces && right.IsSpaces
-                || !right.StartsWithSpace && !(left.IsSpaces && left.Characters > 1));
-    }
-
     private void Increase(int left, int right, long weight, int place)
     {
         ref int index = ref CollectionsMarshal.GetValueRefOrAddDefault(_pairs, Key(left, right), out bool exists);
         if (!exists)
         {
-            index = MayMerge(_symbols[left], _symbols[right]) ? AddPair(left, right) : None;
+            bool isTooLong = _symbols[left].Characters + _symbols[right].Characters > _maximumCharacters;
+            index = isTooLong ? None : AddPair(left, right);
         }
 
         if (index == None)
@@ -298,8 +291,7 @@ internal sealed class PairMerger
             shift = unchecked(shift * HashBase);
         }
 
-        bool isSpaces = !text.AsSpan().ContainsAnyExcept((byte)' ');
-        _symbols.Add(new Symbol(text, characters, hash, shift, text[0] == ' ', isSpaces));
+        _symbols.Add(new Symbol(text, characters, hash, shift));
         _symbolByHash[hash] = _symbols.Count - 1;
         return _symbols.Count - 1;
     }
@@ -425,8 +417,7 @@ internal sealed class PairMerger
     }
 
     /// <summary>A character or piece; the hash of two texts together follows from their hashes.</summary>
-    private sealed record Symbol(
-        byte[] Text, int Characters, ulong Hash, ulong HashShift, bool StartsWithSpace, bool IsSpaces);
+    private sealed record Symbol(byte[] Text, int Characters, ulong Hash, ulong HashShift);
 
     private readonly record struct HeapEntry(long Count, int Pair);
 

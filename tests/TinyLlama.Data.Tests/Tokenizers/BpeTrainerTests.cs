@@ -76,6 +76,9 @@ public sealed class BpeTrainerTests
 
         Assert.Contains(model.Pieces, piece => piece.Text == "\u2581return");
         Assert.Contains(model.Pieces, piece => piece.Text == "\u2581\u2581\u2581");
+        List<int> ids = [];
+        new BpeTokenizer(model).Encode("{\n    return", ids);
+        Assert.Equal(["\u2581\u2581\u2581", "\u2581return"], ids.TakeLast(2).Select(id => model.Pieces[id].Text));
     }
 
     [Fact]

@@ -71,11 +71,16 @@ internal static class NaiveBpe
         foreach (Rune rune in document.Length == 0 ? [] : (" " + document).Replace(' ', '\u2581').EnumerateRunes())
         {
             int kind = Kind(rune);
-            bool joins = kind == current ? kind != 1 : current == 3 && kind is 0 or 2;
-            if (!joins && chunk.Count > 0)
+            if ((kind != current || kind == 1) && chunk.Count > 0)
             {
+                bool keepsSpace = current == 3 && kind is 0 or 2;
+                if (keepsSpace)
+                {
+                    chunk.RemoveAt(0);
+                }
+
                 yield return chunk;
-                chunk = [];
+                chunk = keepsSpace ? ["\u2581"] : [];
             }
 
             current = kind;
@@ -143,8 +148,7 @@ internal static class NaiveBpe
 
     private static bool IsPiece(string text, int maximumCharacters)
     {
-        return text.EnumerateRunes().Count() <= maximumCharacters
-            && (text.All(c => c == '\u2581') || text.LastIndexOf('\u2581') <= 0);
+        return text.EnumerateRunes().Count() <= maximumCharacters;
     }
 
     private static int Kind(Rune rune)

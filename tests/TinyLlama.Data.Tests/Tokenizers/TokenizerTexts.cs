@@ -8,10 +8,10 @@ internal static class TokenizerTexts
     private const string Letters = "aaabbcdeeeinorst\u00E9\u0436\u65E5";
 
     /// <summary>Documents of repeated random words, spaces, digits, punctuation and lines.</summary>
-    public static string[] RandomDocuments(int seed, int count)
+    public static string[] RandomDocuments(int seed, int count, int wordCount = 60)
     {
         var random = new Random(seed);
-        string[] words = [.. Enumerable.Range(0, 60).Select(_ => RandomWord(random))];
+        string[] words = [.. Enumerable.Range(0, wordCount).Select(_ => RandomWord(random))];
         string[] between = [" ", " ", " ", " ", " ", "  ", "    ", ", ", ".", "\n", "\n    ", " (", ")", "::", " 17 ", "\t", "'"];
         string[] documents = new string[count];
         for (int d = 0; d < count; d++)
