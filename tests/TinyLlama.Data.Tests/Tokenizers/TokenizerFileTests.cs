@@ -1,6 +1,5 @@
 using System.Diagnostics;
 using System.Text;
-using System.Text.Json;
 using System.Text.Json.Nodes;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Tests.Common;
@@ -400,7 +399,7 @@ public sealed class TokenizerFileTests : IDisposable
         return [];
     }
 
-    private static List<int> Encode(ITokenizer tokenizer, string text)
+    private static List<int> Encode(BpeTokenizer tokenizer, string text)
     {
         List<int> ids = [];
         tokenizer.Encode(text, ids);
@@ -430,6 +429,7 @@ public sealed class TokenizerFileTests : IDisposable
     {
         var start = new ProcessStartInfo(program, arguments)
         {
+            UseShellExecute = false,
             RedirectStandardInput = true,
             RedirectStandardOutput = true,
             RedirectStandardError = true,
