@@ -20,6 +20,7 @@ internal static class Program
         var root = new RootCommand("Pretrain a Llama from raw text and use what came out.")
         {
             QuickstartCommand.Create(),
+            TokenizerCommand.Create(),
             DataCommand.Create(),
             ImportCommand.Create(),
             ExportCommand.Create(),

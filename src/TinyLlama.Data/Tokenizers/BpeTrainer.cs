@@ -71,7 +71,7 @@ public static class BpeTrainer
         }
 
         var merger = new PairMerger(chunks, alphabet, options.MaximumPieceCharacters);
-        var merged = new List<string>(wanted);
+        var merged = new List<string>();
         while (merged.Count < wanted)
         {
             if (merged.Count % ReportEvery == 0)
