@@ -228,9 +228,11 @@ internal sealed class BpeTables
             }
 
             string text = Unescape(model, model.Pieces[left].Text + model.Pieces[right].Text);
-            if (!normal.TryGetValue(text, out int result))
+            if (model.Pieces[left].Kind != PieceKind.Normal || model.Pieces[right].Kind != PieceKind.Normal
+                || !normal.TryGetValue(text, out int result))
             {
-                throw new UserErrorException($"{source}: merge {rank} makes \"{text}\", which is not in the vocabulary");
+                throw new UserErrorException($"{source}: merge {rank} of \"{model.Pieces[left].Text}\" and \"{model.Pieces[right].Text}\": "
+                    + "both and their result must be pieces of text, neither bytes nor added tokens");
             }
 
             table.Set(left, right, rank, result);

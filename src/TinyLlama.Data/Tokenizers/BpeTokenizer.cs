@@ -81,7 +81,7 @@ public sealed class BpeTokenizer : ITokenizer
     public void Encode(ReadOnlySpan<char> text, List<int> tokens)
     {
         ArgumentNullException.ThrowIfNull(tokens);
-        byte[] utf8 = ArrayPool<byte>.Shared.Rent(Encoding.UTF8.GetMaxByteCount(text.Length));
+        byte[] utf8 = ArrayPool<byte>.Shared.Rent(Encoding.UTF8.GetByteCount(text));
         int count = Encoding.UTF8.GetBytes(text, utf8);
         EncodeUtf8(utf8.AsSpan(0, count), tokens);
         ArrayPool<byte>.Shared.Return(utf8);

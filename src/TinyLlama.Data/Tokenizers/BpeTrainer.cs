@@ -70,6 +70,11 @@ public static class BpeTrainer
                 + $"{alphabet.Count} characters = {FixedPieces + alphabet.Count}; raise the size or lower the character coverage");
         }
 
+        if (chunks.TextBytes + (2L * chunks.Count) > Array.MaxLength)
+        {
+            throw TooMuch();
+        }
+
         var merger = new PairMerger(chunks, alphabet, options.MaximumPieceCharacters);
         var merged = new List<string>();
         while (merged.Count < wanted)
@@ -196,7 +201,7 @@ public static class BpeTrainer
 
         if (errors.TryDequeue(out Exception? error))
         {
-            throw new InvalidOperationException("a thread that counts words failed", error);
+            throw error is OverflowException ? TooMuch(error) : error;
         }
 
         for (int t = 1; t < threads; t++)
@@ -206,6 +211,9 @@ public static class BpeTrainer
 
         return counters[0];
     }
+
+    private static UserErrorException TooMuch(Exception? cause = null) =>
+        new("the text has more than 2 GiB of different words; train on a sample of it", cause);
 
     private static void Work(
         BlockingCollection<List<(ReadOnlyMemory<char> Text, bool StartsDocument)>> parts,

@@ -31,6 +31,9 @@ internal sealed class ChunkCounter
     /// <summary>Gets the number of different chunks.</summary>
     public int Count { get; private set; }
 
+    /// <summary>Gets the number of bytes of all different chunks.</summary>
+    public long TextBytes => _textCount;
+
     /// <summary>The UTF-8 text of a chunk, in which a space is the byte 0x20.</summary>
     public ReadOnlySpan<byte> Text(int index) => _text.AsSpan(_entries[index].Start, _entries[index].Length);
 

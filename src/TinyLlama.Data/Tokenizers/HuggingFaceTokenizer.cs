@@ -99,19 +99,49 @@ public static class HuggingFaceTokenizer
             : null;
     }
 
-    /// <summary>
-    /// Whether different pieces share a rank, so that the place in the text decides. Runs of spaces, which Llama 2 has at one
-    /// rank, come out the same in the order of their ids.
-    /// </summary>
+    /// <summary>Whether different pieces share a rank, so that the place in the text decides, and that changes ids.</summary>
     private static bool HasTies(BpeTokenizer tokenizer)
     {
         List<(int Rank, int Left, int Right, int Result)> merges = tokenizer.Tables.MergeList;
         IReadOnlyList<Piece> pieces = tokenizer.Model.Pieces;
-        bool IsSpaces(int id) => pieces[id].Text.All(character => character == BpeModel.Space);
+        bool spacesTie = false;
         for (int i = 1; i < merges.Count; i++)
         {
-            if (merges[i].Rank == merges[i - 1].Rank && merges[i].Result != merges[i - 1].Result
-                && !(IsSpaces(merges[i].Result) && IsSpaces(merges[i - 1].Result)))
+            if (merges[i].Rank == merges[i - 1].Rank && merges[i].Result != merges[i - 1].Result)
+            {
+                if (!IsSpaces(pieces[merges[i].Result]) || !IsSpaces(pieces[merges[i - 1].Result]))
+                {
+                    return true;
+                }
+
+                spacesTie = true;
+            }
+        }
+
+        return spacesTie && SpacesDiffer(tokenizer);
+    }
+
+    /// <summary>
+    /// Whether runs of spaces, which Llama 2 has at one rank, come out otherwise when their merges have an order. The pieces
+    /// of a long run repeat, so that a few lengths of the longest piece tell.
+    /// </summary>
+    private static bool SpacesDiffer(BpeTokenizer tokenizer)
+    {
+        int longest = tokenizer.Model.Pieces.Max(piece => IsSpaces(piece) ? piece.Text.Length : 0);
+        BpeModel listed = tokenizer.Model with
+        {
+            Merges = [.. tokenizer.Tables.MergeList.Select(merge => new Merge(merge.Left, merge.Right))],
+        };
+        var ordered = new BpeTokenizer(listed);
+        List<int> expected = [];
+        List<int> found = [];
+        for (int length = 1; length <= 4 * longest; length++)
+        {
+            expected.Clear();
+            found.Clear();
+            tokenizer.Encode(new string(' ', length), expected);
+            ordered.Encode(new string(' ', length), found);
+            if (!expected.SequenceEqual(found))
             {
                 return true;
             }
@@ -119,6 +149,8 @@ public static class HuggingFaceTokenizer
 
         return false;
     }
+
+    private static bool IsSpaces(Piece piece) => piece.Text.All(character => character == BpeModel.Space);
 
     private static T Parse<T>(ReadOnlyMemory<byte> content, string source, Func<JsonElement, T> read)
     {

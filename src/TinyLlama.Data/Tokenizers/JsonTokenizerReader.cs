@@ -162,10 +162,9 @@ internal sealed class JsonTokenizerReader(string source)
 
     private void ReadMetaspace(JsonElement step)
     {
-        bool oldPrefix = Find(step, "add_prefix_space", JsonValueKind.False) is null;
-        string scheme = Text(step, "prepend_scheme") ?? (oldPrefix ? "always" : "never");
+        string scheme = Text(step, "prepend_scheme") ?? (Flag(step, "add_prefix_space", otherwise: true) ? "always" : "never");
         _escapes = true;
-        _splits |= Find(step, "split", JsonValueKind.False) is null;
+        _splits |= Flag(step, "split", otherwise: true);
         switch (scheme)
         {
             case "always":
@@ -288,15 +287,26 @@ internal sealed class JsonTokenizerReader(string source)
             ?? throw Refused($"has no \"{key}\"; this is no tokenizer.json of Hugging Face, or it is damaged");
     }
 
-    private static JsonElement? Find(JsonElement parent, string key, JsonValueKind kind)
+    /// <summary>The value of a key, or null where it is absent or null; another type than the one due is refused.</summary>
+    private JsonElement? Find(JsonElement parent, string key, JsonValueKind kind)
     {
-        return parent.ValueKind == JsonValueKind.Object && parent.TryGetProperty(key, out JsonElement value)
-            && value.ValueKind == kind ? value : null;
+        if (parent.ValueKind != JsonValueKind.Object || !parent.TryGetProperty(key, out JsonElement value)
+            || value.ValueKind == JsonValueKind.Null)
+        {
+            return null;
+        }
+
+        return value.ValueKind == kind ? value : throw Refused($"\"{key}\" is {Shorten(value)}, where the type {kind} is due");
     }
 
-    private static string? Text(JsonElement parent, string key) => Find(parent, key, JsonValueKind.String)?.GetString();
+    private string? Text(JsonElement parent, string key) => Find(parent, key, JsonValueKind.String)?.GetString();
 
-    private static bool Flag(JsonElement parent, string key) => Find(parent, key, JsonValueKind.True) is not null;
+    private bool Flag(JsonElement parent, string key, bool otherwise = false)
+    {
+        bool isFalse = parent.ValueKind == JsonValueKind.Object && parent.TryGetProperty(key, out JsonElement value)
+            && value.ValueKind == JsonValueKind.False;
+        return !isFalse && (Find(parent, key, JsonValueKind.True) is not null || otherwise);
+    }
 
     private void RequireEmpty(JsonElement model, string key)
     {

@@ -53,7 +53,7 @@ internal sealed class PairMerger
         int placeCount = 1;
         for (int i = 0; i < chunks.Count; i++)
         {
-            placeCount = checked(placeCount + CharacterCount(chunks.Text(i)) + 1);
+            placeCount += CharacterCount(chunks.Text(i)) + 1;
         }
 
         _places = new int[placeCount];

@@ -249,6 +249,8 @@ public sealed class TokenizerFileTests : IDisposable
     [InlineData("""{"model":{"type":"BPE"},"decoder":{"type":"ByteLevel"}}""", "byte-level BPE")]
     [InlineData("""{"model":{"type":"BPE"},"normalizer":{"type":"NFKC"}}""", "NFKC")]
     [InlineData("""{"model":{"type":"BPE","ignore_merges":true}}""", "ignore_merges")]
+    [InlineData("""{"model":{"type":"BPE","byte_fallback":"yes"}}""", "byte_fallback")]
+    [InlineData("""{"model":{"type":"BPE"},"normalizer":"Prepend"}""", "normalizer")]
     [InlineData("""{"model":{"type":"BPE","dropout":0.1}}""", "dropout")]
     [InlineData("""{"model":{"type":"BPE","fuse_unk":true,"unk_token":"a","vocab":{"a":0,"b":2},"merges":[]}}""", "ids must be")]
     [InlineData("""{"model":{"type":"BPE","fuse_unk":true,"unk_token":"a","vocab":{"a":0,"b":0},"merges":[]}}""", "id 0")]
@@ -296,6 +298,16 @@ public sealed class TokenizerFileTests : IDisposable
         var tokenizer = new BpeTokenizer(HuggingFaceTokenizer.Read(Encoding.UTF8.GetBytes(Json), "x.json"));
         Assert.Equal([1, 4], Encode(tokenizer, "abc"));
         Assert.Throws<UserErrorException>(() => SentencePieceModel.Write(tokenizer.Model));
+    }
+
+    [Fact]
+    public void Pieces_of_equal_score_are_not_written_as_a_list()
+    {
+        Piece[] tied = [.. s_model.Pieces.Select(piece => piece with { Score = 0 })];
+        var tokenizer = new BpeTokenizer(s_model with { Pieces = tied });
+        Assert.Contains("equal score", Assert.Throws<UserErrorException>(() => HuggingFaceTokenizer.Write(tokenizer)).Message, StringComparison.Ordinal);
+        Assert.Single(tokenizer.Save(_folder));
+        Assert.False(File.Exists(Path.Combine(_folder, "tokenizer.json")));
     }
 
     [Fact]
