@@ -119,7 +119,7 @@ public sealed class MatMulTests
     [Theory]
     [InlineData(3, 20_000, 300)]
     [InlineData(1, 20_000, 300)]
-    [InlineData(2, 3, 300_000)]
+    [InlineData(2, 3, 600_000)]
     public void A_weight_too_large_to_pack_at_once_gives_the_bits_of_one_packed_before(int tokens, int outputs, int inputs)
     {
         using CpuBackend backend = CpuBackend.Create(2, CpuPath.Vector256);
@@ -131,6 +131,20 @@ public sealed class MatMulTests
         AssertSameBits(output.HostSpan<float>(), operands.Output.HostSpan<float>());
         MatMul.Scalar.Forward(output, operands.Input, operands.Weight.Values, accumulate: false);
         AssertClose(output, operands.Output, inputs, "forward");
+    }
+
+    [Theory]
+    [InlineData(400, 12_000, 3)]
+    [InlineData(400, 3, 12_000)]
+    [InlineData(3000, 2900, 3)]
+    public void A_gradient_whose_operands_are_too_large_to_pack_at_once_equals_its_definition(int tokens, int outputs, int inputs)
+    {
+        using CpuBackend backend = CpuBackend.Create(2, CpuPath.Vector256);
+        using Operands operands = new(backend, tokens, outputs, inputs, ranges: false, packed: false);
+        Tensor dWeight = operands.Copy(operands.Weight.Gradient);
+        MatMul.Scalar.BackwardWeight(dWeight, operands.DOutput, operands.Input);
+        backend.MatMulBackwardWeight(operands.Weight.Gradient, operands.DOutput, operands.Input);
+        AssertClose(dWeight, operands.Weight.Gradient, tokens, "dWeight");
     }
 
     [Theory]

@@ -1,5 +1,4 @@
 using System.Runtime.CompilerServices;
-using System.Runtime.Intrinsics;
 
 namespace TinyLlama.Compute.Cpu;
 
@@ -9,23 +8,27 @@ namespace TinyLlama.Compute.Cpu;
 /// </summary>
 /// <remarks>
 /// After Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), and BLIS: the right operand
-/// lies in panels (see <see cref="Tile{V}"/>), panel after panel, each with all of its steps; a task owns a block of the
+/// lies in panels (see <see cref="Tile{V}"/>), block of k after block of k, panel after panel; a task owns a block of the
 /// result and walks k in blocks: it copies a block of the left operand next to each other, which stays in the second
-/// cache, and multiplies it by panel after panel, each of which stays in the first cache while the rows pass by.
+/// cache, and multiplies it by panel after panel, each of which stays in the first cache while the rows pass by. Where
+/// the left operand is the transpose of a tensor, it is packed like the right one, in tiles of rows.
 /// Blocks depend on the shape alone, and blocks of k on k alone: neither the number of threads nor the number of rows
 /// changes a bit of a row, nor does it matter who packed the right operand, when.
 /// </remarks>
 internal static unsafe class MatMul
 {
-    /// <summary>Floats of the right operand that <see cref="Scratch.Shared"/> must hold, packed: 16 MiB.</summary>
-    public const int SharedCount = 4 << 20;
+    /// <summary>Floats of packed operands that <see cref="Scratch.Shared"/> must hold: 32 MiB.</summary>
+    public const int SharedCount = 8 << 20;
 
-    /// <summary>Floats of the left operand that <see cref="Scratch.Of"/> must hold.</summary>
+    /// <summary>Floats of a block of the left operand that <see cref="Scratch.Of"/> must hold.</summary>
     public const int ThreadCount = MaxBlockRows * (MaxBlockDepth + RowPadding);
 
     // A panel of this depth takes 24 of 32 KiB of a first cache (AVX2), a block of the left operand a quarter of 512 KiB.
     private const int MaxBlockDepth = 384;
     private const int MaxBlockRows = 88;
+
+    // Steps that are packed together; blocks of k are multiples of it.
+    private const int StepUnit = 8;
 
     // Rows of the copied block start at different places of the first cache.
     private const int RowPadding = 16;
@@ -39,7 +42,7 @@ internal static unsafe class MatMul
 
     /// <summary>Elements of a right operand in panels.</summary>
     public static int PackedCount<V>(int columns, int depth)
-        where V : struct, ILanes<V> => checked((columns + Tile<V>.Columns - 1) / Tile<V>.Columns * Tile<V>.Columns * depth);
+        where V : struct, ILanes<V> => checked(RoundUp(columns, Tile<V>.Columns) * depth);
 
     /// <summary>Fills the packed forms of a weight that have room.</summary>
     public static void Pack<V>(ThreadTeam team, Weight weight)
@@ -48,12 +51,12 @@ internal static unsafe class MatMul
         Tensor values = weight.Values;
         if (!weight.PackedForward.IsEmpty)
         {
-            Pack<V>(team, weight.PackedForward.F32(), Matrix.Transposed(values), values.Rows, values.Columns);
+            Pack<V>(team, weight.PackedForward.F32(), Matrix.Transposed(values), values.Rows, values.Columns, BlockDepth(values.Columns), Tile<V>.Columns);
         }
 
         if (!weight.PackedBackward.IsEmpty)
         {
-            Pack<V>(team, weight.PackedBackward.F32(), Matrix.Of(values), values.Columns, values.Rows);
+            Pack<V>(team, weight.PackedBackward.F32(), Matrix.Of(values), values.Columns, values.Rows, BlockDepth(values.Rows), Tile<V>.Columns);
         }
     }
 
@@ -85,54 +88,78 @@ internal static unsafe class MatMul
         int blockDepth = BlockDepth(depth);
         if (!packed.IsEmpty)
         {
-            Multiply<V>(team, scratch, sums, left, packed.F32(), depth, blockDepth, accumulate);
+            Multiply<V>(team, scratch, sums, left, null, packed.F32(), depth, blockDepth, accumulate);
             return;
         }
 
-        // What fits at once: all steps of some columns, or where not even one panel fits, whole blocks of its steps.
-        int depthAtOnce = Math.Min(depth, SharedCount / Tile<V>.Columns / blockDepth * blockDepth);
-        int columnsAtOnce = SharedCount / depthAtOnce / Tile<V>.Columns * Tile<V>.Columns;
+        // What fits at once: whole blocks of k of as many columns, and of rows where they must be packed too.
+        bool packLeft = left.Column != 1;
+        int columnsAtOnce = AtOnce(sums.Columns, Tile<V>.Columns, blockDepth);
+        int rowsAtOnce = packLeft ? AtOnce(sums.Rows, Tile<V>.Rows, blockDepth) : sums.Rows;
+        int width = RoundUp(columnsAtOnce, Tile<V>.Columns) + (packLeft ? RoundUp(rowsAtOnce, Tile<V>.Rows) : 0);
+        int depthAtOnce = Math.Min(depth, SharedCount / width / blockDepth * blockDepth);
         for (int column = 0; column < sums.Columns; column += columnsAtOnce)
         {
-            Tensor range = sums.ColumnRange(column, Math.Min(columnsAtOnce, sums.Columns - column));
+            Tensor columns = sums.ColumnRange(column, Math.Min(columnsAtOnce, sums.Columns - column));
             for (int step = 0; step < depth; step += depthAtOnce)
             {
                 int steps = Math.Min(depthAtOnce, depth - step);
-                Pack<V>(team, scratch.Shared, right.From(step, column), range.Columns, steps);
-                Multiply<V>(team, scratch, range, left.From(0, step), scratch.Shared, steps, blockDepth, accumulate || step > 0);
+                float* panels = scratch.Shared;
+                Pack<V>(team, panels, right.From(step, column), columns.Columns, steps, blockDepth, Tile<V>.Columns);
+                float* tiles = packLeft ? panels + ((nint)steps * RoundUp(columns.Columns, Tile<V>.Columns)) : null;
+                for (int row = 0; row < sums.Rows; row += rowsAtOnce)
+                {
+                    Tensor range = columns.RowRange(row, Math.Min(rowsAtOnce, sums.Rows - row));
+                    if (packLeft)
+                    {
+                        Pack<V>(team, tiles, left.From(row, step).Transposed(), range.Rows, steps, blockDepth, Tile<V>.Rows);
+                    }
+
+                    Multiply<V>(team, scratch, range, left.From(row, step), tiles, panels, steps, blockDepth, accumulate || step > 0);
+                }
             }
         }
     }
+
+    private static int RoundUp(int count, int unit) => checked(count + unit - 1) / unit * unit;
+
+    // Each operand may take half of the room.
+    private static int AtOnce(int count, int unit, int blockDepth) => Math.Min(count, SharedCount / 2 / blockDepth / unit * unit);
 
     // Blocks of equal depth, so that the last is not a sliver.
     private static int BlockDepth(int depth)
     {
         int blocks = (depth + MaxBlockDepth - 1) / MaxBlockDepth;
-        return Math.Min(MaxBlockDepth, ((depth + blocks - 1) / blocks + 7) & -8);
+        return Math.Min(MaxBlockDepth, RoundUp((depth + blocks - 1) / blocks, StepUnit));
     }
 
-    private static void Pack<V>(ThreadTeam team, float* panels, Matrix right, int columns, int depth)
+    // For each block of k, panel after panel of the given width: far strides would meet in the same few lines of a cache.
+    private static void Pack<V>(ThreadTeam team, float* panels, Matrix source, int columns, int depth, int blockDepth, int width)
         where V : struct, ILanes<V>
     {
-        int panelCount = (columns + Tile<V>.Columns - 1) / Tile<V>.Columns;
+        int panelCount = (columns + width - 1) / width;
 
         // Columns side by side are read row by row, some rows a task; columns that are rows are read panel by panel.
-        int stepsPerTask = right.Column == 1 ? Math.Max(8, 32768 / columns) : depth;
+        bool sideBySide = source.Column == 1;
+        int stepsPerTask = sideBySide ? RoundUp(Math.Max(1, 32768 / columns), StepUnit) : depth;
         PackWork<V> work = new()
         {
             Panels = panels,
-            Right = right,
+            Source = source,
             Columns = columns,
             Depth = depth,
+            Width = width,
             StepsPerTask = stepsPerTask,
-            PanelsPerTask = right.Column == 1 ? panelCount : 1,
-            PanelTasks = right.Column == 1 ? 1 : panelCount,
+            BlockDepth = blockDepth,
+            StepsAtOnce = sideBySide ? StepUnit : blockDepth,
+            PanelsPerTask = sideBySide ? panelCount : 1,
+            PanelTasks = sideBySide ? 1 : panelCount,
         };
         team.Run(ref work, work.PanelTasks * ((depth + stepsPerTask - 1) / stepsPerTask));
     }
 
     private static void Multiply<V>(
-        ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, float* panels, int depth, int blockDepth, bool accumulate)
+        ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, float* tiles, float* panels, int depth, int blockDepth, bool accumulate)
         where V : struct, ILanes<V>
     {
         int tileRows = (sums.Rows + Tile<V>.Rows - 1) / Tile<V>.Rows;
@@ -154,6 +181,7 @@ internal static unsafe class MatMul
             Sums = sums.F32(),
             SumsRow = sums.Stride,
             Left = left,
+            Tiles = tiles,
             Panels = panels,
             Rows = sums.Rows,
             Columns = sums.Columns,
@@ -179,6 +207,8 @@ internal static unsafe class MatMul
 
         public static Matrix Transposed(Tensor tensor) => new(tensor.F32(), 1, tensor.Stride);
 
+        public Matrix Transposed() => new(First, Column, Row);
+
         public Matrix From(int row, int column) => new(At(row, column), Row, Column);
 
         public float* At(int row, int column) => First + (row * Row) + (column * Column);
@@ -188,10 +218,13 @@ internal static unsafe class MatMul
         where V : struct, ILanes<V>
     {
         public float* Panels;
-        public Matrix Right;
+        public Matrix Source;
         public int Columns;
         public int Depth;
+        public int Width;
+        public int BlockDepth;
         public int StepsPerTask;
+        public int StepsAtOnce;
         public int PanelsPerTask;
         public int PanelTasks;
 
@@ -202,17 +235,26 @@ internal static unsafe class MatMul
             int firstPanel = task % PanelTasks * PanelsPerTask;
 
             // A few steps of all panels, then the next: rows of the source are read while they are at hand.
-            const int StepsAtOnce = 8;
-            int stepsAtOnce = Right.Column == 1 ? StepsAtOnce : Depth;
-            for (int step = firstStep; step < endStep; step += stepsAtOnce)
+            for (int step = firstStep; step < endStep; step += StepsAtOnce)
             {
-                int steps = Math.Min(stepsAtOnce, endStep - step);
+                int steps = Math.Min(StepsAtOnce, endStep - step);
+                int inBlock = step % BlockDepth;
+                int blockSteps = Math.Min(BlockDepth, Depth - (step - inBlock));
+                float* block = Panels + ((nint)(step - inBlock) * RoundUp(Columns, Width));
                 for (int panel = firstPanel; panel < firstPanel + PanelsPerTask; panel++)
                 {
-                    int column = panel * Tile<V>.Columns;
-                    float* destination = Panels + (((nint)panel * Depth) + step) * Tile<V>.Columns;
-                    int columns = Math.Min(Tile<V>.Columns, Columns - column);
-                    Tile<V>.Pack(destination, Right.At(step, column), Right.Column, Right.Row, columns, steps);
+                    int column = panel * Width;
+                    float* destination = block + ((((nint)panel * blockSteps) + inBlock) * Width);
+                    float* source = Source.At(step, column);
+                    int columns = Math.Min(Width, Columns - column);
+                    if (Width == Tile<V>.Columns)
+                    {
+                        Tile<V>.Pack(destination, source, Source.Column, Source.Row, columns, steps);
+                    }
+                    else
+                    {
+                        Tile<V>.PackRows(destination, source, Source.Row, columns, steps);
+                    }
                 }
             }
         }
@@ -225,6 +267,7 @@ internal static unsafe class MatMul
         public float* Sums;
         public nint SumsRow;
         public Matrix Left;
+        public float* Tiles;
         public float* Panels;
         public int Rows;
         public int Columns;
@@ -250,31 +293,33 @@ internal static unsafe class MatMul
             {
                 int steps = Math.Min(BlockDepth, Depth - step);
                 bool accumulate = Accumulate || step > 0;
-                if (Rows == 1 && Left.Column == 1)
+                if (Tiles != null)
+                {
+                    float* tiles = Tiles + ((nint)step * TileRows * Tile<V>.Rows) + ((nint)firstRow * steps);
+                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, tiles, 1, Tile<V>.Rows, steps, accumulate);
+                }
+                else if (Rows == 1)
                 {
                     MultiplyRow(step, steps, firstPanel, endPanel, accumulate);
                 }
-                else if (Left.Column == 1)
-                {
-                    CopyRows(block, firstRow, endRow, step, steps);
-                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, block, steps + RowPadding, 1, accumulate);
-                }
                 else
                 {
-                    CopyColumns(block, firstRow, endRow, step, steps);
-                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, block, 1, Tile<V>.Rows, accumulate);
+                    CopyRows(block, firstRow, endRow, step, steps);
+                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, block, steps + RowPadding, 1, steps + RowPadding, accumulate);
                 }
             }
         }
 
-        // The block's tiles start Tile.Rows · leftRow apart, or, where a step holds the rows of one tile, after all steps of it.
+        private readonly float* Panel(int panel, int step, int steps) =>
+            Panels + ((((nint)step * PanelCount) + ((nint)panel * steps)) * Tile<V>.Columns);
+
+        // All tiles of the task for one block of k. A tile of the left operand starts Tile.Rows · perRow elements after the one before.
         private readonly void Multiply(
-            int firstRow, int endRow, int firstPanel, int endPanel, int step, int steps, float* block, nint leftRow, nint leftStep, bool accumulate)
+            int firstRow, int endRow, int firstPanel, int endPanel, int step, int steps, float* block, nint leftRow, nint leftStep, nint perRow, bool accumulate)
         {
-            nint nextTile = leftStep == 1 ? Tile<V>.Rows * leftRow : Tile<V>.Rows * (nint)steps;
             for (int panel = firstPanel; panel < endPanel; panel++)
             {
-                float* right = Panels + (((nint)panel * Depth) + step) * Tile<V>.Columns;
+                float* right = Panel(panel, step, steps);
                 int column = panel * Tile<V>.Columns;
                 float* sums = Sums + (firstRow * SumsRow) + column;
                 float* left = block;
@@ -293,7 +338,7 @@ internal static unsafe class MatMul
                     }
 
                     sums += Tile<V>.Rows * SumsRow;
-                    left += nextTile;
+                    left += Tile<V>.Rows * perRow;
                 }
             }
         }
@@ -303,8 +348,8 @@ internal static unsafe class MatMul
         {
             const int Together = 4;
             float* left = Left.At(0, step);
-            nint nextPanel = (nint)Depth * Tile<V>.Columns;
-            float* right = Panels + (firstPanel * nextPanel) + (step * Tile<V>.Columns);
+            nint nextPanel = (nint)steps * Tile<V>.Columns;
+            float* right = Panel(firstPanel, step, steps);
             float* edge = stackalloc float[Tile<V>.MaxCount];
             for (int panel = firstPanel; panel < endPanel; panel += Together, right += Together * nextPanel)
             {
@@ -340,38 +385,9 @@ internal static unsafe class MatMul
                 Unsafe.CopyBlockUnaligned(block, source, (uint)steps * sizeof(float));
             }
         }
-
-        // Rows are side by side in the source: as many as a tile has, step after step, then the next tile's.
-        private readonly void CopyColumns(float* block, int firstRow, int endRow, int step, int steps)
-        {
-            float* source = Left.At(firstRow, step);
-            nint nextTile = (nint)steps * Tile<V>.Rows;
-            for (int k = 0; k < steps; k++, source += Left.Column, block += Tile<V>.Rows)
-            {
-                float* from = source;
-                float* to = block;
-                int rows = endRow - firstRow;
-                for (; rows >= Tile<V>.Rows; rows -= Tile<V>.Rows, from += Tile<V>.Rows, to += nextTile)
-                {
-                    Vector128.Load(from).Store(to);
-                    if (Tile<V>.Rows == 8)
-                    {
-                        Vector128.Load(from + 4).Store(to + 4);
-                    }
-                    else
-                    {
-                        Vector64.Load(from + 4).Store(to + 4);
-                    }
-                }
-
-                for (int r = 0; r < rows; r++)
-                {
-                    to[r] = from[r];
-                }
-            }
-        }
     }
 
+    /// <summary>The definition. Slow, obvious, and what every other version is tested against; sums in double precision.</summary>
     internal static class Scalar
     {
         /// <summary>output (N, O) = or += input (N, I) · weightᵀ, weight (O, I).</summary>

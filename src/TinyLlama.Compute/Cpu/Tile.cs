@@ -97,14 +97,14 @@ internal static unsafe class Tile<V>
         for (nint k = 0; k < depth; k++)
         {
             V x = V.Create(left[k]);
-            s00 = V.Fma(x, V.Load(p0), s00);
-            s01 = V.Fma(x, V.Load(p0 + V.Count), s01);
-            s10 = V.Fma(x, V.Load(p1), s10);
-            s11 = V.Fma(x, V.Load(p1 + V.Count), s11);
-            s20 = V.Fma(x, V.Load(p2), s20);
-            s21 = V.Fma(x, V.Load(p2 + V.Count), s21);
-            s30 = V.Fma(x, V.Load(p3), s30);
-            s31 = V.Fma(x, V.Load(p3 + V.Count), s31);
+            V.AddProduct(ref s00, x, V.Load(p0));
+            V.AddProduct(ref s01, x, V.Load(p0 + V.Count));
+            V.AddProduct(ref s10, x, V.Load(p1));
+            V.AddProduct(ref s11, x, V.Load(p1 + V.Count));
+            V.AddProduct(ref s20, x, V.Load(p2));
+            V.AddProduct(ref s21, x, V.Load(p2 + V.Count));
+            V.AddProduct(ref s30, x, V.Load(p3));
+            V.AddProduct(ref s31, x, V.Load(p3 + V.Count));
             p0 += Columns;
             p1 += Columns;
             p2 += Columns;
@@ -155,6 +155,39 @@ internal static unsafe class Tile<V>
         }
 
         Copy(panel + j, source + (j * column), column, step, columns - j, depth);
+    }
+
+    /// <summary>
+    /// Fills a tile of the left operand whose rows are side by side in the source: row r, step k from
+    /// <c>source[r + k · step]</c> to <c>tile[k · <see cref="Rows"/> + r]</c>. Rows beyond <paramref name="rows"/> keep what they hold.
+    /// </summary>
+    public static void PackRows(float* tile, float* source, nint step, int rows, nint depth)
+    {
+        if (rows < Rows)
+        {
+            for (nint k = 0; k < depth; k++, source += step, tile += Rows)
+            {
+                for (int r = 0; r < rows; r++)
+                {
+                    tile[r] = source[r];
+                }
+            }
+
+            return;
+        }
+
+        for (nint k = 0; k < depth; k++, source += step, tile += Rows)
+        {
+            Vector128.Load(source).Store(tile);
+            if (Rows == 8)
+            {
+                Vector128.Load(source + 4).Store(tile + 4);
+            }
+            else
+            {
+                Vector64.Load(source + 4).Store(tile + 4);
+            }
+        }
     }
 
     private static void Copy(float* panel, float* source, nint column, nint step, int columns, nint depth)
@@ -215,29 +248,31 @@ internal static unsafe class Tile<V>
         V s30 = default, s31 = default, s40 = default, s41 = default, s50 = default, s51 = default;
         float* left3 = left + (3 * leftRow);
         nint leftRow2 = 2 * leftRow;
-        for (nint k = depth; k > 0; k--)
+        leftStep *= sizeof(float);
+        float* end = panel + (depth * Columns);
+        while (panel != end)
         {
             V p0 = V.Load(panel), p1 = V.Load(panel + V.Count);
             V x = V.Create(left[0]);
-            s00 = V.Fma(x, p0, s00);
-            s01 = V.Fma(x, p1, s01);
+            V.AddProduct(ref s00, x, p0);
+            V.AddProduct(ref s01, x, p1);
             x = V.Create(left[leftRow]);
-            s10 = V.Fma(x, p0, s10);
-            s11 = V.Fma(x, p1, s11);
+            V.AddProduct(ref s10, x, p0);
+            V.AddProduct(ref s11, x, p1);
             x = V.Create(left[leftRow2]);
-            s20 = V.Fma(x, p0, s20);
-            s21 = V.Fma(x, p1, s21);
+            V.AddProduct(ref s20, x, p0);
+            V.AddProduct(ref s21, x, p1);
             x = V.Create(left3[0]);
-            s30 = V.Fma(x, p0, s30);
-            s31 = V.Fma(x, p1, s31);
+            V.AddProduct(ref s30, x, p0);
+            V.AddProduct(ref s31, x, p1);
             x = V.Create(left3[leftRow]);
-            s40 = V.Fma(x, p0, s40);
-            s41 = V.Fma(x, p1, s41);
+            V.AddProduct(ref s40, x, p0);
+            V.AddProduct(ref s41, x, p1);
             x = V.Create(left3[leftRow2]);
-            s50 = V.Fma(x, p0, s50);
-            s51 = V.Fma(x, p1, s51);
-            left += leftStep;
-            left3 += leftStep;
+            V.AddProduct(ref s50, x, p0);
+            V.AddProduct(ref s51, x, p1);
+            left = (float*)((byte*)left + leftStep);
+            left3 = (float*)((byte*)left3 + leftStep);
             panel += Columns;
         }
 
@@ -259,36 +294,38 @@ internal static unsafe class Tile<V>
         float* left3 = left + (3 * leftRow);
         float* left6 = left3 + (3 * leftRow);
         nint leftRow2 = 2 * leftRow;
-        for (nint k = depth; k > 0; k--)
+        leftStep *= sizeof(float);
+        float* end = panel + (depth * Columns);
+        while (panel != end)
         {
             V p0 = V.Load(panel), p1 = V.Load(panel + V.Count);
             V x = V.Create(left[0]);
-            s00 = V.Fma(x, p0, s00);
-            s01 = V.Fma(x, p1, s01);
+            V.AddProduct(ref s00, x, p0);
+            V.AddProduct(ref s01, x, p1);
             x = V.Create(left[leftRow]);
-            s10 = V.Fma(x, p0, s10);
-            s11 = V.Fma(x, p1, s11);
+            V.AddProduct(ref s10, x, p0);
+            V.AddProduct(ref s11, x, p1);
             x = V.Create(left[leftRow2]);
-            s20 = V.Fma(x, p0, s20);
-            s21 = V.Fma(x, p1, s21);
+            V.AddProduct(ref s20, x, p0);
+            V.AddProduct(ref s21, x, p1);
             x = V.Create(left3[0]);
-            s30 = V.Fma(x, p0, s30);
-            s31 = V.Fma(x, p1, s31);
+            V.AddProduct(ref s30, x, p0);
+            V.AddProduct(ref s31, x, p1);
             x = V.Create(left3[leftRow]);
-            s40 = V.Fma(x, p0, s40);
-            s41 = V.Fma(x, p1, s41);
+            V.AddProduct(ref s40, x, p0);
+            V.AddProduct(ref s41, x, p1);
             x = V.Create(left3[leftRow2]);
-            s50 = V.Fma(x, p0, s50);
-            s51 = V.Fma(x, p1, s51);
+            V.AddProduct(ref s50, x, p0);
+            V.AddProduct(ref s51, x, p1);
             x = V.Create(left6[0]);
-            s60 = V.Fma(x, p0, s60);
-            s61 = V.Fma(x, p1, s61);
+            V.AddProduct(ref s60, x, p0);
+            V.AddProduct(ref s61, x, p1);
             x = V.Create(left6[leftRow]);
-            s70 = V.Fma(x, p0, s70);
-            s71 = V.Fma(x, p1, s71);
-            left += leftStep;
-            left3 += leftStep;
-            left6 += leftStep;
+            V.AddProduct(ref s70, x, p0);
+            V.AddProduct(ref s71, x, p1);
+            left = (float*)((byte*)left + leftStep);
+            left3 = (float*)((byte*)left3 + leftStep);
+            left6 = (float*)((byte*)left6 + leftStep);
             panel += Columns;
         }
 
