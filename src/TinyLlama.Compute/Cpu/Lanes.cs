@@ -23,7 +23,10 @@ internal unsafe interface ILanes<TSelf>
     /// <summary>a · b + c, rounded once where the width has fused multiply-add.</summary>
     static abstract TSelf Fma(TSelf a, TSelf b, TSelf c);
 
-    /// <summary>sum = a · b + sum; see <see cref="Fma"/>.</summary>
+    /// <summary>
+    /// sum = a · b + sum, the bits of <see cref="Fma"/>. In place, so that the JIT knows which register to overwrite: the
+    /// other form costs a move for each second product of a kernel that has no register to spare.
+    /// </summary>
     static abstract void AddProduct(ref TSelf sum, TSelf a, TSelf b);
 
     /// <summary>The larger of each pair; where b is not a number, b.</summary>
@@ -174,9 +177,9 @@ internal unsafe struct Lanes256(Vector256<float> value) : ILanes<Lanes256>
 }
 
 /// <summary>4 floats: any x64 or ARM64.</summary>
-internal unsafe struct Lanes128(Vector128<float> value) : ILanes<Lanes128>
+internal readonly unsafe struct Lanes128(Vector128<float> value) : ILanes<Lanes128>
 {
-    private Vector128<float> _value = value;
+    private readonly Vector128<float> _value = value;
 
     public static int Count => 4;
 
@@ -234,7 +237,7 @@ internal unsafe struct Lanes128(Vector128<float> value) : ILanes<Lanes128>
 }
 
 /// <summary>1 float: no vector instructions at all.</summary>
-internal unsafe struct Lanes1(float value) : ILanes<Lanes1>
+internal readonly unsafe struct Lanes1(float value) : ILanes<Lanes1>
 {
     private readonly float _value = value;
 
