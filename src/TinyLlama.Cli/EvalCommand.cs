@@ -7,6 +7,7 @@ using TinyLlama.Data.Shards;
 using TinyLlama.Evaluation;
 using TinyLlama.Inference;
 using TinyLlama.Model;
+using TinyLlama.Training;
 
 namespace TinyLlama.Cli;
 
@@ -26,7 +27,7 @@ internal sealed class EvalCommand
 
     private readonly Option<string?> _data = new("--data")
     {
-        Description = "A folder of token shards, whose validation split is scored",
+        Description = "A folder of token shards, whose validation split is scored [default: the run's own]",
         HelpName = "DIR",
     };
 
@@ -57,14 +58,17 @@ internal sealed class EvalCommand
     private int Run(ParseResult parse, CancellationToken stop)
     {
         (TextWriter output, TextWriter error) = (parse.InvocationConfiguration.Output, parse.InvocationConfiguration.Error);
-        if ((parse.GetValue(_data) is null) == (parse.GetValue(_text) is null))
+        string run = parse.GetRequiredValue(_run);
+        Recipe? recipe = RecipeOf(run);
+        string? data = parse.GetValue(_text) is null ? parse.GetValue(_data) ?? recipe?.Data.Path : parse.GetValue(_data);
+        if ((data is null) == (parse.GetValue(_text) is null))
         {
-            throw new UserErrorException("name what to score: --data DIR (the validation split of token shards) or --text FILE");
+            throw new UserErrorException("name one thing to score: --data DIR (the validation split of token shards) or --text FILE");
         }
 
         using LanguageModel model = LanguageModel.Load(
-            parse.GetRequiredValue(_run), parse.GetValue(_threads) ?? 0, warn: line => error.WriteLine("warning: " + line));
-        EvaluationTokens tokens = ReadTokens(parse, model);
+            run, parse.GetValue(_threads) ?? 0, warn: line => error.WriteLine("warning: " + line));
+        EvaluationTokens tokens = ReadTokens(parse, data, model);
         int context = parse.GetValue(_context) ?? model.Model.Config.ContextLength;
         int perForward = Math.Max(1, TokensPerForward / context) * context;
         using Workspace workspace = Workspace.Allocate(
@@ -73,7 +77,12 @@ internal sealed class EvalCommand
         using (ProgressDisplay progress = ProgressDisplay.Start("perplexity", tokens.TargetCount, "tokens"))
         {
             score = Perplexity.Measure(
-                model.Model, model.Backend, workspace, tokens, contextLength: context, progress: done => progress.Report(done), stop: stop);
+                model.Model, model.Backend, workspace, tokens, recipe?.Data.MaskedDocuments ?? false, context, done => progress.Report(done), stop);
+        }
+
+        if (!double.IsFinite(score.TotalNats))
+        {
+            throw new UserErrorException($"{run}: the loss is {score.TotalNats}: the model's weights are damaged, or its training diverged");
         }
 
         if (parse.GetValue(_json))
@@ -104,12 +113,19 @@ internal sealed class EvalCommand
         return ExitCode.Success;
     }
 
-    private EvaluationTokens ReadTokens(ParseResult parse, LanguageModel model)
+    // What a run was trained on, and how, where the model is a run's.
+    private static Recipe? RecipeOf(string run)
+    {
+        string path = Path.Combine(run, TrainingRun.RecipeName);
+        return File.Exists(path) ? RecipeFile.Read(path) : null;
+    }
+
+    private EvaluationTokens ReadTokens(ParseResult parse, string? data, LanguageModel model)
     {
         long most = parse.GetValue(_maxTokens) ?? long.MaxValue;
-        if (parse.GetValue(_data) is string folder)
+        if (data is not null)
         {
-            using TokenShards shards = TokenShards.Open(folder);
+            using TokenShards shards = TokenShards.Open(data);
             return EvaluationTokens.FromShards(shards, Split.Validation, model.Tokenizer, most);
         }
 

@@ -55,8 +55,9 @@ public sealed class InferenceEngine : IDisposable
         _blockTable = new int[blocks];
         _segments = new Segment[sequences];
 
-        (_cache, _layout, _tokens, _lastRows, _lastHidden) = Take(_arena = Arena.Plan("key-value cache"));
-        _arena = backend.AllocateAs(_arena);
+        Arena plan = Arena.Plan("key-value cache");
+        _ = Take(plan);
+        _arena = backend.AllocateAs(plan);
         (_cache, _layout, _tokens, _lastRows, _lastHidden) = Take(_arena);
         _workspace = Workspace.Allocate(model, backend, Capacity, Keep.Nothing, ContextLength);
 

@@ -18,8 +18,8 @@ public sealed class CachedSequence
 }
 
 /// <summary>
-/// Keys and values of many sequences in blocks of <see cref="TokenLayout.KeyBlock"/> rows: a sequence takes a block when
-/// it grows into one, from a list of free ones, so that no memory is kept for lengths that are not reached.
+/// Keys and values of many sequences in blocks of <see cref="TokenLayout.KeyBlock"/> rows: a sequence takes a free block
+/// when it grows into one, so that sequences of any lengths share the rows.
 /// </summary>
 /// <remarks>Kwon et al. 2023 (PagedAttention). Cache row of position p: <c>Blocks[p / 64] · 64 + p mod 64</c>.</remarks>
 public sealed class KeyValueCache : KeyValueSource
