@@ -1,0 +1,99 @@
+using System.Globalization;
+using System.Runtime.InteropServices;
+using TinyLlama.Checkpoints;
+using TinyLlama.Compute;
+using TinyLlama.Compute.Cpu;
+using TinyLlama.Model;
+using TinyLlama.Tests.Common;
+using TinyLlama.Training;
+
+namespace TinyLlama.Tests.Training;
+
+/// <summary>300 steps of a 6-million-parameter model beside PyTorch's loss curve, from the same weights on the same tokens. Minutes.</summary>
+public sealed class AnchorTests
+{
+    private const int Sequences = 8;
+    private const int Context = 256;
+    private const int Steps = 300;
+
+    [Fact]
+    public void The_loss_follows_PyTorchs_for_300_steps()
+    {
+        string folder = SharedFiles.Require("goldens/anchor-s");
+        ushort[] train = Tokens(Path.Combine(folder, "train.bin"));
+        ushort[] validation = Tokens(Path.Combine(folder, "val.bin"));
+        double[] expected =
+        [
+            .. File.ReadLines(Path.Combine(folder, "curve_fp32.csv")).Skip(1)
+                .Select(line => double.Parse(line.Split(',')[3], CultureInfo.InvariantCulture)),
+        ];
+
+        var config = new ModelConfig
+        {
+            VocabularySize = 4096,
+            ContextLength = Context,
+            Layers = 6,
+            Heads = 8,
+            KeyValueHeads = 2,
+            Channels = 256,
+            Hidden = 704,
+        };
+        var shape = new TrainingShape(
+            config, Sequences, Context, Keep.Everything, new AdamWSettings(0.9f, 0.95f, 1e-8f, 0.1f, 1), DecayGroup.All);
+        using CpuBackend backend = CpuBackend.Create();
+        using TrainingMemory memory = TrainingMemory.Allocate(shape, backend);
+        using (SafetensorsFile initial = SafetensorsFile.Open(Path.Combine(folder, "init.safetensors")))
+        {
+            foreach (Parameter parameter in memory.Model.Parameters)
+            {
+                initial.CopyTo(backend, parameter.Values, parameter.Name);
+            }
+        }
+
+        memory.Model.Pack();
+        var schedule = new LearningRateSchedule(ScheduleKind.Cosine, 1e-3, 1e-4, Warmup: 20, End: Steps);
+        var step = new TrainingStep(memory, backend);
+        double sum = 0, most = 0;
+        for (int s = 0; s < Steps; s++)
+        {
+            Fill(memory, backend, train, s);
+            step.Begin(Sequences * Context);
+            step.Accumulate();
+            double difference = Math.Abs(step.End(s + 1, schedule.At(s)).Loss - expected[s]);
+            (sum, most) = (sum + difference, Math.Max(most, difference));
+        }
+
+        // 256 rows of 256 targets, 8 rows at a time.
+        double loss = 0;
+        float[] losses = new float[Sequences * Context];
+        for (int b = 0; b < 256 / Sequences; b++)
+        {
+            Fill(memory, backend, validation, b);
+            memory.Model.Forward(memory.Workspace, memory.Batch.Tokens, memory.Batch.Layout, KeyValueSource.Batch);
+            memory.Model.Loss(memory.Workspace, memory.Batch.Targets);
+            backend.Read(losses, memory.Workspace.Losses(losses.Length));
+            loss += losses.Sum(value => (double)value);
+        }
+
+        double end = loss / (256 * Context);
+        TestContext.Current.TestOutputHelper?.WriteLine(string.Create(
+            CultureInfo.InvariantCulture, $"mean difference {sum / Steps:e2}, largest {most:e2}, validation {end:f6}"));
+        Assert.True(sum / Steps <= 1e-4, $"mean difference {sum / Steps:e2}");
+        Assert.True(most <= 1e-3, $"largest difference {most:e2}");
+        Assert.Equal(3.8467917293310165, end, 1e-4);
+    }
+
+    private static void Fill(TrainingMemory memory, Backend backend, ushort[] tokens, int step)
+    {
+        int first = step * Sequences * Context;
+        int[] inputs = new int[Sequences * Context], targets = new int[Sequences * Context];
+        for (int i = 0; i < inputs.Length; i++)
+        {
+            (inputs[i], targets[i]) = (tokens[first + i], tokens[first + i + 1]);
+        }
+
+        memory.Batch.Fill(backend, inputs, targets);
+    }
+
+    private static ushort[] Tokens(string path) => MemoryMarshal.Cast<byte, ushort>(File.ReadAllBytes(path)).ToArray();
+}
