@@ -123,13 +123,15 @@ public sealed class FolderWriter
         foreach (string name in s_tokenizerFiles)
         {
             string path = Path.Combine(_folder, name);
-            if (originals is not null && File.Exists(Path.Combine(originals, name)))
+            string? original = originals is null ? null : Path.Combine(originals, name);
+            if (File.Exists(original))
             {
-                // What we do not know of, such as a chat template, survives in the original alone.
-                File.Copy(Path.Combine(originals, name), path, overwrite: true);
+                // What is not known here, such as a chat template, survives in the original alone.
+                File.Delete(path);
+                using var source = new FileStream(original, FileMode.Open, FileAccess.Read, FileShare.Read, bufferSize: 0);
+                Write(name, source.CopyTo);
             }
-
-            if (File.Exists(path))
+            else if (File.Exists(path))
             {
                 Add(name);
             }

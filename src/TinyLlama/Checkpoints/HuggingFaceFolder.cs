@@ -96,7 +96,7 @@ internal sealed class HuggingFaceFolder : ModelSource
         var fileOf = new Dictionary<string, SafetensorsFile>(StringComparer.Ordinal);
         try
         {
-            foreach (string tensor in map.All.Select(static property => property.Name))
+            foreach (string tensor in map.Names)
             {
                 string name = map.Text(tensor) ?? throw map.Error(tensor, "is null");
                 if (!shards.TryGetValue(name, out SafetensorsFile? shard))

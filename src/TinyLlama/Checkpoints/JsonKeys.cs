@@ -1,4 +1,5 @@
 using System.Text.Json;
+using System.Text.Unicode;
 using TinyLlama.Data;
 
 namespace TinyLlama.Checkpoints;
@@ -16,8 +17,22 @@ internal sealed class JsonKeys
     /// <summary>Gets the file.</summary>
     public string Path { get; }
 
-    /// <summary>Gets the keys with their values, in their order.</summary>
-    public IEnumerable<JsonProperty> All => _object.EnumerateObject();
+    /// <summary>Gets the keys, in their order.</summary>
+    /// <exception cref="UserErrorException">A key is an escaped half of a character.</exception>
+    public IReadOnlyList<string> Names
+    {
+        get
+        {
+            try
+            {
+                return [.. _object.EnumerateObject().Select(static property => property.Name)];
+            }
+            catch (InvalidOperationException e)
+            {
+                throw new UserErrorException($"{Path}: a key under '{_prefix}' is not sound UTF-8", e);
+            }
+        }
+    }
 
     /// <summary>Reads a file that holds one object.</summary>
     /// <exception cref="UserErrorException">The file cannot be read, is too long, or holds something else.</exception>
@@ -35,6 +50,11 @@ internal sealed class JsonKeys
             var options = new JsonDocumentOptions { AllowDuplicateProperties = false };
             ReadOnlyMemory<byte> text = File.ReadAllBytes(path);
             text = text.Span.StartsWith("\uFEFF"u8) ? text[3..] : text;
+            if (!Utf8.IsValid(text.Span))
+            {
+                throw new UserErrorException($"{path}: not sound UTF-8");
+            }
+
             using JsonDocument document = JsonDocument.Parse(text, options);
             return document.RootElement.ValueKind == JsonValueKind.Object
                 ? new JsonKeys(path, "", document.RootElement.Clone())

@@ -105,7 +105,7 @@ public sealed class TrainingCheckpoint
         long step = manifest.Integer("step", 0, long.MaxValue);
         var files = new List<ListedFile>();
         JsonKeys listed = manifest.Object("files") ?? throw manifest.Error("files", "is missing");
-        foreach (string name in listed.All.Select(static property => property.Name))
+        foreach (string name in listed.Names)
         {
             // A manifest must not lead out of its folder.
             if (name.Length == 0 || name is "." or ".." || name.IndexOfAny(['/', '\\', ':', '\0']) >= 0)

@@ -194,6 +194,27 @@ public sealed class HuggingFaceConfigTests : IDisposable
         }
     }
 
+    [Fact]
+    public void Flipped_bits_of_a_config_are_refused_or_harmless()
+    {
+        byte[] whole = System.Text.Encoding.UTF8.GetBytes(Keys().ToJsonString());
+        var random = new Random(1);
+        for (int i = 0; i < 1000; i++)
+        {
+            byte[] damaged = [.. whole];
+            damaged[random.Next(whole.Length)] ^= (byte)(1 << random.Next(8));
+            File.WriteAllBytes(_folder["config.json"], damaged);
+            try
+            {
+                Assert.Empty(HuggingFaceConfig.Read(_folder["config.json"]).Problems());
+            }
+            catch (UserErrorException)
+            {
+                // The damage was seen.
+            }
+        }
+    }
+
     private static ModelConfig Tiny() => new()
     {
         VocabularySize = 96,

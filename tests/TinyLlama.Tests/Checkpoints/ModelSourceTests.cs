@@ -323,6 +323,27 @@ public sealed class ModelSourceTests : IDisposable
         }
     }
 
+    [Fact]
+    public void Any_flipped_bit_of_a_llama2c_header_is_refused_or_harmless()
+    {
+        byte[] whole = Llama2C([4, 6, 1, 2, 1, 5, 3]);
+        for (int bit = 0; bit < 28 * 8; bit++)
+        {
+            byte[] damaged = [.. whole];
+            damaged[bit / 8] ^= (byte)(1 << (bit % 8));
+            File.WriteAllBytes(_folder["flipped.bin"], damaged);
+            try
+            {
+                using ModelSource source = ModelSource.Open(_folder["flipped.bin"], Fail);
+                Assert.All(source.Tensors, tensor => Read(source, tensor.Name));
+            }
+            catch (UserErrorException)
+            {
+                // The damage was seen.
+            }
+        }
+    }
+
     private static void Fail(string warning) => Assert.Fail(warning);
 
     private static float[] Read(ModelSource source, string name)

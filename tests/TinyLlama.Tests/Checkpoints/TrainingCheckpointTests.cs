@@ -157,6 +157,7 @@ public sealed class TrainingCheckpointTests : IDisposable
     [InlineData("a/b")]
     [InlineData("a\\b")]
     [InlineData("c:x")]
+    [InlineData(".")]
     [InlineData("")]
     public void A_manifest_that_leads_out_of_its_folder_is_refused(string name)
     {
@@ -169,6 +170,29 @@ public sealed class TrainingCheckpointTests : IDisposable
         };
         File.WriteAllText(Path.Combine(path, "manifest.json"), manifest.ToJsonString());
         Assert.Contains("plain file name", Assert.Throws<UserErrorException>(() => TrainingCheckpoint.Open(path)).Message, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public void Any_flipped_bit_of_a_manifest_is_noticed()
+    {
+        string path = TrainingCheckpoint.Save(_run.Path, 1, static writer => writer.WriteText("state.json", "{}")).Path;
+        string manifest = Path.Combine(path, "manifest.json");
+        byte[] whole = File.ReadAllBytes(manifest);
+        for (int bit = 0; bit < whole.Length * 8; bit++)
+        {
+            byte[] damaged = [.. whole];
+            damaged[bit / 8] ^= (byte)(1 << (bit % 8));
+            File.WriteAllBytes(manifest, damaged);
+            Assert.True(TrainingCheckpoint.Verify(path).Count > 0, $"bit {bit % 8} of byte {bit / 8}");
+        }
+    }
+
+    [Fact]
+    public void A_manifest_with_half_a_character_is_refused()
+    {
+        string path = Save(1).Path;
+        File.WriteAllText(Path.Combine(path, "manifest.json"), """{"version":1,"step":1,"files":{"\ud800":{"bytes":0,"sha256":""}}}""");
+        Assert.Throws<UserErrorException>(() => TrainingCheckpoint.Open(path));
     }
 
     [Fact]
