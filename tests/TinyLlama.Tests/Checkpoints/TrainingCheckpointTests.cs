@@ -271,6 +271,14 @@ public sealed class TrainingCheckpointTests : IDisposable
         Assert.All(TrainingCheckpoint.List(_run.Path), static checkpoint => Assert.Empty(TrainingCheckpoint.Verify(checkpoint.Path)));
     }
 
+    [Fact]
+    public void Of_two_best_checkpoints_the_newer_is_kept()
+    {
+        var losses = new Dictionary<long, double> { [1] = 2, [2] = 2, [3] = 3 };
+        Assert.Equal(2, Retention.Best([1, 2, 3], losses));
+        Assert.Null(Retention.Best([4], losses));
+    }
+
     private TrainingCheckpoint Save(long step, float value = 1) => SaveIn(_run.Path, step, value);
 
     private TrainingCheckpoint SaveIn(string run, long step, float value)
