@@ -32,7 +32,7 @@ public readonly record struct BpeTrainingProgress(long Characters, int Pieces, i
 /// </summary>
 /// <remarks>
 /// Of all pairs of neighbours the one that occurs most often merges next; of equally many the shorter, then the first in
-/// the order of its bytes, then the one with the longer left part. Counts are exact, so the result depends on the text alone.
+/// the order of its bytes. Counts are exact, so the result depends on the text alone.
 /// </remarks>
 public static class BpeTrainer
 {

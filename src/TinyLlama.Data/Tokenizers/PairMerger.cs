@@ -7,6 +7,10 @@ namespace TinyLlama.Data.Tokenizers;
 /// Merges the most frequent pair of neighbours in a set of weighted chunks, again and again. A merge visits only the places
 /// where its pair occurs, and changes only the counts of the pairs beside them.
 /// </summary>
+/// <remarks>
+/// A text between two ends of symbols has been merged as if it stood alone, so equal texts consist of equal symbols: no two
+/// pairs make the same piece.
+/// </remarks>
 internal sealed class PairMerger
 {
     /// <summary>Between chunks, and in place of characters without a piece.</summary>
@@ -19,13 +23,10 @@ internal sealed class PairMerger
     private const int Gone = int.MinValue;
 
     private const int None = -1;
-    private const ulong HashBase = 0x9E3779B97F4A7C15UL;
     private readonly int _maximumCharacters;
     private readonly List<Symbol> _symbols = [];
-    private readonly Dictionary<ulong, int> _symbolByHash = [];
     private readonly Dictionary<ulong, int> _pairs = [];
     private readonly List<int> _touched = [];
-    private readonly List<int> _due = [];
     private readonly int[] _places;
     private readonly int[] _chunkOfPlace;
     private readonly long[] _weights;
@@ -107,32 +108,11 @@ internal sealed class PairMerger
             byte[] text = [.. _symbols[left].Text, .. _symbols[right].Text];
             int merged = AddSymbol(text, _symbols[left].Characters + _symbols[right].Characters);
             Merge(top.Pair, merged);
-            MergeDue();
             PushTouched();
             return Encoding.UTF8.GetString(text);
         }
 
         return null;
-    }
-
-    /// <summary>
-    /// Merges the pairs that make a piece which is there already from other parts: the encoder, to which it ranks before the
-    /// piece that was made last, merges them at once.
-    /// </summary>
-    private void MergeDue()
-    {
-        while (_due.Count > 0)
-        {
-            int first = 0;
-            for (int i = 1; i < _due.Count; i++)
-            {
-                first = _pair[_due[i]].Piece < _pair[_due[first]].Piece ? i : first;
-            }
-
-            int pair = _due[first];
-            _due.RemoveAt(first);
-            Merge(pair, _pair[pair].Piece);
-        }
     }
 
     private void Merge(int pair, int merged)
@@ -242,17 +222,10 @@ internal sealed class PairMerger
             Array.Resize(ref _pair, _pairCount * 2);
         }
 
-        int piece = FindSymbol(_symbols[left], _symbols[right]);
-        if (piece != None)
-        {
-            _due.Add(_pairCount);
-        }
-
         _pair[_pairCount] = new Pair
         {
             Left = left,
             Right = right,
-            Piece = piece,
             FirstNode = None,
             LastNode = None,
             TouchedIn = -1,
@@ -283,23 +256,8 @@ internal sealed class PairMerger
 
     private int AddSymbol(byte[] text, int characters)
     {
-        ulong hash = 0;
-        ulong shift = 1;
-        foreach (byte value in text)
-        {
-            hash = unchecked((hash * HashBase) + value + 1);
-            shift = unchecked(shift * HashBase);
-        }
-
-        _symbols.Add(new Symbol(text, characters, hash, shift));
-        _symbolByHash[hash] = _symbols.Count - 1;
+        _symbols.Add(new Symbol(text, characters));
         return _symbols.Count - 1;
-    }
-
-    private int FindSymbol(Symbol left, Symbol right)
-    {
-        ulong hash = unchecked((left.Hash * right.HashShift) + right.Hash);
-        return _symbolByHash.TryGetValue(hash, out int symbol) && Compare(left, right, _symbols[symbol], null) == 0 ? symbol : None;
     }
 
     private static int CharacterCount(ReadOnlySpan<byte> text)
@@ -316,14 +274,14 @@ internal sealed class PairMerger
     private static ulong Key(int left, int right) => ((ulong)(uint)left << 32) | (uint)right;
 
     /// <summary>The order of bytes of a pair's text and of another's.</summary>
-    private static int Compare(Symbol left, Symbol right, Symbol otherLeft, Symbol? otherRight)
+    private static int Compare(Symbol left, Symbol right, Symbol otherLeft, Symbol otherRight)
     {
         int length = left.Text.Length + right.Text.Length;
-        int otherLength = otherLeft.Text.Length + (otherRight?.Text.Length ?? 0);
+        int otherLength = otherLeft.Text.Length + otherRight.Text.Length;
         for (int i = 0; i < length && i < otherLength; i++)
         {
             byte a = i < left.Text.Length ? left.Text[i] : right.Text[i - left.Text.Length];
-            byte b = i < otherLeft.Text.Length ? otherLeft.Text[i] : otherRight!.Text[i - otherLeft.Text.Length];
+            byte b = i < otherLeft.Text.Length ? otherLeft.Text[i] : otherRight.Text[i - otherLeft.Text.Length];
             if (a != b)
             {
                 return a - b;
@@ -345,8 +303,7 @@ internal sealed class PairMerger
         Symbol otherLeft = _symbols[_pair[other.Pair].Left];
         Symbol otherRight = _symbols[_pair[other.Pair].Right];
         int difference = left.Characters + right.Characters - otherLeft.Characters - otherRight.Characters;
-        difference = difference != 0 ? difference : Compare(left, right, otherLeft, otherRight);
-        return difference != 0 ? difference < 0 : left.Characters > otherLeft.Characters;
+        return difference != 0 ? difference < 0 : Compare(left, right, otherLeft, otherRight) < 0;
     }
 
     private void PushTouched()
@@ -416,8 +373,7 @@ internal sealed class PairMerger
         return top;
     }
 
-    /// <summary>A character or piece; the hash of two texts together follows from their hashes.</summary>
-    private sealed record Symbol(byte[] Text, int Characters, ulong Hash, ulong HashShift);
+    private sealed record Symbol(byte[] Text, int Characters);
 
     private readonly record struct HeapEntry(long Count, int Pair);
 
@@ -431,7 +387,6 @@ internal sealed class PairMerger
     {
         public int Left;
         public int Right;
-        public int Piece;
         public int FirstNode;
         public int LastNode;
         public int TouchedIn;
