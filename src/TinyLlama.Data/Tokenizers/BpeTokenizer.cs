@@ -30,7 +30,8 @@ public sealed class BpeTokenizer : ITokenizer
         Model = model;
         _tables = new BpeTables(model, source);
         _symbols = new SymbolMatcher(Symbols(PieceKind.UserDefined, escaped: true));
-        _controls = new SymbolMatcher(Symbols(PieceKind.Control, escaped: false));
+        _controls = new SymbolMatcher(Symbols(PieceKind.Control, escaped: false)
+            .Concat(model.SymbolsSplitText ? Symbols(PieceKind.UserDefined, escaped: true) : []));
         if (model.RemoveExtraWhitespace || !model.CharacterMap.IsEmpty)
         {
             CharacterMap? map = model.CharacterMap.IsEmpty ? null : new CharacterMap(model.CharacterMap.Span, source);
@@ -97,7 +98,7 @@ public sealed class BpeTokenizer : ITokenizer
     public void EncodeUtf8(ReadOnlySpan<byte> utf8, List<int> tokens)
     {
         ArgumentNullException.ThrowIfNull(tokens);
-        if (Model.SymbolsSplitText)
+        if (Model.SymbolsSplitText && _symbols.Any)
         {
             EncodeAround(_symbols, utf8, tokens);
         }

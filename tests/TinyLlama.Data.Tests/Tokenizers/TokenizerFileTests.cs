@@ -319,6 +319,10 @@ public sealed class TokenizerFileTests : IDisposable
         BpeTokenizer tokenizer = ReadJson(root);
         Assert.Equal([.. Encode(tokenizer, "an"), 420, .. Encode(tokenizer, "an")], Encode(tokenizer, "an<|x|>an"));
         Assert.DoesNotContain(421, Encode(tokenizer, "an<|y|>an"));
+        List<int> marked = [];
+        tokenizer.EncodeWithControls("an<|y|>an<|x|>an", marked);
+        List<int> word = Encode(tokenizer, "an");
+        Assert.Equal([.. word, 421, .. word, 420, .. word], marked);
         Assert.Single(tokenizer.Save(_folder));
         Assert.Equal(tokenizer.Hash, Tokenizer.Load(_folder).Hash);
         root["added_tokens"]!.AsArray()[^2]!["lstrip"] = true;
