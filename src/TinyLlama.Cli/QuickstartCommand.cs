@@ -111,6 +111,11 @@ internal static class QuickstartCommand
                 source = sdk;
                 Say($"1. text: the prose of this SDK's documentation, {source.Files.Count:N0} files, {Megabytes(source)} of XML");
             }
+            else if (MachineText.Find() is { } machine)
+            {
+                source = machine;
+                Say($"1. text: this SDK carries no documentation, so the licences, package notes and manuals under /usr/share, {source.Files.Count:N0} files, {Megabytes(source)}");
+            }
             else
             {
                 throw new UserErrorException(

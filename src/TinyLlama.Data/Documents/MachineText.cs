@@ -9,7 +9,7 @@ namespace TinyLlama.Data.Documents;
 /// </summary>
 public sealed class MachineText : IDocumentSource
 {
-    /// <summary>Characters after which a document ends with its paragraph.</summary>
+    /// <summary>Characters after which a document ends with its paragraph, and a paragraph with its line.</summary>
     private const int DocumentCharacters = 4000;
 
     /// <summary>What is longer is a list that a program wrote.</summary>
@@ -181,7 +181,9 @@ public sealed class MachineText : IDocumentSource
             {
                 paragraph.Append(words).Append('\n');
             }
-            else if (paragraph.Length > 0)
+
+            // Long lists have no empty lines.
+            if (words.Length == 0 ? paragraph.Length > 0 : paragraph.Length >= DocumentCharacters)
             {
                 paragraphs.Add(paragraph.ToString());
                 paragraph.Clear();

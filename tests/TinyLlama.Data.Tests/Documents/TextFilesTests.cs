@@ -128,6 +128,10 @@ public sealed class TextFilesTests
             Assert.True(length == first || Error(folder["cut.txt.gz"], s_options).Contains("cut.txt.gz", StringComparison.Ordinal));
         }
 
+        // Bytes that are no member would hide what they damaged.
+        File.WriteAllBytes(folder["more.txt.gz"], [.. packed, .. "rest"u8]);
+        Assert.Contains("something else follows", Error(folder["more.txt.gz"], s_options), StringComparison.Ordinal);
+
         string large = string.Concat(Enumerable.Range(0, 100_000));
         File.WriteAllBytes(folder["large.txt.gz"], Gzip(large));
         Assert.Equal(large, Read(folder["large.txt.gz"], s_options)[0].Text);
