@@ -84,7 +84,11 @@ internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBacke
     public override int PackedCount(int outputs, int inputs) => Cpu.MatMul.PackedCount<V>(outputs, inputs);
 
     /// <inheritdoc/>
-    public override void Pack(Weight weight) => Cpu.MatMul.Pack<V>(Team, weight);
+    public override void Pack(Weight weight)
+    {
+        RequireF32(weight.Values, weight.Values, weight.Values);
+        Cpu.MatMul.Pack<V>(Team, weight);
+    }
 
     /// <inheritdoc/>
     public override void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false)

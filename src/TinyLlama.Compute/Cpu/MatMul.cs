@@ -79,12 +79,12 @@ internal static unsafe class MatMul
         ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, Matrix right, Tensor packed, int depth, bool accumulate)
         where V : struct, ILanes<V>
     {
-        if (sums.IsEmpty || depth == 0)
+        if (sums.IsEmpty || (depth == 0 && accumulate))
         {
-            Shape.Require(sums.IsEmpty, "at least one product for each sum");
             return;
         }
 
+        Shape.Require(depth > 0, "at least one product for each sum");
         int blockDepth = BlockDepth(depth);
         if (!packed.IsEmpty)
         {
