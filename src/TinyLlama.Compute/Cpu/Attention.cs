@@ -95,6 +95,7 @@ internal static unsafe class Attention
 
     private static void RequireKeys(TokenLayout layout, Segment segment, int keyRows)
     {
+        Shape.Require(segment.FirstPosition >= 0, "positions from 0 on");
         for (int position = 0; position < segment.KeyCount; position += Keys)
         {
             int last = Math.Min(position + Keys, segment.KeyCount) - 1;

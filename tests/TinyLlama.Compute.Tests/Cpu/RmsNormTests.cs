@@ -122,6 +122,28 @@ public abstract class RmsNormTests(CpuPath path) : OperationTests(path)
     }
 
     [Fact]
+    public void A_row_has_the_same_bits_alone_and_in_a_batch()
+    {
+        const int Tokens = 40, Channels = 77, Row = 23;
+        float[] x = Normal(Tokens * Channels), w = Normal(Channels), dy = Normal(Tokens * Channels);
+        (float[] Output, float[] DInput) Run(int first, int count)
+        {
+            Range rows = (first * Channels)..((first + count) * Channels);
+            Tensor input = Device.Put(count, Channels, x[rows]), weight = Device.Put(1, Channels, w);
+            Tensor output = Device.Take(count, Channels), r = Device.Take(count, 1);
+            Tensor dInput = Device.Take(count, Channels), dWeight = Device.Take(1, Channels);
+            Device.Backend.RmsNorm(output, r, input, weight, Epsilon);
+            Device.Backend.RmsNormBackward(dInput, dWeight, Device.Put(count, Channels, dy[rows]), input, weight, r);
+            return (Device.Get(output), Device.Get(dInput));
+        }
+
+        var batch = Run(0, Tokens);
+        var alone = Run(Row, 1);
+        SameBits(batch.Output.AsSpan(Row * Channels, Channels), alone.Output, "output");
+        SameBits(batch.DInput.AsSpan(Row * Channels, Channels), alone.DInput, "dInput");
+    }
+
+    [Fact]
     public void Allocates_nothing()
     {
         Tensor input = Device.Put(3, 5, Normal(15)), weight = Device.Put(1, 5, Normal(5));
