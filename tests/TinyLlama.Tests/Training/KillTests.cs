@@ -1,0 +1,118 @@
+using System.Diagnostics;
+using System.Globalization;
+using System.Security.Cryptography;
+using TinyLlama.Checkpoints;
+using TinyLlama.Cli;
+using TinyLlama.Data.Documents;
+using TinyLlama.Data.Shards;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Tests.Checkpoints;
+using TinyLlama.Training;
+
+namespace TinyLlama.Tests.Training;
+
+/// <summary>
+/// The program itself, killed without warning at random moments. Three kills by default; <c>TINYLLAMA_KILLS</c> asks for
+/// more, <c>TINYLLAMA_KILL_SEED</c> for other moments.
+/// </summary>
+public sealed class KillTests : IDisposable
+{
+    private readonly TemporaryFolder _folder = new();
+
+    public void Dispose() => _folder.Dispose();
+
+    [Fact]
+    public void A_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_is_not()
+    {
+        int kills = FromEnvironment("TINYLLAMA_KILLS", 3);
+        var random = new Random(FromEnvironment("TINYLLAMA_KILL_SEED", 1));
+        PrepareData();
+
+        using (Process whole = Start("whole"))
+        {
+            whole.WaitForExit();
+            Assert.Equal(0, whole.ExitCode);
+        }
+
+        int killed = 0;
+        for (int sitting = 0; killed < kills; sitting++)
+        {
+            // A run of its own for every few kills: each must fall while the program trains, saves or starts.
+            string run = $"killed-{sitting}";
+            while (killed < kills)
+            {
+                using Process process = Start(run);
+                if (process.WaitForExit(random.Next(200, 4000)))
+                {
+                    break;
+                }
+
+                process.Kill();
+                process.WaitForExit();
+                killed++;
+            }
+
+            using Process last = Start(run);
+            last.WaitForExit();
+            Assert.Equal(0, last.ExitCode);
+            Assert.Equal(Bits("whole"), Bits(run));
+            Assert.Equal(Losses("whole"), Losses(run));
+        }
+    }
+
+    private static int FromEnvironment(string name, int otherwise) =>
+        int.TryParse(Environment.GetEnvironmentVariable(name), CultureInfo.InvariantCulture, out int value) ? value : otherwise;
+
+    private void PrepareData()
+    {
+        Directory.CreateDirectory(_folder["text"]);
+        for (int i = 0; i < 40; i++)
+        {
+            File.WriteAllText(
+                Path.Combine(_folder["text"], $"{i:00}.txt"),
+                string.Concat(Enumerable.Range(0, 30).Select(n => $"{n * i} times a word is {n + i}. ")));
+        }
+
+        DataPreparation.Run(
+            _folder["data"], TextFiles.Find([_folder["text"]], new TextFileOptions()), new ByteTokenizer(),
+            new PreparationOptions { ValidationShare = 0.1 });
+        File.WriteAllText(_folder["tiny.yaml"], $$"""
+            model: { vocabulary: 258, context: 64, layers: 2, heads: 4, key_value_heads: 2, channels: 64, hidden: 176 }
+            data: { path: '{{_folder["data"]}}' }
+            batch: { global_tokens: 512, micro_sequences: 4 }
+            budget: { steps: 800 }
+            optimizer: { learning_rate: 1e-3 }
+            schedule: { warmup: 20 }
+            validation: { every_steps: 100, tokens: 512 }
+            checkpoints: { every_steps: 20, keep_last: 2 }
+            """);
+    }
+
+    private Process Start(string run)
+    {
+        var start = new ProcessStartInfo(Environment.ProcessPath is { } host && Path.GetFileNameWithoutExtension(host) == "dotnet" ? host : "dotnet")
+        {
+            RedirectStandardError = true,
+            RedirectStandardOutput = true,
+        };
+        foreach (string argument in (string[])[typeof(CommandLine).Assembly.Location, "pretrain", "--recipe", _folder["tiny.yaml"], "--out", _folder[run]])
+        {
+            start.ArgumentList.Add(argument);
+        }
+
+        Process process = Process.Start(start)!;
+        process.BeginErrorReadLine();
+        process.BeginOutputReadLine();
+        return process;
+    }
+
+    private string Bits(string run)
+    {
+        string newest = TrainingCheckpoint.List(_folder[run])[^1].Path;
+        return string.Join(' ', new[] { TrainingCheckpoint.ModelName, TrainingCheckpoint.OptimizerName }
+            .Select(name => Convert.ToHexStringLower(SHA256.HashData(File.ReadAllBytes(Path.Combine(newest, name))))));
+    }
+
+    private double[] Losses(string run) =>
+        [.. MetricsLog.Read(Path.Combine(_folder[run], MetricsLog.FileName)).OfType<StepMetrics>().Select(step => step.Loss)];
+}
