@@ -104,7 +104,7 @@ public sealed class TokenizerFileTests : IDisposable
         File.WriteAllText(file, text);
         string hard = string.Concat(
             TokenizerTexts.RandomUnicode(new Random(3), 3000).Where(c => c is not ('\n' or '\r' or '\0' or '\u2028'))) + "\n"
-            + "  two  spaces \u3000 wide \uFF21\uFF22 \uFB01 \u2460 \u00BD  \n \n\u2581\u2581 a \u2581\n<|x|> <|x|>  b<|x|>\n";
+            + "  two  spaces \u3000 wide \uFF21\uFF22 \uFF8A\uFF9E \uFF8A e\u0301 \uFB01 \u2460 \u00BD  \n \n\u2581\u2581 a \u2581\n<|x|> <|x|>  b<|x|>\n";
         foreach (string settings in (string[])[
             "--normalization_rule_name=nmt_nfkc",
             "--normalization_rule_name=nmt_nfkc_cf --byte_fallback",
