@@ -151,7 +151,10 @@ internal sealed class ProgressDisplay : IDisposable
     private sealed class DescriptionColumn(Func<string> describe) : ProgressColumn
     {
         /// <inheritdoc/>
+        protected override bool NoWrap => true;
+
+        /// <inheritdoc/>
         public override IRenderable Render(RenderOptions options, ProgressTask task, TimeSpan deltaTime) =>
-            new Text(describe());
+            new Text(describe()) { Overflow = Overflow.Ellipsis };
     }
 }
