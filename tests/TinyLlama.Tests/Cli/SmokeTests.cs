@@ -25,7 +25,7 @@ public sealed class SmokeTests : IDisposable
         string tokenizer = Path.Combine(_folder, "tokenizer");
         string data = Path.Combine(_folder, "data");
         WriteText(text);
-        await Tinyllama("tokenizer", "train", "--text", text, "--vocabulary", "512", "--out", tokenizer);
+        await Tinyllama("tokenizer", "train", "--text", text, "--vocab-size", "512", "--out", tokenizer);
         await Tinyllama("data", "prepare", "--text", text, "--tokenizer", tokenizer, "--validation-share", "0.05", "--out", data);
 
         string first = await Train("first", data, threads: 2);
