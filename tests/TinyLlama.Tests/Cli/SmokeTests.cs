@@ -37,7 +37,7 @@ public sealed class SmokeTests : IDisposable
         Assert.Equal(ExpectedLoss, loss, 0.02);
 
         await Tinyllama("runs", "verify", first);
-        await Tinyllama("eval", first, "--tasks", "perplexity", "--json");
+        await Tinyllama("eval", first, "--tasks", "perplexity", "--data", data, "--json");
         string story = await Tinyllama("generate", first, "-p", "The river", "--max-tokens", "20", "--temperature", "0");
         Assert.True(story.Length > 20, story);
     }
