@@ -21,6 +21,7 @@ internal static class QuickstartCommand
     // What is not training of a sitting: validations, checkpoints, and a machine that slows down after it was measured.
     private const double ShareForTraining = 0.88;
     private const double MostEpochs = 8;
+    private const int FewFiles = 100;
     private const string RecipeResource = "quickstart.yaml";
 
     /// <summary>The verb.</summary>
@@ -94,7 +95,8 @@ internal static class QuickstartCommand
                 return false;
             }
 
-            Report(run, tokenizer, display.LastValidation!);
+            Report(run, tokenizer, display.LastValidation ?? throw new UserErrorException(
+                $"{_dataFolder} has no tokens to validate on: the text is too short or too few documents; name more with --text"));
             return true;
         }
 
@@ -103,8 +105,17 @@ internal static class QuickstartCommand
             IDocumentSource source;
             if (text.Length > 0)
             {
-                source = TextFiles.Find(text, new TextFileOptions { OpenZstandard = compressed => new ZstdStream(compressed) });
-                Say($"1. text: {source.Files.Count:N0} files of {string.Join(", ", text)}, {Megabytes(source)}");
+                var options = new TextFileOptions { OpenZstandard = compressed => new ZstdStream(compressed) };
+                source = TextFiles.Find(text, options);
+                string documents = "";
+                if (source.Files.Count < FewFiles)
+                {
+                    // One book is one document, and nothing would be left to validate on.
+                    source = TextFiles.Find(text, options with { Separator = "" });
+                    documents = "; so few that paragraphs are the documents";
+                }
+
+                Say($"1. text: {source.Files.Count:N0} files of {string.Join(", ", text)}, {Megabytes(source)}{documents}");
             }
             else if (SdkDocumentation.Find(threads) is { } sdk)
             {

@@ -1,5 +1,6 @@
 using System.Runtime.InteropServices;
 using TinyLlama.Compute;
+using TinyLlama.Data;
 
 namespace TinyLlama.Checkpoints;
 
@@ -67,6 +68,10 @@ internal static class ElementCodec
                 for (int i = 0; i < source.Length; i++)
                 {
                     halves[i] = (Half)source[i];
+                    if (Half.IsInfinity(halves[i]) && float.IsFinite(source[i]))
+                    {
+                        throw new UserErrorException($"a weight of {source[i]} is beyond f16, whose largest is 65504; store it as bf16 or f32");
+                    }
                 }
 
                 break;

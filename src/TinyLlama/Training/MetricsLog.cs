@@ -67,7 +67,7 @@ public sealed class MetricsLog : IDisposable
     /// <exception cref="UserErrorException">A line in the middle is damaged.</exception>
     public static MetricsLog Open(string path, long step)
     {
-        var file = new FileStream(path, FileMode.OpenOrCreate, FileAccess.ReadWrite, FileShare.Read);
+        var file = new FileStream(path, FileMode.OpenOrCreate, FileAccess.ReadWrite, FileShare.Read, bufferSize: 0);
         try
         {
             long end = 0;
@@ -106,11 +106,22 @@ public sealed class MetricsLog : IDisposable
     }
 
     /// <summary>Adds a record; it is with the operating system when this returns.</summary>
+    /// <exception cref="IOException">The disk is full or gone; the log is as it was before.</exception>
     public void Append(Metrics record)
     {
         byte[] line = JsonSerializer.SerializeToUtf8Bytes(record, MetricsJson.Default.Metrics);
-        _file.Write([.. line, (byte)'\n']);
-        _file.Flush();
+        long end = _file.Position;
+        try
+        {
+            _file.Write([.. line, (byte)'\n']);
+        }
+        catch (IOException)
+        {
+            // Half a line would be damage in the middle of the log once the disk has room again.
+            _file.SetLength(end);
+            _file.Position = end;
+            throw;
+        }
     }
 
     /// <inheritdoc/>

@@ -72,6 +72,23 @@ public sealed class TrainerTests : IDisposable
     }
 
     [Fact]
+    public void A_full_disk_costs_checkpoints_but_neither_the_run_nor_what_was_saved()
+    {
+        using SmallDisk disk = SmallDisk.Mount(_folder["small"], 1400);
+        var observer = new Recorder();
+        using (TrainingRun run = TrainingRun.Open(TinyRecipe(), Path.Combine(disk.Path, "run"), observer))
+        {
+            run.Trainer.Run(CancellationToken.None);
+            Assert.True(run.Trainer.IsFinished);
+        }
+
+        Assert.Contains(observer.Warnings, warning => warning.Contains("could not be written", StringComparison.Ordinal));
+        TrainingCheckpoint? saved = TrainingCheckpoint.FindNewestValid(Path.Combine(disk.Path, "run"), observer.Warn);
+        Assert.NotNull(saved);
+        Assert.InRange(saved.Step, 2, Steps - 1);
+    }
+
+    [Fact]
     public void Masked_documents_train_to_other_weights_than_joined_ones() =>
         Assert.NotEqual(Train("joined"), Train("masked", "data.documents=masked"));
 
