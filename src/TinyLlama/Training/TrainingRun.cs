@@ -5,7 +5,6 @@ using TinyLlama.Data;
 using TinyLlama.Data.Batches;
 using TinyLlama.Data.Shards;
 using TinyLlama.Data.Tokenizers;
-using TinyLlama.Model;
 
 namespace TinyLlama.Training;
 
