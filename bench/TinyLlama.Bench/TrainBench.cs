@@ -50,9 +50,12 @@ internal static class TrainBench
         }
 
         times.Sort();
-        double flops = 36.4e6 * n;
-        Console.WriteLine($"{backend.Description}: best {times[0] * 1000:f0} ms, median {times[times.Count / 2] * 1000:f0} ms, "
-            + $"{n / times[times.Count / 2]:f0} tokens/s median, {flops / times[0] / 1e9:f0} GFLOP/s best");
+        double median = times[times.Count / 2];
+        double flops = (double)Flops.PerToken(config, shape.Context) * n;
+        double ceiling = CpuCeiling.Measure(backend).AllThreads * 1e9;
+        Console.WriteLine($"{backend.Description}: best {times[0] * 1000:f0} ms, median {median * 1000:f0} ms, {n / median:f0} tokens/s median; "
+            + $"{flops / times[0] / 1e9:f0} GFLOP/s best, {flops / median / 1e9:f0} median, of a ceiling of {ceiling / 1e9:f0}: "
+            + $"{flops / times[0] / ceiling:p0} best, {flops / median / ceiling:p0} median");
         return 0;
     }
 }

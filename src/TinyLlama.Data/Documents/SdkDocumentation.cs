@@ -9,14 +9,14 @@ namespace TinyLlama.Data.Documents;
 /// </summary>
 /// <remarks>
 /// A document is a type with its members, in the order of the file, because a member's prose alone is a line or two of
-/// which the next resembles the last; a long type is cut between members so that documents have a few thousand characters
-/// at most. A text that occurred before, anywhere, is left out: overloads, parameters and exceptions repeat theirs by the
+/// which the next resembles the last; a long type is cut between members so that documents have about a thousand characters,
+/// a sample of a small model. A text that occurred before, anywhere, is left out: overloads, parameters and exceptions repeat theirs by the
 /// thousand, and what was seen in training must not be validated on.
 /// </remarks>
 public sealed class SdkDocumentation : IDocumentSource
 {
     /// <summary>Characters after which a document ends with its member.</summary>
-    private const int DocumentCharacters = 4000;
+    private const int DocumentCharacters = 1000;
 
     private static readonly string[] s_packs = ["Microsoft.NETCore.App.Ref", "Microsoft.AspNetCore.App.Ref"];
 

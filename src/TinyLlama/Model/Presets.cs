@@ -27,9 +27,9 @@ public static class Presets
         }),
         new("quickstart", "minutes on two cores", new ModelConfig
         {
-            VocabularySize = 4096,
+            VocabularySize = 8192,
             ContextLength = 256,
-            Layers = 6,
+            Layers = 3,
             Heads = 8,
             KeyValueHeads = 2,
             Channels = 256,
