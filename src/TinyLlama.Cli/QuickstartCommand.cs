@@ -19,7 +19,7 @@ namespace TinyLlama.Cli;
 internal static class QuickstartCommand
 {
     // What is not training of a sitting: validations, checkpoints, and a machine that slows down after it was measured.
-    private const double ShareForTraining = 0.92;
+    private const double ShareForTraining = 0.88;
     private const double MostEpochs = 8;
     private const int FewFiles = 100;
     private const string RecipeResource = "quickstart.yaml";
