@@ -24,20 +24,20 @@ internal static unsafe class Attention
     public const int ForwardRows = 288;
 
     /// <summary>Query rows times heads whose probabilities the backward keeps at a time.</summary>
-    private const int BackwardRows = 96;
+    private const int BackwardRows = 48;
 
     private const int Keys = TokenLayout.KeyBlock;
 
-    /// <summary>Keys of a tile, rounded up to whole register tiles where they are the rows of a product.</summary>
-    private const int KeyRows = (Keys + TileProduct.Rows - 1) / TileProduct.Rows * TileProduct.Rows;
+    /// <summary>Rows that register tiles of any width make of the keys of a tile, at most.</summary>
+    private const int MostKeyRows = Keys + 8;
 
-    /// <summary>Floats from one row of probabilities to the next: at least <see cref="KeyRows"/>, whole cache lines.</summary>
+    /// <summary>Floats from one row of probabilities to the next: at least <see cref="MostKeyRows"/>, whole cache lines.</summary>
     private const int ProbabilityRow = 80;
 
     /// <summary>Floats of scratch that a thread needs: the larger, backward.</summary>
     public const int ScratchCount =
-        (3 * MaxHeadDim * Keys) + (2 * KeyRows * MaxHeadDim) + (ForwardRows * ((3 * MaxHeadDim) + (2 * ProbabilityRow) + 3))
-        + (TileProduct.Rows * Keys) + 64;
+        (3 * MaxHeadDim * Keys) + (2 * MostKeyRows * MaxHeadDim) + (ForwardRows * ((5 * MaxHeadDim) + (2 * ProbabilityRow) + 3))
+        + (8 * Keys) + 64;
 
     /// <summary>Writes output and logSumExp.</summary>
     public static void Forward<V>(
@@ -145,48 +145,42 @@ internal static unsafe class Attention
         }
 
         int rows = tokens * geometry.Group;
-        new Span<float>(y, (RoundUp(rows, TileProduct.Rows) - rows) * width).Clear();
+        new Span<float>(y, (RoundUp(rows, Tile<V>.Rows) - rows) * width).Clear();
     }
 
-    /// <summary>A tile of keys, (count, D), as (D, Keys): keys become lanes. Zeros where the tile has no keys.</summary>
-    private static void PackTransposed(float* y, float* x, int xRow, int count, int headDim)
+    /// <summary>Rows of a tensor, (count, D), as panels of a product whose columns they are: one panel after the other.</summary>
+    private static void PackColumns<V>(float* panels, Tensor source, int firstRow, int column, int count, int headDim)
+        where V : struct, ILanes<V>
     {
-        // Eight keys at a time write half a cache line each, instead of one word in each of many lines.
-        int j = 0;
-        for (; j <= count - 8; j += 8)
+        for (int j = 0; j < count; j += Tile<V>.Columns, panels += headDim * Tile<V>.Columns)
         {
-            float* row = x + ((nint)j * xRow);
-            float* to = y + j;
-            for (int d = 0; d < headDim; d++, to += Keys)
-            {
-                float* from = row + d;
-                to[0] = *from;
-                to[1] = *(from += xRow);
-                to[2] = *(from += xRow);
-                to[3] = *(from += xRow);
-                to[4] = *(from += xRow);
-                to[5] = *(from += xRow);
-                to[6] = *(from += xRow);
-                to[7] = *(from + xRow);
-            }
+            Tile<V>.Pack(panels, source.F32(firstRow + j) + column, source.Stride, 1, Math.Min(Tile<V>.Columns, count - j), headDim);
         }
+    }
 
-        for (; j < count; j++)
+    /// <summary>Rows, (count, D), as panels of a product whose steps they are, <paramref name="mostSteps"/> steps a panel.</summary>
+    private static void PackSteps<V>(float* panels, int mostSteps, float* x, nint xRow, int count, int headDim)
+        where V : struct, ILanes<V>
+    {
+        for (int d = 0; d < headDim; d += Tile<V>.Columns, panels += mostSteps * Tile<V>.Columns)
         {
-            for (int d = 0; d < headDim; d++)
-            {
-                y[(d * Keys) + j] = x[((nint)j * xRow) + d];
-            }
+            Tile<V>.Pack(panels, x + d, 1, xRow, Math.Min(Tile<V>.Columns, headDim - d), count);
         }
+    }
 
-        for (int d = 0; count < Keys && d < headDim; d++)
+    /// <summary>One tile of rows by panel after panel: c = a · b, or += with <paramref name="accumulate"/>.</summary>
+    private static void Multiply<V>(
+        float* c, nint cRow, float* a, nint aRow, nint aStep, float* panels, nint nextPanel, int columns, int depth, bool accumulate)
+        where V : struct, ILanes<V>
+    {
+        for (int j = 0; j < columns; j += Tile<V>.Columns, panels += nextPanel)
         {
-            new Span<float>(y + (d * Keys) + count, Keys - count).Clear();
+            Tile<V>.Multiply(c + j, cRow, a, aRow, aStep, panels, depth, accumulate);
         }
     }
 
     /// <summary>
-    /// A sum of products in the order and with the roundings of <see cref="TileProduct"/>: where a row has all its weight
+    /// A sum of products in the order and with the roundings of <see cref="Tile{V}"/>: where a row has all its weight
     /// on one key, delta cancels the gradient of that weight exactly.
     /// </summary>
     private static float Dot<V>(float* a, float* b, int count)
@@ -257,14 +251,14 @@ internal static unsafe class Attention
         private void Block(Segment segment, int firstToken, int tokens, int keyHead, int thread)
         {
             (int headDim, int group) = (geometry.HeadDim, geometry.Group);
-            int width = RoundUp(headDim, TileProduct.Columns<V>());
+            int width = RoundUp(headDim, Tile<V>.Columns);
             int rows = tokens * group;
-            int paddedRows = RoundUp(rows, TileProduct.Rows);
+            int paddedRows = RoundUp(rows, Tile<V>.Rows);
             float* q = scratch.Of(thread);
             float* o = q + (ForwardRows * MaxHeadDim);
-            float* keysT = o + (ForwardRows * MaxHeadDim);
-            float* valueRows = keysT + (MaxHeadDim * Keys);
-            float* max = valueRows + (Keys * MaxHeadDim);
+            float* keyPanels = o + (ForwardRows * MaxHeadDim);
+            float* valuePanels = keyPanels + (MaxHeadDim * Keys);
+            float* max = valuePanels + (Keys * MaxHeadDim);
             float* sum = max + ForwardRows;
             int* position = (int*)(sum + ForwardRows);
             float* shrink = sum + (2 * ForwardRows);
@@ -287,24 +281,21 @@ internal static unsafe class Attention
             {
                 int count = Math.Min(Keys, keyCount - firstKey);
                 int keyRow = layout.KeyRow(segment, firstKey);
-                PackTransposed(keysT, keys.F32(keyRow) + column, keys.Stride, count, headDim);
-                for (int j = 0; j < count; j++)
-                {
-                    PackRow<V>(valueRows + ((nint)j * width), values.F32(keyRow + j) + column, 1f, headDim, width);
-                }
+                PackColumns<V>(keyPanels, keys, keyRow, column, count, headDim);
+                PackSteps<V>(valuePanels, Keys, values.F32(keyRow) + column, values.Stride, count, headDim);
 
                 // A row sees keys up to its own position: of each few rows, only the columns that the last of them sees.
-                for (int r = 0; r < paddedRows; r += TileProduct.Rows)
+                for (int r = 0; r < paddedRows; r += Tile<V>.Rows)
                 {
-                    int seen = Math.Min(Keys, position[r + TileProduct.Rows - 1] + 1 - firstKey);
+                    int seen = Math.Min(Keys, position[r + Tile<V>.Rows - 1] + 1 - firstKey);
                     if (seen > 0)
                     {
                         float* oRows = o + ((nint)r * width);
-                        int columns = RoundUp(seen, TileProduct.Columns<V>());
-                        TileProduct.Multiply<V>(
-                            tile, Keys, q + ((nint)r * width), width, 1, keysT, Keys, TileProduct.Rows, columns, headDim, false);
+                        int columns = RoundUp(seen, Tile<V>.Columns);
+                        Multiply<V>(
+                            tile, Keys, q + ((nint)r * width), width, 1, keyPanels, headDim * Tile<V>.Columns, columns, headDim, false);
                         Softmax(tile, columns, firstKey, position + r, max + r, sum + r, shrink, oRows, width);
-                        TileProduct.Multiply<V>(oRows, width, tile, Keys, 1, valueRows, width, TileProduct.Rows, width, seen, true);
+                        Multiply<V>(oRows, width, tile, Keys, 1, valuePanels, Keys * Tile<V>.Columns, width, seen, true);
                     }
                 }
             }
@@ -328,7 +319,7 @@ internal static unsafe class Attention
         private static void Softmax(
             float* tile, int columns, int firstKey, int* position, float* max, float* sum, float* shrink, float* o, int width)
         {
-            for (int r = 0; r < TileProduct.Rows; r++)
+            for (int r = 0; r < Tile<V>.Rows; r++)
             {
                 float* row = tile + (r * Keys);
                 for (int j = Math.Max(0, position[r] + 1 - firstKey); j < columns; j++)
@@ -349,12 +340,12 @@ internal static unsafe class Attention
                 max[r] = top;
             }
 
-            for (int r = 0; r < TileProduct.Rows; r += V.Count)
+            for (int r = 0; r < Tile<V>.Rows; r += V.Count)
             {
                 Exponential.ExpOfUpToZero(V.Load(shrink + r)).Store(shrink + r);
             }
 
-            for (int r = 0; r < TileProduct.Rows; r++)
+            for (int r = 0; r < Tile<V>.Rows; r++)
             {
                 float* row = tile + (r * Keys);
                 V top = V.Create(max[r]);
@@ -397,13 +388,13 @@ internal static unsafe class Attention
                 }
             }
 
-            int width = RoundUp(headDim, TileProduct.Columns<V>());
-            float* keysT = scratch.Of(thread);
-            float* valuesT = keysT + (MaxHeadDim * Keys);
-            float* keyRows = valuesT + (MaxHeadDim * Keys);
-            float* dk = keyRows + (Keys * MaxHeadDim);
-            float* dv = dk + (KeyRows * MaxHeadDim);
-            float* blocks = dv + (KeyRows * MaxHeadDim);
+            int width = RoundUp(headDim, Tile<V>.Columns);
+            float* keyPanels = scratch.Of(thread);
+            float* valuePanels = keyPanels + (MaxHeadDim * Keys);
+            float* keySteps = valuePanels + (MaxHeadDim * Keys);
+            float* dk = keySteps + (Keys * MaxHeadDim);
+            float* dv = dk + (MostKeyRows * MaxHeadDim);
+            float* blocks = dv + (MostKeyRows * MaxHeadDim);
             int column = keyHead * headDim;
 
             // Products over keys read a few columns beyond the last key, which nothing else writes.
@@ -412,22 +403,18 @@ internal static unsafe class Attention
             {
                 int count = Math.Min(Keys, segment.RowCount - firstKey);
                 int keyRow = segment.FirstKey + firstKey;
-                PackTransposed(keysT, keys.F32(keyRow) + column, keys.Stride, count, headDim);
-                PackTransposed(valuesT, values.F32(keyRow) + column, values.Stride, count, headDim);
-                for (int j = 0; j < count; j++)
-                {
-                    PackRow<V>(keyRows + ((nint)j * width), keys.F32(keyRow + j) + column, 1f, headDim, width);
-                }
-
-                new Span<float>(dk, KeyRows * width).Clear();
-                new Span<float>(dv, KeyRows * width).Clear();
+                PackColumns<V>(keyPanels, keys, keyRow, column, count, headDim);
+                PackColumns<V>(valuePanels, values, keyRow, column, count, headDim);
+                PackSteps<V>(keySteps, Keys, keys.F32(keyRow) + column, keys.Stride, count, headDim);
+                new Span<float>(dk, MostKeyRows * width).Clear();
+                new Span<float>(dv, MostKeyRows * width).Clear();
 
                 // The first block that sees the tile holds its first key's position; blocks start at position 0.
                 int firstToken = firstKey / geometry.TokensPerBlock * geometry.TokensPerBlock;
                 for (; firstToken < segment.RowCount; firstToken += geometry.TokensPerBlock)
                 {
                     int tokens = Math.Min(geometry.TokensPerBlock, segment.RowCount - firstToken);
-                    Block(segment, firstToken, tokens, keyHead, firstKey, keysT, valuesT, keyRows, dk, dv, blocks, width);
+                    Block(segment, firstToken, tokens, keyHead, firstKey, keyPanels, valuePanels, keySteps, dk, dv, blocks, width);
                 }
 
                 for (int j = 0; j < count; j++)
@@ -440,17 +427,19 @@ internal static unsafe class Attention
 
         /// <summary>What one block of query rows adds to the gradients by one tile of keys.</summary>
         private void Block(
-            Segment segment, int firstToken, int tokens, int keyHead, int firstKey, float* keysT, float* valuesT, float* keyRows,
-            float* dk, float* dv, float* blocks, int width)
+            Segment segment, int firstToken, int tokens, int keyHead, int firstKey, float* keyPanels, float* valuePanels,
+            float* keySteps, float* dk, float* dv, float* blocks, int width)
         {
             (int headDim, int group) = (geometry.HeadDim, geometry.Group);
             int rows = tokens * group;
-            int paddedRows = RoundUp(rows, TileProduct.Rows);
+            int paddedRows = RoundUp(rows, Tile<V>.Rows);
             float* p = blocks;
             float* ds = p + (ForwardRows * ProbabilityRow);
             float* q = ds + (ForwardRows * ProbabilityRow);
             float* dy = q + (ForwardRows * MaxHeadDim);
-            float* dq = dy + (ForwardRows * MaxHeadDim);
+            float* qSteps = dy + (ForwardRows * MaxHeadDim);
+            float* dySteps = qSteps + (ForwardRows * MaxHeadDim);
+            float* dq = dySteps + (ForwardRows * MaxHeadDim);
             float* logSum = dq + (ForwardRows * MaxHeadDim);
             float* mean = logSum + ForwardRows;
             int* own = (int*)(mean + ForwardRows);
@@ -459,6 +448,8 @@ internal static unsafe class Attention
             int firstRow = segment.FirstRow + firstToken;
             PackHeads<V>(q, width, query, firstRow, tokens, firstHead, geometry.Scale, geometry);
             PackHeads<V>(dy, width, dOutput, firstRow, tokens, firstHead, 1f, geometry);
+            PackSteps<V>(qSteps, paddedRows, q, width, paddedRows, width);
+            PackSteps<V>(dySteps, paddedRows, dy, width, paddedRows, width);
             int next = 0;
             for (int t = 0; t < tokens; t++)
             {
@@ -476,41 +467,39 @@ internal static unsafe class Attention
                 (own[next], logSum[next], mean[next]) = (0, 0, 0);
             }
 
-            for (int r = 0; r < paddedRows; r += TileProduct.Rows)
+            for (int r = 0; r < paddedRows; r += Tile<V>.Rows)
             {
-                int seen = own[Math.Min(r + TileProduct.Rows, rows) - 1];
-                int columns = RoundUp(seen, TileProduct.Columns<V>());
+                int seen = own[Math.Min(r + Tile<V>.Rows, rows) - 1];
+                int columns = RoundUp(seen, Tile<V>.Columns);
                 float* pRow = p + (r * ProbabilityRow);
                 float* dsRow = ds + (r * ProbabilityRow);
-                TileProduct.Multiply<V>(
-                    pRow, ProbabilityRow, q + ((nint)r * width), width, 1, keysT, Keys, TileProduct.Rows, columns, headDim, false);
-                TileProduct.Multiply<V>(
-                    dScores, Keys, dy + ((nint)r * width), width, 1, valuesT, Keys, TileProduct.Rows, columns, headDim, false);
-                for (int i = 0; i < TileProduct.Rows; i++)
+                nint nextPanel = headDim * Tile<V>.Columns;
+                Multiply<V>(pRow, ProbabilityRow, q + ((nint)r * width), width, 1, keyPanels, nextPanel, columns, headDim, false);
+                Multiply<V>(dScores, Keys, dy + ((nint)r * width), width, 1, valuePanels, nextPanel, columns, headDim, false);
+                for (int i = 0; i < Tile<V>.Rows; i++)
                 {
                     Probabilities(
                         pRow + (i * ProbabilityRow), dsRow + (i * ProbabilityRow), dScores + (i * Keys), columns, own[r + i],
                         logSum[r + i], mean[r + i]);
                 }
 
-                TileProduct.Multiply<V>(
-                    dq + ((nint)r * width), width, dsRow, ProbabilityRow, 1, keyRows, width, TileProduct.Rows, width, seen, false);
+                Multiply<V>(dq + ((nint)r * width), width, dsRow, ProbabilityRow, 1, keySteps, Keys * Tile<V>.Columns, width, seen, false);
             }
 
             AddToQueries(dq, width, firstRow, tokens, firstHead, firstKey == 0);
 
             // dV += Pᵀ · dY and dK += dSᵀ · Q, for a few keys at a time from the first row on that sees one of them.
-            for (int j = 0; j < KeyRows; j += TileProduct.Rows)
+            for (int j = 0; j < Keys; j += Tile<V>.Rows)
             {
                 int start = Math.Max(0, firstKey + j - firstToken) * group;
                 int depth = paddedRows - start;
                 if (depth > 0)
                 {
-                    nint from = (nint)start * ProbabilityRow;
-                    TileProduct.Multiply<V>(
-                        dv + (j * width), width, p + from + j, 1, ProbabilityRow, dy + ((nint)start * width), width, TileProduct.Rows, width, depth, true);
-                    TileProduct.Multiply<V>(
-                        dk + (j * width), width, ds + from + j, 1, ProbabilityRow, q + ((nint)start * width), width, TileProduct.Rows, width, depth, true);
+                    nint from = ((nint)start * ProbabilityRow) + j;
+                    nint firstStep = (nint)start * Tile<V>.Columns;
+                    nint nextPanel = paddedRows * Tile<V>.Columns;
+                    Multiply<V>(dv + (j * width), width, p + from, 1, ProbabilityRow, dySteps + firstStep, nextPanel, width, depth, true);
+                    Multiply<V>(dk + (j * width), width, ds + from, 1, ProbabilityRow, qSteps + firstStep, nextPanel, width, depth, true);
                 }
             }
         }
