@@ -196,4 +196,6 @@ public abstract class Backend : IDisposable
 /// <param name="Epsilon">Added to the root of the second moment.</param>
 /// <param name="WeightDecay">Decoupled: values shrink by learning rate · this.</param>
 /// <param name="MaxNorm">Global norm to which gradients are clipped, by min(1, MaxNorm / (norm + 1e-6)); 0 for never.</param>
-public readonly record struct AdamWSettings(float Beta1, float Beta2, float Epsilon, float WeightDecay, float MaxNorm);
+/// <param name="RateFactor">Multiple of the learning rate, for parameters that learn faster or slower than the others.</param>
+public readonly record struct AdamWSettings(
+    float Beta1, float Beta2, float Epsilon, float WeightDecay, float MaxNorm, float RateFactor = 1);

@@ -34,7 +34,7 @@ internal static unsafe class AdamW
 
         double clip = settings.MaxNorm > 0 ? Math.Min(1, settings.MaxNorm / (norm + 1e-6)) : 1;
         Work<V> work = new(
-            values.F32(), first.F32(), second.F32(), gradient.F32(), values.Count, (float)clip, step.F32()[0],
+            values.F32(), first.F32(), second.F32(), gradient.F32(), values.Count, (float)clip, step.F32()[0] * settings.RateFactor,
             step.F32()[1], step.F32()[2], settings);
         team.Run(ref work, checked((int)((values.Count + ElementsPerTask - 1) / ElementsPerTask)));
     }

@@ -19,7 +19,7 @@ public readonly record struct ModelTensor(string Name, int Rows, int Columns)
 internal static class ModelTensors
 {
     /// <summary>The embedding table, (V, C).</summary>
-    public const string Embedding = "model.embed_tokens.weight";
+    public const string Embedding = LlamaModel.EmbeddingName;
 
     /// <summary>The weight of the last norm, (1, C).</summary>
     public const string Norm = "model.norm.weight";

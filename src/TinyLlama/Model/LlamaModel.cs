@@ -8,6 +8,9 @@ namespace TinyLlama.Model;
 /// </summary>
 public sealed class LlamaModel : IDisposable
 {
+    /// <summary>Name of the embedding, which is the head too where <see cref="ModelConfig.TiedEmbeddings"/> says so.</summary>
+    public const string EmbeddingName = "model.embed_tokens.weight";
+
     private readonly Backend _backend;
     private readonly Parameter _embedding;
     private readonly TransformerBlock[] _blocks;
@@ -22,7 +25,7 @@ public sealed class LlamaModel : IDisposable
     public LlamaModel(ModelConfig config, Backend backend, ModelArenas arenas)
     {
         (Config, _backend) = (config, backend);
-        _embedding = Matrix("model.embed_tokens.weight", arenas, config.VocabularySize, config.Channels);
+        _embedding = Matrix(EmbeddingName, arenas, config.VocabularySize, config.Channels);
         _blocks = new TransformerBlock[config.Layers];
         for (int l = 0; l < config.Layers; l++)
         {

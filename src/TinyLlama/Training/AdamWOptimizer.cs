@@ -20,6 +20,7 @@ public sealed class AdamWOptimizer
     private readonly Backend _backend;
     private readonly AdamWSettings _settings;
     private readonly DecayGroup _decay;
+    private readonly float _embeddingFactor;
     private readonly Tensor[] _gradients;
     private readonly Tensor[] _first;
     private readonly Tensor[] _second;
@@ -33,9 +34,11 @@ public sealed class AdamWOptimizer
     /// <param name="arena">Owner of the moments.</param>
     /// <param name="settings">The constants; its weight decay is for the parameters in <paramref name="decay"/>.</param>
     /// <param name="decay">Which parameters decay.</param>
-    public AdamWOptimizer(LlamaModel model, Backend backend, Arena arena, AdamWSettings settings, DecayGroup decay)
+    /// <param name="embeddingFactor">The embedding's learning rate as a multiple of the others'.</param>
+    public AdamWOptimizer(
+        LlamaModel model, Backend backend, Arena arena, AdamWSettings settings, DecayGroup decay, float embeddingFactor)
     {
-        (_model, _backend, _settings, _decay) = (model, backend, settings, decay);
+        (_model, _backend, _settings, _decay, _embeddingFactor) = (model, backend, settings, decay, embeddingFactor);
         IReadOnlyList<Parameter> parameters = model.Parameters;
         _gradients = [.. parameters.Select(p => p.Gradient)];
         _first = [.. parameters.Select(p => arena.Take(p.Values.Rows, p.Values.Columns))];
@@ -77,7 +80,11 @@ public sealed class AdamWOptimizer
         {
             Parameter parameter = _model.Parameters[i];
             bool decays = _decay == DecayGroup.All || !parameter.IsVector;
-            AdamWSettings settings = decays ? _settings : _settings with { WeightDecay = 0 };
+            AdamWSettings settings = _settings with
+            {
+                WeightDecay = decays ? _settings.WeightDecay : 0,
+                RateFactor = parameter.Name == LlamaModel.EmbeddingName ? _embeddingFactor : 1,
+            };
             _backend.AdamW(parameter.Values, _first[i], _second[i], _gradients[i], _step, _sumOfSquares, settings);
         }
 

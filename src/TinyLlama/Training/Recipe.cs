@@ -103,6 +103,9 @@ public sealed record OptimizerSettings
     /// <summary>Gets the learning rate at the end; null for a tenth of the peak.</summary>
     public double? MinLearningRate { get; init; }
 
+    /// <summary>Gets the embedding's learning rate as a multiple of <see cref="LearningRate"/>, at any step.</summary>
+    public double EmbeddingFactor { get; init; } = 1;
+
     /// <summary>Gets the decay of the first moment.</summary>
     public double Beta1 { get; init; } = 0.9;
 

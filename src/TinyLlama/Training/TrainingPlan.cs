@@ -69,7 +69,7 @@ public sealed record TrainingPlan
         new AdamWSettings(
             (float)Recipe.Optimizer.Beta1, (float)Recipe.Optimizer.Beta2, (float)Recipe.Optimizer.Epsilon,
             (float)Recipe.Optimizer.WeightDecay, (float)Recipe.Optimizer.Clip),
-        Recipe.Optimizer.Decay);
+        Recipe.Optimizer.Decay, (float)Recipe.Optimizer.EmbeddingFactor);
 
     /// <summary>Gets what is allowed and most likely a mistake, a sentence each.</summary>
     public required IReadOnlyList<string> Warnings { get; init; }

@@ -97,6 +97,32 @@ public sealed class AdamWGoldenTests
     }
 
     [Fact]
+    public void The_embedding_alone_learns_at_its_own_rate()
+    {
+        using CpuBackend backend = CpuBackend.Create(1);
+        Dictionary<string, float[]> After(float embeddingFactor, double learningRate)
+        {
+            using TrainingMemory memory = TrainingMemory.Allocate(
+                TinyShape(Keep.Everything) with { EmbeddingFactor = embeddingFactor }, backend);
+            Initialization.Initialize(memory.Model, backend, InitializationScheme.TinyLlama, seed: 3);
+            int[] tokens = [.. Enumerable.Range(0, 32)];
+            memory.Batch.Fill(backend, tokens, tokens);
+            var step = new TrainingStep(memory, backend);
+            step.Begin(32);
+            step.Accumulate();
+            step.End(1, learningRate);
+            return memory.Model.Parameters.ToDictionary(p => p.Name, p => p.Values.HostSpan<float>().ToArray());
+        }
+
+        Dictionary<string, float[]> usual = After(1, 1e-3), fast = After(4, 1e-3), all = After(1, 4e-3);
+        foreach ((string name, float[] values) in fast)
+        {
+            Assert.Equal(name == LlamaModel.EmbeddingName ? all[name] : usual[name], values);
+            Assert.NotEqual(all[name], usual[name]);
+        }
+    }
+
+    [Fact]
     public void A_loss_that_is_not_finite_updates_nothing()
     {
         using CpuBackend backend = CpuBackend.Create(2);
