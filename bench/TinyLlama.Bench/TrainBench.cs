@@ -22,7 +22,7 @@ internal static class TrainBench
             Channels = 256,
             Hidden = 704,
         };
-        var shape = new TrainingShape(config, 8, 256, Keep.Everything, new AdamWSettings(0.9f, 0.95f, 1e-8f, 0.1f, 1), DecayGroup.All);
+        var shape = new TrainingShape(config, 8, 256, Keep.Everything, new AdamWSettings(0.9f, 0.95f, 1e-8f, 0.1f, 1), DecayGroup.All, RateFactors.Same);
         using CpuBackend backend = CpuBackend.Create();
         using TrainingMemory memory = TrainingMemory.Allocate(shape, backend);
         Initialization.Initialize(memory.Model, backend, InitializationScheme.TinyLlama, seed: 1);

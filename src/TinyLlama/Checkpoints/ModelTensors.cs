@@ -25,7 +25,7 @@ internal static class ModelTensors
     public const string Norm = "model.norm.weight";
 
     /// <summary>The head, (V, C), where it is not the embedding table.</summary>
-    public const string Head = "lm_head.weight";
+    public const string Head = LlamaModel.HeadName;
 
     /// <summary>The tensors of a shape, without an allocation of any.</summary>
     public static IReadOnlyList<ModelTensor> Of(ModelConfig config)

@@ -11,6 +11,9 @@ public sealed class LlamaModel : IDisposable
     /// <summary>Name of the embedding, which is the head too where <see cref="ModelConfig.TiedEmbeddings"/> says so.</summary>
     public const string EmbeddingName = "model.embed_tokens.weight";
 
+    /// <summary>Name of a head of its own.</summary>
+    public const string HeadName = "lm_head.weight";
+
     private readonly Backend _backend;
     private readonly Parameter _embedding;
     private readonly TransformerBlock[] _blocks;
@@ -35,7 +38,7 @@ public sealed class LlamaModel : IDisposable
         _norm = Norm("model.norm.weight", arenas, config.Channels);
         _head = config.TiedEmbeddings
             ? Linear.Tied(arenas, backend, _embedding)
-            : Linear.Dense(arenas, backend, config.Channels, new RowGroup("lm_head.weight", config.VocabularySize));
+            : Linear.Dense(arenas, backend, config.Channels, new RowGroup(HeadName, config.VocabularySize));
         Parameters = [_embedding, .. _blocks.SelectMany(block => block.Parameters), _norm, .. _head.Parameters];
     }
 

@@ -13,6 +13,18 @@ public enum DecayGroup
     Matrices,
 }
 
+/// <summary>
+/// Learning rates of the two tables of tokens as multiples of the others'. A row of the embedding has a gradient only in
+/// steps that hold its token, and those are few for most tokens: it can learn much faster.
+/// </summary>
+/// <param name="Embedding">Of the embedding, also where it is the head.</param>
+/// <param name="Head">Of a head of its own.</param>
+public readonly record struct RateFactors(float Embedding, float Head)
+{
+    /// <summary>The same rate for all.</summary>
+    public static readonly RateFactors Same = new(1, 1);
+}
+
 /// <summary>AdamW over all parameters of a model: moments, global norm, clipping and update, all on the device.</summary>
 public sealed class AdamWOptimizer
 {
@@ -20,7 +32,7 @@ public sealed class AdamWOptimizer
     private readonly Backend _backend;
     private readonly AdamWSettings _settings;
     private readonly DecayGroup _decay;
-    private readonly float _embeddingFactor;
+    private readonly RateFactors _rates;
     private readonly Tensor[] _gradients;
     private readonly Tensor[] _first;
     private readonly Tensor[] _second;
@@ -34,11 +46,11 @@ public sealed class AdamWOptimizer
     /// <param name="arena">Owner of the moments.</param>
     /// <param name="settings">The constants; its weight decay is for the parameters in <paramref name="decay"/>.</param>
     /// <param name="decay">Which parameters decay.</param>
-    /// <param name="embeddingFactor">The embedding's learning rate as a multiple of the others'.</param>
+    /// <param name="rates">Learning rates of the tables.</param>
     public AdamWOptimizer(
-        LlamaModel model, Backend backend, Arena arena, AdamWSettings settings, DecayGroup decay, float embeddingFactor)
+        LlamaModel model, Backend backend, Arena arena, AdamWSettings settings, DecayGroup decay, RateFactors rates)
     {
-        (_model, _backend, _settings, _decay, _embeddingFactor) = (model, backend, settings, decay, embeddingFactor);
+        (_model, _backend, _settings, _decay, _rates) = (model, backend, settings, decay, rates);
         IReadOnlyList<Parameter> parameters = model.Parameters;
         _gradients = [.. parameters.Select(p => p.Gradient)];
         _first = [.. parameters.Select(p => arena.Take(p.Values.Rows, p.Values.Columns))];
@@ -83,7 +95,12 @@ public sealed class AdamWOptimizer
             AdamWSettings settings = _settings with
             {
                 WeightDecay = decays ? _settings.WeightDecay : 0,
-                RateFactor = parameter.Name == LlamaModel.EmbeddingName ? _embeddingFactor : 1,
+                RateFactor = parameter.Name switch
+                {
+                    LlamaModel.EmbeddingName => _rates.Embedding,
+                    LlamaModel.HeadName => _rates.Head,
+                    _ => 1,
+                },
             };
             _backend.AdamW(parameter.Values, _first[i], _second[i], _gradients[i], _step, _sumOfSquares, settings);
         }

@@ -106,6 +106,9 @@ public sealed record OptimizerSettings
     /// <summary>Gets the embedding's learning rate as a multiple of <see cref="LearningRate"/>, at any step.</summary>
     public double EmbeddingFactor { get; init; } = 1;
 
+    /// <summary>Gets the same of a head that is not the embedding.</summary>
+    public double HeadFactor { get; init; } = 1;
+
     /// <summary>Gets the decay of the first moment.</summary>
     public double Beta1 { get; init; } = 0.9;
 

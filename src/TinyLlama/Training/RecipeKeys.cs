@@ -80,6 +80,7 @@ internal static class RecipeKeys
         Optimizer("learning_rate", (o, v) => o with { LearningRate = v.Positive() }, o => Text(o.LearningRate)),
         Optimizer("min_learning_rate", (o, v) => o with { MinLearningRate = v.AtLeastZero() }, o => Text(o.MinLearningRate)),
         Optimizer("embedding_factor", (o, v) => o with { EmbeddingFactor = v.Positive() }, o => Text(o.EmbeddingFactor)),
+        Optimizer("head_factor", (o, v) => o with { HeadFactor = v.Positive() }, o => Text(o.HeadFactor)),
         Optimizer("beta1", (o, v) => o with { Beta1 = v.BelowOne() }, o => Text(o.Beta1)),
         Optimizer("beta2", (o, v) => o with { Beta2 = v.BelowOne() }, o => Text(o.Beta2)),
         Optimizer("epsilon", (o, v) => o with { Epsilon = v.Positive() }, o => Text(o.Epsilon)),

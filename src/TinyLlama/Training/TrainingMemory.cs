@@ -10,9 +10,9 @@ namespace TinyLlama.Training;
 /// <param name="Keep">Whether blocks are recomputed in backward.</param>
 /// <param name="AdamW">The optimizer's constants.</param>
 /// <param name="Decay">Which parameters decay.</param>
-/// <param name="EmbeddingFactor">The embedding's learning rate as a multiple of the others'.</param>
+/// <param name="Rates">Learning rates of the tables.</param>
 public sealed record TrainingShape(
-    ModelConfig Model, int Sequences, int Context, Keep Keep, AdamWSettings AdamW, DecayGroup Decay, float EmbeddingFactor = 1);
+    ModelConfig Model, int Sequences, int Context, Keep Keep, AdamWSettings AdamW, DecayGroup Decay, RateFactors Rates);
 
 /// <summary>
 /// Everything that a training step touches, in arenas of declared lifetimes. Built over arenas that only count it is
@@ -32,7 +32,7 @@ public sealed class TrainingMemory : IDisposable
         (_modelArenas, _optimizerState, _activations, _activationGradients, _batch) =
             (model, optimizerState, activations, activationGradients, batch);
         Model = new LlamaModel(shape.Model, backend, model);
-        Optimizer = new AdamWOptimizer(Model, backend, optimizerState, shape.AdamW, shape.Decay, shape.EmbeddingFactor);
+        Optimizer = new AdamWOptimizer(Model, backend, optimizerState, shape.AdamW, shape.Decay, shape.Rates);
         Workspace = new Workspace(activations, activationGradients, shape.Model, shape.Sequences * shape.Context, shape.Keep);
         Batch = new MicroBatch(batch, shape.Sequences, shape.Context);
         LossSum = batch.Take(1, 1, DType.F64);

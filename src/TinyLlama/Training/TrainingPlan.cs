@@ -69,7 +69,8 @@ public sealed record TrainingPlan
         new AdamWSettings(
             (float)Recipe.Optimizer.Beta1, (float)Recipe.Optimizer.Beta2, (float)Recipe.Optimizer.Epsilon,
             (float)Recipe.Optimizer.WeightDecay, (float)Recipe.Optimizer.Clip),
-        Recipe.Optimizer.Decay, (float)Recipe.Optimizer.EmbeddingFactor);
+        Recipe.Optimizer.Decay,
+        new RateFactors((float)Recipe.Optimizer.EmbeddingFactor, (float)Recipe.Optimizer.HeadFactor));
 
     /// <summary>Gets what is allowed and most likely a mistake, a sentence each.</summary>
     public required IReadOnlyList<string> Warnings { get; init; }

@@ -97,13 +97,13 @@ public sealed class AdamWGoldenTests
     }
 
     [Fact]
-    public void The_embedding_alone_learns_at_its_own_rate()
+    public void Embedding_and_head_alone_learn_at_their_own_rates()
     {
         using CpuBackend backend = CpuBackend.Create(1);
-        Dictionary<string, float[]> After(float embeddingFactor, double learningRate)
+        Dictionary<string, float[]> After(RateFactors rates, double learningRate)
         {
             using TrainingMemory memory = TrainingMemory.Allocate(
-                TinyShape(Keep.Everything) with { EmbeddingFactor = embeddingFactor }, backend);
+                TinyShape(Keep.Everything) with { Rates = rates }, backend);
             Initialization.Initialize(memory.Model, backend, InitializationScheme.TinyLlama, seed: 3);
             int[] tokens = [.. Enumerable.Range(0, 32)];
             memory.Batch.Fill(backend, tokens, tokens);
@@ -114,11 +114,19 @@ public sealed class AdamWGoldenTests
             return memory.Model.Parameters.ToDictionary(p => p.Name, p => p.Values.HostSpan<float>().ToArray());
         }
 
-        Dictionary<string, float[]> usual = After(1, 1e-3), fast = After(4, 1e-3), all = After(1, 4e-3);
-        foreach ((string name, float[] values) in fast)
+        Dictionary<string, float[]> usual = After(RateFactors.Same, 1e-3);
+        Dictionary<string, float[]> twice = After(RateFactors.Same, 2e-3), fourTimes = After(RateFactors.Same, 4e-3);
+        foreach ((string name, float[] values) in After(new RateFactors(Embedding: 4, Head: 2), 1e-3))
         {
-            Assert.Equal(name == LlamaModel.EmbeddingName ? all[name] : usual[name], values);
-            Assert.NotEqual(all[name], usual[name]);
+            Dictionary<string, float[]> expected = name switch
+            {
+                "model.embed_tokens.weight" => fourTimes,
+                "lm_head.weight" => twice,
+                _ => usual,
+            };
+            Assert.Equal(expected[name], values);
+            Assert.NotEqual(usual[name], twice[name]);
+            Assert.NotEqual(twice[name], fourTimes[name]);
         }
     }
 
@@ -163,7 +171,7 @@ public sealed class AdamWGoldenTests
             Channels = 64,
             Hidden = 176,
         },
-        Sequences: 2, Context: 16, keep, s_settings, DecayGroup.All);
+        Sequences: 2, Context: 16, keep, s_settings, DecayGroup.All, RateFactors.Same);
 
     private static GoldenFile Open(string name) => GoldenFile.Open(SharedFiles.Require("goldens/llama-tiny/" + name));
 

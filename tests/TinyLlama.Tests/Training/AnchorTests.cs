@@ -39,7 +39,8 @@ public sealed class AnchorTests
             Hidden = 704,
         };
         var shape = new TrainingShape(
-            config, Sequences, Context, Keep.Everything, new AdamWSettings(0.9f, 0.95f, 1e-8f, 0.1f, 1), DecayGroup.All);
+            config, Sequences, Context, Keep.Everything, new AdamWSettings(0.9f, 0.95f, 1e-8f, 0.1f, 1), DecayGroup.All,
+            RateFactors.Same);
         using CpuBackend backend = CpuBackend.Create();
         using TrainingMemory memory = TrainingMemory.Allocate(shape, backend);
         using (SafetensorsFile initial = SafetensorsFile.Open(Path.Combine(folder, "init.safetensors")))

@@ -227,6 +227,7 @@ public sealed class RecipeTests
                 LearningRate = random.NextDouble() * 1e-5 + 1e-12,
                 MinLearningRate = random.Next(2) == 0 ? random.NextDouble() : null,
                 EmbeddingFactor = random.NextDouble() + 1e-9,
+                HeadFactor = random.NextDouble() + 1e-9,
                 Beta1 = random.NextDouble(),
                 Beta2 = random.NextDouble(),
                 Epsilon = random.NextDouble() + 1e-300,
