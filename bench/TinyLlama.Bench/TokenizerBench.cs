@@ -12,7 +12,7 @@ namespace TinyLlama.Bench;
 /// </summary>
 internal static class TokenizerBench
 {
-    private const string Usage = "usage: tokenizer --model tokenizer.model [--encode FILE] [--train FILE] [--vocab-size 32000] [--runs 3]";
+    private const string Usage = "usage: TinyLlama.Bench --model tokenizer.model [--encode FILE] [--train FILE] [--vocab-size 32000] [--runs 3]";
 
     public static int Run(string[] args)
     {

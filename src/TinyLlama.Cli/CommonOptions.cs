@@ -87,7 +87,8 @@ internal static class CommonOptions
         return AtLeast(option, 1);
     }
 
-    private static Option<T?> AtLeast<T>(Option<T?> option, T least)
+    /// <summary>Refuses numbers below a bound.</summary>
+    public static Option<T?> AtLeast<T>(Option<T?> option, T least)
         where T : struct, IComparable<T>
     {
         option.Validators.Add(result =>

@@ -30,6 +30,7 @@ internal static class Program
             PretrainCommand.Create(),
             PresetsCommand.Create(),
             EnvCommand.Create(),
+            BenchCommand.Create(),
         };
         root.SetAction(parse => new HelpAction().Invoke(parse));
         return root;

@@ -1,0 +1,55 @@
+using System.Diagnostics;
+using TinyLlama.Compute;
+using TinyLlama.Compute.Cpu;
+using TinyLlama.Model;
+using TinyLlama.Training;
+
+namespace TinyLlama.Cli.Bench;
+
+/// <summary>Training steps on random tokens, and where their time goes.</summary>
+/// <param name="Model">What was trained.</param>
+/// <param name="Step">The time of a step of one micro-batch.</param>
+/// <param name="Steps">How many steps were measured.</param>
+/// <param name="PeakBytes">The most memory that the process held at any time.</param>
+/// <param name="Ceiling">What the machine can do at best: the better of before and after.</param>
+/// <param name="Operations">The step by operation, the longest first.</param>
+internal sealed record TrainBench(
+    BenchModel Model, Duration Step, int Steps, long PeakBytes, CpuCeiling Ceiling, IReadOnlyList<Measurement> Operations)
+{
+    /// <summary>Gets the operations of a step by the formula of PaLM, which counts attention in full; see <see cref="Flops"/>.</summary>
+    public double StepFlops => (double)Flops.PerToken(Model.Config, Model.Config.ContextLength) * Model.Tokens;
+
+    /// <summary>Measures.</summary>
+    /// <param name="device">The device.</param>
+    /// <param name="model">What to train.</param>
+    /// <param name="seconds">How long to measure.</param>
+    /// <param name="stop">Ends it between two steps.</param>
+    /// <exception cref="DeviceException">The device has too little memory.</exception>
+    public static TrainBench Run(CpuBackend device, BenchModel model, double seconds, CancellationToken stop)
+    {
+        var shape = new TrainingShape(
+            model.Config, model.Sequences, model.Config.ContextLength, Keep.Everything,
+            new AdamWSettings(Beta1: 0.9f, Beta2: 0.95f, Epsilon: 1e-8f, WeightDecay: 0.1f, MaxNorm: 1), DecayGroup.All, RateFactors.Same);
+        CpuCeiling ceiling = CpuCeiling.Measure(device);
+        using var backend = new TimedBackend(device);
+        using var training = new TrainingSpeed(shape, backend);
+        Duration step;
+        using (ProgressDisplay progress = ProgressDisplay.Start("bench", 0, "steps"))
+        {
+            long steps = 0;
+            step = Duration.Measure(backend, seconds, () => progress.Report(++steps, $"loss {training.Step().Loss:0.000}"), stop);
+        }
+
+        OperationTimes[] times = backend.TakeTimes();
+        using var process = Process.GetCurrentProcess();
+        long peakBytes = process.PeakWorkingSet64;
+        ceiling = Measurement.Better(ceiling, CpuCeiling.Measure(device));
+        Measurement[] operations =
+        [
+            .. times
+                .Select(operation => new Measurement(model.NameOf(operation.Operation), operation, ceiling))
+                .OrderByDescending(operation => operation.Time.Median),
+        ];
+        return new TrainBench(model, step, times[0].Rounds.Count, peakBytes, ceiling, operations);
+    }
+}

@@ -1,0 +1,98 @@
+using System.CommandLine;
+using TinyLlama.Cli.Bench;
+using TinyLlama.Compute.Cpu;
+
+namespace TinyLlama.Cli;
+
+/// <summary><c>tinyllama bench</c>: how long operations take, beside the ceiling of this machine, measured in the same run.</summary>
+internal sealed class BenchCommand
+{
+    private readonly Option<string> _model = new("--model")
+    {
+        Description = "The shape: S, M, L or a preset",
+        HelpName = "NAME",
+        DefaultValueFactory = _ => "S",
+    };
+
+    private readonly Option<int?> _sequences = CommonOptions.AtLeast(
+        new Option<int?>("--sequences") { Description = "Sequences of a micro-batch [default: the model's]", HelpName = "N" }, 1);
+
+    private readonly Option<int?> _context = CommonOptions.Context();
+    private readonly Option<double?> _seconds;
+    private readonly Option<int?> _threads = CommonOptions.Threads();
+    private readonly Option<bool> _json = CommonOptions.Json();
+
+    private BenchCommand(string secondsDescription) => _seconds = CommonOptions.AtLeast(
+        new Option<double?>("--seconds") { Description = secondsDescription, HelpName = "X" }, 0);
+
+    /// <summary>The verb.</summary>
+    public static Command Create() => new("bench", "Measure training and its operations beside what this machine can do at best")
+    {
+        new BenchCommand("How long to measure [default: 20]").Train(),
+        new BenchCommand("How long to measure each operation [default: 0.5]").Operations(
+            "matmul", "Measure matrix products: a model's, those of decoding, square ones", MatMulBench.Run),
+        new BenchCommand("How long to measure each operation [default: 0.5]").Operations(
+            "kernels", "Measure the other operations of a training step", KernelBench.Run),
+    };
+
+    private Command Train()
+    {
+        var command = new Command("train", "Train on random tokens and show where the time of a step goes")
+        {
+            _model, _sequences, _context, _seconds, _threads, _json,
+        };
+        command.SetAction((parse, stop) =>
+        {
+            TextWriter output = parse.InvocationConfiguration.Output;
+            BenchModel model = Model(parse);
+            using CpuBackend device = CpuBackend.Create(parse.GetValue(_threads) ?? 0);
+            TrainBench bench = TrainBench.Run(device, model, parse.GetValue(_seconds) ?? 20, stop);
+            if (parse.GetValue(_json))
+            {
+                output.WriteLine(BenchOutput.ToJson(bench).ToJsonString(JsonOutput.Options));
+            }
+            else
+            {
+                BenchOutput.Write(output, device, bench.Ceiling);
+                BenchOutput.Write(output, bench);
+            }
+
+            return Task.FromResult(ExitCode.Success);
+        });
+        return command;
+    }
+
+    private Command Operations(string name, string description, Action<OperationBench, BenchModel> run)
+    {
+        var only = new Option<string>("--only")
+        {
+            Description = "Measure only the operations with this in their name",
+            HelpName = "TEXT",
+            DefaultValueFactory = _ => "",
+        };
+        var command = new Command(name, description) { _model, _sequences, _context, only, _seconds, _threads, _json };
+        command.SetAction((parse, stop) =>
+        {
+            TextWriter output = parse.InvocationConfiguration.Output;
+            BenchModel model = Model(parse);
+            using CpuBackend device = CpuBackend.Create(parse.GetValue(_threads) ?? 0);
+            using var bench = new OperationBench(device, parse.GetValue(_seconds) ?? 0.5, parse.GetRequiredValue(only), stop);
+            run(bench, model);
+            if (parse.GetValue(_json))
+            {
+                output.WriteLine(BenchOutput.ToJson(bench.Measurements).ToJsonString(JsonOutput.Options));
+            }
+            else
+            {
+                BenchOutput.Write(output, device, bench.Ceiling);
+                BenchOutput.Write(output, bench.Measurements);
+            }
+
+            return Task.FromResult(ExitCode.Success);
+        });
+        return command;
+    }
+
+    private BenchModel Model(ParseResult parse) =>
+        BenchModel.Find(parse.GetRequiredValue(_model), parse.GetValue(_sequences), parse.GetValue(_context));
+}
