@@ -54,6 +54,25 @@ public sealed class TrainerTests : IDisposable
         Assert.Equal(Train("two"), Train("other", $"threads={threads}"));
 
     [Fact]
+    public void Other_work_on_the_cores_changes_no_bit()
+    {
+        string quiet = Train("quiet");
+        using var stop = new CancellationTokenSource();
+        Thread[] others = [.. Enumerable.Range(0, Environment.ProcessorCount).Select(_ => new Thread(() =>
+        {
+            while (!stop.IsCancellationRequested)
+            {
+                Thread.SpinWait(1000);
+            }
+        }))];
+        Array.ForEach(others, other => other.Start());
+        string busy = Train("busy");
+        stop.Cancel();
+        Array.ForEach(others, other => other.Join());
+        Assert.Equal(quiet, busy);
+    }
+
+    [Fact]
     public void A_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used()
     {
         string whole = Train("whole");
