@@ -15,9 +15,6 @@ internal static class DataCommand
     /// <summary>What <c>--tokenizer</c> says for <see cref="ByteTokenizer"/>.</summary>
     private const string ByteTokenizerName = "bytes";
 
-    /// <summary>What else belongs to a tokenizer in a folder that has one.</summary>
-    private static readonly string[] s_tokenizerFiles = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
-
     /// <summary>The verb.</summary>
     public static Command Create() => new("data", "Prepare text for training") { Prepare(), Verify() };
 
@@ -157,7 +154,7 @@ internal static class DataCommand
     /// <summary>What goes beside the shards, so that who reads them has the tokenizer.</summary>
     private static string[] TokenizerFiles(string path) =>
         path == ByteTokenizerName ? []
-        : Directory.Exists(path) ? [.. s_tokenizerFiles.Select(f => Path.Combine(path, f)).Where(File.Exists)]
+        : Directory.Exists(path) ? [.. Tokenizer.FileNames.Select(f => Path.Combine(path, f)).Where(File.Exists)]
         : [path];
 
     private static void Report(TextWriter output, string folder, Manifest manifest, IDocumentSource source, bool asJson)

@@ -7,7 +7,7 @@ namespace TinyLlama.Data.Documents;
 /// <see cref="GZipStream"/> takes a file that ends too early for a complete one. Here a last member of known content is put
 /// behind the file: where a member is cut off, that one is taken for the missing rest, and its content does not come out.
 /// </remarks>
-internal sealed class GzipContent : Stream
+internal sealed class GzipContent : ForwardStream
 {
     private static readonly byte[] s_mark = "the end of a gzip file"u8.ToArray();
     private static readonly byte[] s_markMember = Compress(s_mark);
@@ -20,20 +20,6 @@ internal sealed class GzipContent : Stream
 
     /// <summary>Unpacks a stream, and disposes of it with itself.</summary>
     public GzipContent(Stream compressed) => _unpacked = new GZipStream(new FollowedStream(compressed, s_markMember), CompressionMode.Decompress);
-
-    public override bool CanRead => true;
-
-    public override bool CanSeek => false;
-
-    public override bool CanWrite => false;
-
-    public override long Length => throw new NotSupportedException();
-
-    public override long Position
-    {
-        get => throw new NotSupportedException();
-        set => throw new NotSupportedException();
-    }
 
     /// <exception cref="InvalidDataException">The file is damaged or cut off.</exception>
     public override int Read(Span<byte> buffer)
@@ -60,18 +46,6 @@ internal sealed class GzipContent : Stream
         return count;
     }
 
-    public override int Read(byte[] buffer, int offset, int count) => Read(buffer.AsSpan(offset, count));
-
-    public override void Flush()
-    {
-    }
-
-    public override long Seek(long offset, SeekOrigin origin) => throw new NotSupportedException();
-
-    public override void SetLength(long value) => throw new NotSupportedException();
-
-    public override void Write(byte[] buffer, int offset, int count) => throw new NotSupportedException();
-
     protected override void Dispose(bool disposing)
     {
         if (disposing)
@@ -94,37 +68,11 @@ internal sealed class GzipContent : Stream
     }
 
     /// <summary>A stream with some bytes behind it.</summary>
-    private sealed class FollowedStream(Stream first, byte[] last) : Stream
+    private sealed class FollowedStream(Stream first, byte[] last) : ForwardStream
     {
         private readonly MemoryStream _last = new(last);
 
-        public override bool CanRead => true;
-
-        public override bool CanSeek => false;
-
-        public override bool CanWrite => false;
-
-        public override long Length => throw new NotSupportedException();
-
-        public override long Position
-        {
-            get => throw new NotSupportedException();
-            set => throw new NotSupportedException();
-        }
-
         public override int Read(Span<byte> buffer) => first.Read(buffer) is int read and > 0 ? read : _last.Read(buffer);
-
-        public override int Read(byte[] buffer, int offset, int count) => Read(buffer.AsSpan(offset, count));
-
-        public override void Flush()
-        {
-        }
-
-        public override long Seek(long offset, SeekOrigin origin) => throw new NotSupportedException();
-
-        public override void SetLength(long value) => throw new NotSupportedException();
-
-        public override void Write(byte[] buffer, int offset, int count) => throw new NotSupportedException();
 
         protected override void Dispose(bool disposing)
         {

@@ -3,6 +3,10 @@ namespace TinyLlama.Data.Tokenizers;
 /// <summary>Opens tokenizers from files.</summary>
 public static class Tokenizer
 {
+    /// <summary>The files that belong to a tokenizer, wherever one lies: those that hold it, then those that say how it is used.</summary>
+    public static readonly IReadOnlyList<string> FileNames =
+        ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+
     /// <summary>Opens a tokenizer.</summary>
     /// <param name="path">
     /// A <c>tokenizer.model</c> of SentencePiece, a <c>tokenizer.json</c> of Hugging Face, or a folder with either; where a

@@ -19,9 +19,6 @@ public sealed class FolderWriter
     // Other programs look for the framework that a file was written for; "pt" is what all of them accept.
     private static readonly Dictionary<string, string> s_metadata = new(StringComparer.Ordinal) { ["format"] = "pt" };
 
-    private static readonly string[] s_tokenizerFiles =
-        ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
-
     private readonly string _folder;
     private readonly List<ListedFile> _files = [];
 
@@ -120,7 +117,7 @@ public sealed class FolderWriter
             throw new IOException(e.Message, e);
         }
 
-        foreach (string name in s_tokenizerFiles)
+        foreach (string name in Tokenizer.FileNames)
         {
             string path = Path.Combine(_folder, name);
             string? original = originals is null ? null : Path.Combine(originals, name);
