@@ -1,5 +1,6 @@
 using System.CommandLine;
 using TinyLlama.Cli.Bench;
+using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
 
 namespace TinyLlama.Cli;
@@ -18,6 +19,12 @@ internal sealed class BenchCommand
         new Option<int?>("--sequences") { Description = "Sequences of a micro-batch [default: the model's]", HelpName = "N" }, 1);
 
     private readonly Option<int?> _context = CommonOptions.Context();
+    private readonly Option<string> _precision = new Option<string>("--precision")
+    {
+        Description = "What operands of matrix products are rounded to: fp32 or bf16",
+        DefaultValueFactory = _ => "fp32",
+    }.AcceptOnlyFromAmong("fp32", "bf16");
+
     private readonly Option<double?> _seconds;
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
@@ -39,13 +46,13 @@ internal sealed class BenchCommand
     {
         var command = new Command("train", "Train on random tokens and show where the time of a step goes")
         {
-            _model, _sequences, _context, _seconds, _threads, _json,
+            _model, _sequences, _context, _precision, _seconds, _threads, _json,
         };
         command.SetAction((parse, stop) =>
         {
             TextWriter output = parse.InvocationConfiguration.Output;
             BenchModel model = Model(parse);
-            using CpuBackend device = CpuBackend.Create(parse.GetValue(_threads) ?? 0);
+            using CpuBackend device = Device(parse);
             TrainBench bench = TrainBench.Run(device, model, parse.GetValue(_seconds) ?? 20, stop);
             if (parse.GetValue(_json))
             {
@@ -70,12 +77,12 @@ internal sealed class BenchCommand
             HelpName = "TEXT",
             DefaultValueFactory = _ => "",
         };
-        var command = new Command(name, description) { _model, _sequences, _context, only, _seconds, _threads, _json };
+        var command = new Command(name, description) { _model, _sequences, _context, _precision, only, _seconds, _threads, _json };
         command.SetAction((parse, stop) =>
         {
             TextWriter output = parse.InvocationConfiguration.Output;
             BenchModel model = Model(parse);
-            using CpuBackend device = CpuBackend.Create(parse.GetValue(_threads) ?? 0);
+            using CpuBackend device = Device(parse);
             using var bench = new OperationBench(device, parse.GetValue(_seconds) ?? 0.5, parse.GetRequiredValue(only), stop);
             run(bench, model);
             if (parse.GetValue(_json))
@@ -92,6 +99,9 @@ internal sealed class BenchCommand
         });
         return command;
     }
+
+    private CpuBackend Device(ParseResult parse) => CpuBackend.Create(
+        parse.GetValue(_threads) ?? 0, products: parse.GetRequiredValue(_precision) == "bf16" ? DType.BF16 : DType.F32);
 
     private BenchModel Model(ParseResult parse) =>
         BenchModel.Find(parse.GetRequiredValue(_model), parse.GetValue(_sequences), parse.GetValue(_context));

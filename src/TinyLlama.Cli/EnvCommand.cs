@@ -52,6 +52,7 @@ internal static class EnvCommand
             Row("", $"{path}: {Claim(path)}");
         }
 
+        Row("bf16", $"matrix products in bf16 use {Bf16Products()}");
         Row("peak", $"{ceiling.AllThreads:0} GFLOP/s of fp32 multiply-adds on {ceiling.Threads} threads, {ceiling.OneThread:0} on one");
         Row("", $"{ceiling.AllThreadsRead:0.0} GB/s read from memory on {ceiling.Threads} threads, {ceiling.OneThreadRead:0.0} on one");
         Row("", $"measured now, while whatever else runs here was running");
@@ -71,6 +72,7 @@ internal static class EnvCommand
         ["path_why"] = Why(ceiling.Path),
         ["paths"] = new JsonObject(
             Enum.GetValues<CpuPath>().Select(path => KeyValuePair.Create(path.ToString(), (JsonNode?)Claim(path)))),
+        ["bf16_products"] = Bf16Products(),
         ["threads"] = ceiling.Threads,
         ["all_threads_gflops"] = ceiling.AllThreads,
         ["one_thread_gflops"] = ceiling.OneThread,
@@ -104,6 +106,7 @@ internal static class EnvCommand
         string? forced = Environment.GetEnvironmentVariable(CpuPaths.Variable);
         string best = CpuPaths.Best switch
         {
+            CpuPath.Vector512Bf16 => "the processor has AVX-512 with BF16",
             CpuPath.Vector512 => "the processor has AVX-512",
             CpuPath.Vector256 => "the processor has AVX2 and FMA, no AVX-512",
             CpuPath.Vector128 => "128-bit registers are the widest that the runtime uses here",
@@ -113,6 +116,12 @@ internal static class EnvCommand
             ? best
             : $"{CpuPaths.Variable}={forced} asks for it; without it {CpuPaths.Best}: {best}";
     }
+
+    private static string Bf16Products() => CpuPaths.Choose() != CpuPath.Vector512Bf16
+        ? "instructions of fp32, at its speed at best"
+        : CpuPaths.Bf16Fault is string fault
+            ? $"instructions of fp32: {fault}"
+            : "vdpbf16ps, in code emitted at run time";
 
     private static string ProcessorName()
     {

@@ -11,10 +11,11 @@ internal static class PlanOutput
     /// <summary>Writes a plan.</summary>
     /// <param name="output">Where to.</param>
     /// <param name="plan">The plan.</param>
+    /// <param name="device">What the run computes on, and how.</param>
     /// <param name="arenas">The bytes of each arena.</param>
     /// <param name="tokensPerSecond">The speed to expect, or null where nothing is known of it.</param>
     public static void Write(
-        TextWriter output, TrainingPlan plan, IReadOnlyList<(string Name, long Bytes)> arenas, double? tokensPerSecond)
+        TextWriter output, TrainingPlan plan, string device, IReadOnlyList<(string Name, long Bytes)> arenas, double? tokensPerSecond)
     {
         ModelConfig model = plan.Model;
         string unit = plan.Recipe.Schedule.By == ScheduleUnit.Tokens ? "tokens" : "steps";
@@ -34,6 +35,7 @@ internal static class PlanOutput
 
         LearningRateSchedule schedule = plan.Schedule;
         Row("learning rate", $"{Kind(schedule)} over {unit}: to {schedule.Peak} in {schedule.Warmup:N0} {unit}{(schedule.Kind == ScheduleKind.Constant ? "" : $", then to {schedule.Minimum} at {schedule.End:N0}")}");
+        Row("device", $"{device}");
         foreach ((string name, long bytes) in arenas)
         {
             Row($"  {name}", $"{Megabytes(bytes),12}");
@@ -53,7 +55,7 @@ internal static class PlanOutput
 
     /// <summary>A plan for <c>--json</c>.</summary>
     public static JsonObject ToJson(
-        TrainingPlan plan, IReadOnlyList<(string Name, long Bytes)> arenas, double? tokensPerSecond) => new()
+        TrainingPlan plan, string device, IReadOnlyList<(string Name, long Bytes)> arenas, double? tokensPerSecond) => new()
         {
             ["preset"] = plan.Recipe.Preset,
             ["parameters"] = plan.Model.ParameterCount,
@@ -67,6 +69,7 @@ internal static class PlanOutput
             ["tokens"] = plan.Tokens,
             ["epochs"] = plan.Epochs,
             ["warmup_steps"] = plan.WarmupSteps,
+            ["device"] = device,
             ["arena_bytes"] = new JsonObject(arenas.Select(arena => KeyValuePair.Create(arena.Name, (JsonNode?)arena.Bytes))),
             ["memory_bytes"] = arenas.Sum(arena => arena.Bytes),
             ["tokens_per_second"] = tokensPerSecond,

@@ -73,18 +73,18 @@ internal static class PretrainCommand
     private static void WritePlan(Recipe recipe, TextWriter writer, bool json)
     {
         TrainingPlan plan = TrainingRun.PlanOf(recipe, Warn);
-        using CpuBackend backend = CpuBackend.Create(recipe.Threads);
+        using CpuBackend backend = CpuBackend.Create(recipe.Threads, products: recipe.Precision);
         using TrainingMemory memory = TrainingMemory.Plan(plan.Shape, backend);
 
         // A guess: half of the measured ceiling, which models of some size exceed.
         double rate = CpuCeiling.Measure(backend).AllThreads * 1e9 / 2 / plan.FlopsPerToken;
         if (json)
         {
-            writer.WriteLine(PlanOutput.ToJson(plan, memory.Arenas, rate).ToJsonString(JsonOutput.Options));
+            writer.WriteLine(PlanOutput.ToJson(plan, backend.Description, memory.Arenas, rate).ToJsonString(JsonOutput.Options));
         }
         else
         {
-            PlanOutput.Write(writer, plan, memory.Arenas, rate);
+            PlanOutput.Write(writer, plan, backend.Description, memory.Arenas, rate);
         }
 
         plan.RequireFits(memory.Arenas, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);

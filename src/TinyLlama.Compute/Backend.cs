@@ -34,8 +34,8 @@ public abstract class Backend : IDisposable
     /// <exception cref="DeviceException">The device has not that much memory.</exception>
     public Arena AllocateAs(Arena plan) => Allocate(plan.Name, plan.UsedBytes);
 
-    /// <summary>Elements of the packed form of an (outputs, inputs) matrix; see <see cref="Weight"/>.</summary>
-    public abstract int PackedCount(int outputs, int inputs);
+    /// <summary>Takes room for the packed form of an (outputs, inputs) matrix; see <see cref="Weight"/>.</summary>
+    public abstract Tensor TakePacked(Arena arena, int outputs, int inputs);
 
     /// <summary>Fills the packed forms that the weight has room for from its values.</summary>
     public abstract void Pack(Weight weight);

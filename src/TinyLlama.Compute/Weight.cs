@@ -5,7 +5,7 @@ namespace TinyLlama.Compute;
 /// forms that a device's kernels read.
 /// </summary>
 /// <remarks>
-/// A packed form is a copy in the device's own order, made by <see cref="Backend.Pack"/> once after the values change.
+/// A packed form is a copy in the device's own order and in the type that its products round to, made by <see cref="Backend.Pack"/> once after the values change.
 /// Without one (the arena had no room for it) a product packs what it reads, each time.
 /// </remarks>
 /// <param name="values">The master values, (O, I).</param>
@@ -36,10 +36,10 @@ public sealed class Weight(Tensor values, Tensor gradient = default)
     /// <param name="backward">Whether gradients will flow through the weight.</param>
     public void TakePacked(Arena arena, Backend backend, bool backward)
     {
-        PackedForward = arena.Take(1, backend.PackedCount(Outputs, Inputs), Values.Type);
+        PackedForward = backend.TakePacked(arena, Outputs, Inputs);
         if (backward)
         {
-            PackedBackward = arena.Take(1, backend.PackedCount(Inputs, Outputs), Values.Type);
+            PackedBackward = backend.TakePacked(arena, Inputs, Outputs);
         }
     }
 }

@@ -1,4 +1,5 @@
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Tests.Cpu;
 using TinyLlama.Tests.Common;
 
 namespace TinyLlama.Compute.Tests;
@@ -14,13 +15,19 @@ public sealed class MatMulTests
         (97, 130, 64), (12, 40, 800), (40, 12, 385), (386, 5, 6),
     ];
 
-    public static TheoryData<CpuPath> Paths => [.. Enum.GetValues<CpuPath>()];
+    private static readonly CpuPath[] s_paths = [CpuPath.Vector512, CpuPath.Vector256, CpuPath.Vector128, CpuPath.Scalar];
+
+    public static TheoryData<CpuPath> Widths => [.. s_paths];
+
+    /// <summary>Each width in both types, and the emitted code or what stands for it.</summary>
+    public static TheoryData<CpuPath, DType> Paths =>
+        [.. s_paths.SelectMany(path => new[] { (path, DType.F32), (path, DType.BF16) }), (CpuPath.Vector512Bf16, DType.BF16)];
 
     [Theory]
     [MemberData(nameof(Paths))]
-    public void Each_product_equals_its_definition(CpuPath path)
+    public void Each_product_equals_its_definition(CpuPath path, DType products)
     {
-        using CpuBackend backend = CpuBackend.Create(2, path);
+        using CpuBackend backend = On(2, path, products);
         foreach ((int tokens, int outputs, int inputs) in s_shapes)
         {
             foreach (bool ranges in (bool[])[false, true])
@@ -32,18 +39,18 @@ public sealed class MatMulTests
                     foreach (bool accumulate in (bool[])[false, true])
                     {
                         Tensor output = operands.Copy(operands.Output);
-                        MatMul.Scalar.Forward(output, operands.Input, operands.Weight.Values, accumulate);
+                        MatMul.Scalar.Forward(output, operands.Rounded(operands.Input), operands.Rounded(operands.Weight.Values), accumulate);
                         backend.MatMul(operands.Output, operands.Input, operands.Weight, accumulate);
                         AssertClose(output, operands.Output, inputs, "forward " + where);
 
                         Tensor dInput = operands.Copy(operands.DInput);
-                        MatMul.Scalar.BackwardInput(dInput, operands.DOutput, operands.Weight.Values, accumulate);
+                        MatMul.Scalar.BackwardInput(dInput, operands.Rounded(operands.DOutput), operands.Rounded(operands.Weight.Values), accumulate);
                         backend.MatMulBackwardInput(operands.DInput, operands.DOutput, operands.Weight, accumulate);
                         AssertClose(dInput, operands.DInput, outputs, "dInput " + where);
                     }
 
                     Tensor dWeight = operands.Copy(operands.Weight.Gradient);
-                    MatMul.Scalar.BackwardWeight(dWeight, operands.DOutput, operands.Input);
+                    MatMul.Scalar.BackwardWeight(dWeight, operands.Rounded(operands.DOutput), operands.Rounded(operands.Input));
                     backend.MatMulBackwardWeight(operands.Weight.Gradient, operands.DOutput, operands.Input);
                     AssertClose(dWeight, operands.Weight.Gradient, tokens, "dWeight " + where);
                     operands.AssertNothingElseWritten(where);
@@ -54,9 +61,9 @@ public sealed class MatMulTests
 
     [Theory]
     [MemberData(nameof(Paths))]
-    public void Without_accumulation_what_was_in_the_result_does_not_matter(CpuPath path)
+    public void Without_accumulation_what_was_in_the_result_does_not_matter(CpuPath path, DType products)
     {
-        using CpuBackend backend = CpuBackend.Create(1, path);
+        using CpuBackend backend = On(1, path, products);
         using Operands operands = new(backend, 7, 37, 400, ranges: false, packed: true);
         operands.Output.HostSpan<float>().Fill(float.NaN);
         operands.DInput.HostSpan<float>().Fill(float.PositiveInfinity);
@@ -68,14 +75,38 @@ public sealed class MatMulTests
 
     [Theory]
     [MemberData(nameof(Paths))]
-    public void The_number_of_threads_changes_no_bit(CpuPath path)
+    public void What_an_earlier_product_left_behind_does_not_matter(CpuPath path, DType products)
+    {
+        using CpuBackend backend = On(1, path, products);
+        using Operands before = new(backend, 8, 8, 8, ranges: false, packed: false);
+        using Operands operands = new(backend, 7, 7, 7, ranges: false, packed: false);
+        foreach (Tensor tensor in new[] { before.Input, before.DOutput, before.Weight.Values })
+        {
+            tensor.HostSpan<float>().Fill(float.NaN);
+        }
+
+        backend.MatMul(before.Output, before.Input, before.Weight);
+        backend.MatMul(operands.Output, operands.Input, operands.Weight);
+        backend.MatMulBackwardInput(before.DInput, before.DOutput, before.Weight);
+        backend.MatMulBackwardInput(operands.DInput, operands.DOutput, operands.Weight);
+        backend.MatMulBackwardWeight(before.Weight.Gradient, before.DOutput, before.Input);
+        backend.MatMulBackwardWeight(operands.Weight.Gradient, operands.DOutput, operands.Input);
+        foreach (Tensor tensor in new[] { operands.Output, operands.DInput, operands.Weight.Gradient })
+        {
+            Assert.All(tensor.HostSpan<float>().ToArray(), value => Assert.True(float.IsFinite(value)));
+        }
+    }
+
+    [Theory]
+    [MemberData(nameof(Paths))]
+    public void The_number_of_threads_changes_no_bit(CpuPath path, DType products)
     {
         (int, int, int)[] shapes = path == CpuPath.Vector256 ? [(200, 300, 410), (1, 700, 300), (513, 96, 64)] : [(100, 70, 90), (1, 300, 64)];
         foreach ((int tokens, int outputs, int inputs) in shapes)
         {
             float[][] results = [.. Enumerable.Range(1, 3).Select(threads =>
             {
-                using CpuBackend backend = CpuBackend.Create(threads, path);
+                using CpuBackend backend = On(threads, path, products);
                 using Operands operands = new(backend, tokens, outputs, inputs, ranges: true, packed: threads != 2);
                 backend.MatMul(operands.Output, operands.Input, operands.Weight);
                 backend.MatMulBackwardInput(operands.DInput, operands.DOutput, operands.Weight, accumulate: true);
@@ -93,9 +124,9 @@ public sealed class MatMulTests
 
     [Theory]
     [MemberData(nameof(Paths))]
-    public void A_row_has_the_same_bits_alone_and_in_any_company(CpuPath path)
+    public void A_row_has_the_same_bits_alone_and_in_any_company(CpuPath path, DType products)
     {
-        using CpuBackend backend = CpuBackend.Create(2, path);
+        using CpuBackend backend = On(2, path, products);
         int tokens = path == CpuPath.Vector256 ? 512 : 50;
         foreach (bool packed in (bool[])[false, true])
         {
@@ -117,38 +148,44 @@ public sealed class MatMulTests
     }
 
     [Theory]
-    [InlineData(3, 20_000, 300)]
-    [InlineData(1, 20_000, 300)]
-    [InlineData(2, 3, 600_000)]
-    public void A_weight_too_large_to_pack_at_once_gives_the_bits_of_one_packed_before(int tokens, int outputs, int inputs)
+    [InlineData(DType.F32, 3, 20_000, 300)]
+    [InlineData(DType.BF16, 3, 20_000, 300)]
+    [InlineData(DType.F32, 1, 20_000, 300)]
+    [InlineData(DType.BF16, 1, 20_000, 300)]
+    [InlineData(DType.F32, 2, 3, 600_000)]
+    [InlineData(DType.BF16, 2, 3, 600_000)]
+    public void A_weight_too_large_to_pack_at_once_gives_the_bits_of_one_packed_before(DType products, int tokens, int outputs, int inputs)
     {
-        using CpuBackend backend = CpuBackend.Create(2, CpuPath.Vector256);
+        using CpuBackend backend = CpuBackend.Create(2, CpuPath.Vector256, products);
         using Operands operands = new(backend, tokens, outputs, inputs, ranges: false, packed: true);
         backend.MatMul(operands.Output, operands.Input, operands.Weight);
         Tensor output = operands.Copy(operands.Output);
         operands.Output.HostSpan<float>().Fill(float.NaN);
         backend.MatMul(operands.Output, operands.Input, new Weight(operands.Weight.Values));
         AssertSameBits(output.HostSpan<float>(), operands.Output.HostSpan<float>());
-        MatMul.Scalar.Forward(output, operands.Input, operands.Weight.Values, accumulate: false);
+        MatMul.Scalar.Forward(output, operands.Rounded(operands.Input), operands.Rounded(operands.Weight.Values), accumulate: false);
         AssertClose(output, operands.Output, inputs, "forward");
     }
 
     [Theory]
-    [InlineData(400, 12_000, 3)]
-    [InlineData(400, 3, 12_000)]
-    [InlineData(3000, 2900, 3)]
-    public void A_gradient_whose_operands_are_too_large_to_pack_at_once_equals_its_definition(int tokens, int outputs, int inputs)
+    [InlineData(DType.F32, 400, 12_000, 3)]
+    [InlineData(DType.BF16, 400, 12_000, 3)]
+    [InlineData(DType.F32, 400, 3, 12_000)]
+    [InlineData(DType.BF16, 400, 3, 12_000)]
+    [InlineData(DType.F32, 3000, 2900, 3)]
+    [InlineData(DType.BF16, 3000, 2900, 3)]
+    public void A_gradient_whose_operands_are_too_large_to_pack_at_once_equals_its_definition(DType products, int tokens, int outputs, int inputs)
     {
-        using CpuBackend backend = CpuBackend.Create(2, CpuPath.Vector256);
+        using CpuBackend backend = CpuBackend.Create(2, CpuPath.Vector256, products);
         using Operands operands = new(backend, tokens, outputs, inputs, ranges: false, packed: false);
         Tensor dWeight = operands.Copy(operands.Weight.Gradient);
-        MatMul.Scalar.BackwardWeight(dWeight, operands.DOutput, operands.Input);
+        MatMul.Scalar.BackwardWeight(dWeight, operands.Rounded(operands.DOutput), operands.Rounded(operands.Input));
         backend.MatMulBackwardWeight(operands.Weight.Gradient, operands.DOutput, operands.Input);
         AssertClose(dWeight, operands.Weight.Gradient, tokens, "dWeight");
     }
 
     [Theory]
-    [MemberData(nameof(Paths))]
+    [MemberData(nameof(Widths))]
     public void The_products_equal_the_golden_ones(CpuPath path)
     {
         GoldenFile golden = GoldenFile.Open(SharedFiles.Require("goldens/llama-tiny/ops.safetensors"));
@@ -177,10 +214,12 @@ public sealed class MatMulTests
         }
     }
 
-    [Fact]
-    public void A_product_allocates_nothing()
+    [Theory]
+    [InlineData(DType.F32)]
+    [InlineData(DType.BF16)]
+    public void A_product_allocates_nothing(DType products)
     {
-        using CpuBackend backend = CpuBackend.Create(2);
+        using CpuBackend backend = CpuBackend.Create(2, products: products);
         foreach (bool packed in (bool[])[false, true])
         {
             foreach (int tokens in (int[])[1, 130])
@@ -224,6 +263,11 @@ public sealed class MatMulTests
             [ceiling.OneThread, ceiling.AllThreads, ceiling.OneThreadRead, ceiling.AllThreadsRead], rate => Assert.InRange(rate, 0.01, 1e6));
     }
 
+    private static CpuBackend On(int threads, CpuPath path, DType products) =>
+        path == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is not null
+            ? new CpuBackend<Lanes512, PairTile>(path, threads)
+            : CpuBackend.Create(threads, path, products);
+
     private static void AssertClose(Tensor expected, Tensor actual, int depth, string where)
     {
         // Of products up to 1: each addition rounds by half a unit in the last place of a sum that grows with its root.
@@ -258,7 +302,7 @@ public sealed class MatMulTests
             _backend = backend;
             _inRanges = ranges;
             _random = new Random((tokens * 31) + (outputs * 7) + inputs);
-            long floats = (8L * tokens * (outputs + inputs + 64)) + (8L * (outputs + 64) * (inputs + 64)) + 4096;
+            long floats = (16L * tokens * (outputs + inputs + 64)) + (8L * (outputs + 64) * (inputs + 64)) + (8L * outputs * inputs) + 4096;
             _arena = backend.Allocate("test", floats * sizeof(float));
             Input = Filled(tokens, inputs);
             Output = Filled(tokens, outputs);
@@ -288,6 +332,18 @@ public sealed class MatMulTests
             for (int row = 0; row < tensor.Rows; row++)
             {
                 _backend.Write<float>(copy.RowRange(row, 1), tensor.RowRange(row, 1).HostSpan<float>());
+            }
+
+            return copy;
+        }
+
+        /// <summary>The tensor as the backend multiplies it.</summary>
+        public Tensor Rounded(Tensor tensor)
+        {
+            Tensor copy = Copy(tensor);
+            foreach (ref float value in _backend.Products == DType.BF16 ? copy.HostSpan<float>() : [])
+            {
+                value = Compute.Cpu.Copy.FromBFloat16(Compute.Cpu.Copy.ToBFloat16(value));
             }
 
             return copy;

@@ -53,7 +53,7 @@ internal static class BenchOutput
     /// <summary>Writes what a run of <c>bench</c> is measured against.</summary>
     public static void Write(TextWriter output, CpuBackend device, CpuCeiling ceiling) => output.WriteLine(string.Create(
         CultureInfo.InvariantCulture,
-        $"{device.Description}; ceiling {ceiling.AllThreads:F1} GFLOP/s of fp32 multiply-adds, {ceiling.AllThreadsRead:F1} GB/s read from memory, measured in this run"));
+        $"{device.Description}; ceiling {ceiling.AllThreads:F1} GFLOP/s of multiply-adds, {ceiling.AllThreadsRead:F1} GB/s read from memory, measured in this run"));
 
     /// <summary>Operations for <c>--json</c>.</summary>
     public static JsonArray ToJson(IReadOnlyList<Measurement> operations) => new([.. operations.Select(o => new JsonObject

@@ -43,7 +43,7 @@ internal sealed class TimedBackend(Backend inner) : Backend
     public override Arena Allocate(string name, long byteCount) => inner.Allocate(name, byteCount);
 
     /// <inheritdoc/>
-    public override int PackedCount(int outputs, int inputs) => inner.PackedCount(outputs, inputs);
+    public override Tensor TakePacked(Arena arena, int outputs, int inputs) => inner.TakePacked(arena, outputs, inputs);
 
     /// <inheritdoc/>
     public override void Pack(Weight weight)

@@ -5,22 +5,27 @@ namespace TinyLlama.Compute.Cpu;
 /// <summary>The CPU: checks the shapes of each operation once, then runs its kernel at the width chosen at start.</summary>
 public abstract class CpuBackend : Backend
 {
-    private protected CpuBackend(CpuPath path, int threads)
+    private protected CpuBackend(CpuPath path, int threads, DType products)
     {
-        (Path, Scratch, Team) = (path, new Scratch(threads), new ThreadTeam(threads));
+        (Path, Products, Scratch, Team) = (path, products, new Scratch(threads), new ThreadTeam(threads));
     }
 
     /// <summary>Gets the width of the kernels.</summary>
     public CpuPath Path { get; }
 
+    /// <summary>Gets the type that operands of matrix products are rounded to: F32 or BF16. Sums are fp32.</summary>
+    public DType Products { get; }
+
     /// <summary>Gets the number of threads.</summary>
     public int Threads => Team.Threads;
 
     /// <inheritdoc/>
-    public override string Description => $"cpu, {Path}, {Threads} threads";
+    public override string Description => $"cpu, {Kernels}, {Threads} threads";
 
     /// <inheritdoc/>
-    public override string Arithmetic => $"cpu {Path}";
+    public override string Arithmetic => $"cpu {Kernels}";
+
+    private string Kernels => Products == DType.F32 ? $"{Path}" : $"{Path} with products in bf16";
 
     internal ThreadTeam Team { get; }
 
@@ -29,18 +34,31 @@ public abstract class CpuBackend : Backend
     /// <summary>A backend for this machine.</summary>
     /// <param name="threads">Threads to use; 0 for one a core.</param>
     /// <param name="path">The width of the kernels; by default what <see cref="CpuPaths.Choose"/> says.</param>
+    /// <param name="products">The type that operands of matrix products are rounded to: F32 or BF16.</param>
+    /// <remarks>
+    /// <see cref="CpuPath.Vector512Bf16"/> differs from <see cref="CpuPath.Vector512"/> in products of BF16 alone; where
+    /// its code is not asked for or cannot be used (<see cref="CpuPaths.Bf16Fault"/>), the backend is and says Vector512.
+    /// </remarks>
     /// <exception cref="DeviceException">The environment names a path that does not exist.</exception>
-    public static CpuBackend Create(int threads = 0, CpuPath? path = null)
+    public static CpuBackend Create(int threads = 0, CpuPath? path = null, DType products = DType.F32)
     {
+        Shape.Require(products is DType.F32 or DType.BF16, "products in F32 or BF16");
         threads = threads > 0 ? threads : Environment.ProcessorCount;
+        bool bf16 = products == DType.BF16;
         return (path ?? CpuPaths.Choose()) switch
         {
-            CpuPath.Vector512 => new CpuBackend<Lanes512>(CpuPath.Vector512, threads),
-            CpuPath.Vector256 => new CpuBackend<Lanes256>(CpuPath.Vector256, threads),
-            CpuPath.Vector128 => new CpuBackend<Lanes128>(CpuPath.Vector128, threads),
-            CpuPath.Scalar => new CpuBackend<Lanes1>(CpuPath.Scalar, threads),
+            CpuPath.Vector512Bf16 when bf16 && CpuPaths.Bf16Fault is null =>
+                new CpuBackend<Lanes512, Avx512Bf16Tile>(CpuPath.Vector512Bf16, threads),
+            CpuPath.Vector512 or CpuPath.Vector512Bf16 => On<Lanes512>(CpuPath.Vector512),
+            CpuPath.Vector256 => On<Lanes256>(CpuPath.Vector256),
+            CpuPath.Vector128 => On<Lanes128>(CpuPath.Vector128),
+            CpuPath.Scalar => On<Lanes1>(CpuPath.Scalar),
             _ => throw new ArgumentOutOfRangeException(nameof(path), path, "no such path"),
         };
+
+        CpuBackend On<V>(CpuPath width)
+            where V : struct, ILanes<V> =>
+            bf16 ? new CpuBackend<V, Bf16Tile<V>>(width, threads) : new CpuBackend<V, Tile<V>>(width, threads);
     }
 
     /// <inheritdoc/>
@@ -77,17 +95,19 @@ public abstract class CpuBackend : Backend
 
 /// <summary>The kernels, specialized to one register width.</summary>
 /// <typeparam name="V">The register.</typeparam>
-internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBackend(path, threads)
+/// <typeparam name="T">The tile of matrix products.</typeparam>
+internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBackend(path, threads, T.Type)
     where V : struct, ILanes<V>
+    where T : struct, ITile
 {
     /// <inheritdoc/>
-    public override int PackedCount(int outputs, int inputs) => Cpu.MatMul.PackedCount<V>(outputs, inputs);
+    public override Tensor TakePacked(Arena arena, int outputs, int inputs) => Cpu.MatMul.TakePacked<T>(arena, outputs, inputs);
 
     /// <inheritdoc/>
     public override void Pack(Weight weight)
     {
         RequireF32(weight.Values, weight.Values, weight.Values);
-        Cpu.MatMul.Pack<V>(Team, weight);
+        Cpu.MatMul.Pack<T>(Team, weight);
     }
 
     /// <inheritdoc/>
@@ -97,7 +117,7 @@ internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBacke
             output.Rows == input.Rows && output.Columns == weight.Outputs && input.Columns == weight.Inputs,
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, weight.Values);
-        Cpu.MatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
+        Cpu.MatMul.Forward<T>(Team, Scratch, output, input, weight, accumulate);
     }
 
     /// <inheritdoc/>
@@ -107,7 +127,7 @@ internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBacke
             dInput.Rows == dOutput.Rows && dInput.Columns == weight.Inputs && dOutput.Columns == weight.Outputs,
             "dInput (N, I), dOutput (N, O) and weight (O, I)");
         RequireF32(dInput, dOutput, weight.Values);
-        Cpu.MatMul.BackwardInput<V>(Team, Scratch, dInput, dOutput, weight, accumulate);
+        Cpu.MatMul.BackwardInput<T>(Team, Scratch, dInput, dOutput, weight, accumulate);
     }
 
     /// <inheritdoc/>
@@ -117,7 +137,7 @@ internal sealed unsafe class CpuBackend<V>(CpuPath path, int threads) : CpuBacke
             dWeight.Rows == dOutput.Columns && dWeight.Columns == input.Columns && dOutput.Rows == input.Rows,
             "dWeight (O, I), dOutput (N, O) and input (N, I)");
         RequireF32(dWeight, dOutput, input);
-        Cpu.MatMul.BackwardWeight<V>(Team, Scratch, dWeight, dOutput, input);
+        Cpu.MatMul.BackwardWeight<T>(Team, Scratch, dWeight, dOutput, input);
     }
 
     /// <inheritdoc/>

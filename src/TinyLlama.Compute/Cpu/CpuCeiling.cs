@@ -4,8 +4,9 @@ using System.Runtime.CompilerServices;
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
-/// What the machine can do at best, measured: the rate of fp32 multiply-add instructions that need no memory, and the
-/// rate at which memory can be read. "Share of peak" is relative to the first, decoding is bounded by the second.
+/// What the machine can do at best, measured: the rate of multiply-add instructions that need no memory, and the rate at
+/// which memory can be read. "Share of peak" is relative to the first, decoding is bounded by the second. The instructions
+/// are those of fp32, except where a backend multiplies bf16 with instructions of its own.
 /// </summary>
 /// <param name="Path">The width of the instructions.</param>
 /// <param name="Threads">The number of all threads.</param>
@@ -29,7 +30,7 @@ public sealed record CpuCeiling(
         ArgumentNullException.ThrowIfNull(backend);
         return backend.Path switch
         {
-            CpuPath.Vector512 => Measure<Lanes512>(backend),
+            CpuPath.Vector512Bf16 or CpuPath.Vector512 => Measure<Lanes512>(backend),
             CpuPath.Vector256 => Measure<Lanes256>(backend),
             CpuPath.Vector128 => Measure<Lanes128>(backend),
             _ => Measure<Lanes1>(backend),
@@ -45,17 +46,23 @@ public sealed record CpuCeiling(
 
         // Pages that nobody has written to are all one page of zeros.
         memory.HostSpan<float>().Fill(1);
-        Burst<V> burst = default;
         Read<V> read = new() { Memory = memory.F32() };
-        double operations = 2.0 * V.Count * Burst<V>.Sums * Burst<V>.Steps;
+        (double one, double all) = backend is { Path: CpuPath.Vector512Bf16, Products: DType.BF16 }
+            ? Rates(alone, backend.Team, new TileBurst { Operands = memory.F32() }, TileBurst.Operations)
+            : Rates(alone, backend.Team, default(Burst<V>), 2.0 * V.Count * Burst<V>.Sums * Burst<V>.Steps);
         return new CpuCeiling(
             backend.Path,
             backend.Threads,
-            operations / BestSeconds(alone, ref burst, 1) * 1e-9,
-            operations * backend.Threads / BestSeconds(backend.Team, ref burst, backend.Threads) * 1e-9,
+            one,
+            all,
             ReadBytes / BestSeconds(alone, ref read, Read<V>.Tasks) * 1e-9,
             ReadBytes / BestSeconds(backend.Team, ref read, Read<V>.Tasks) * 1e-9);
     }
+
+    private static (double One, double All) Rates<TBurst>(ThreadTeam alone, ThreadTeam team, TBurst burst, double operations)
+        where TBurst : struct, IWork =>
+        (operations / BestSeconds(alone, ref burst, 1) * 1e-9,
+         operations * team.Threads / BestSeconds(team, ref burst, team.Threads) * 1e-9);
 
     private static double BestSeconds<TWork>(ThreadTeam team, ref TWork work, int tasks)
         where TWork : struct, IWork
@@ -104,6 +111,28 @@ public sealed record CpuCeiling(
             }
 
             Use(s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7 + s8 + s9 + s10 + s11);
+        }
+    }
+
+    // A tile whose operands stay in the first cache runs at the rate of its instruction.
+    private unsafe struct TileBurst : IWork
+    {
+        public const double Operations = 2.0 * 8 * 32 * 2 * Steps * Tiles;
+
+        public float* Operands;
+
+        private const int Steps = 128;
+        private const int Tiles = 1000;
+
+        public readonly void Run(int task, int thread)
+        {
+            float* sums = stackalloc float[Avx512Bf16Tile.Rows * Avx512Bf16Tile.Columns];
+            float* panel = Operands + (Avx512Bf16Tile.Rows * Steps);
+            for (int tile = 0; tile < Tiles; tile++)
+            {
+                Avx512Bf16Tile.Multiply(
+                    sums, Avx512Bf16Tile.Columns, Operands, leftRow: 1, leftStep: Avx512Bf16Tile.Rows, panel, Steps, accumulate: false);
+            }
         }
     }
 

@@ -7,6 +7,9 @@ namespace TinyLlama.Compute.Cpu;
 /// <summary>The widths that CPU kernels are compiled for.</summary>
 public enum CpuPath
 {
+    /// <summary>16 floats a register, and products in bf16 by vdpbf16ps, in code emitted at run time: AVX-512 with BF16, Linux on x64.</summary>
+    Vector512Bf16,
+
     /// <summary>16 floats a register: AVX-512.</summary>
     Vector512,
 
@@ -23,7 +26,7 @@ public enum CpuPath
 /// <summary>Which path this machine runs, and why.</summary>
 public static class CpuPaths
 {
-    /// <summary>Forces a path: <c>512</c>, <c>256</c>, <c>128</c> or <c>scalar</c>.</summary>
+    /// <summary>Forces a path: <c>512bf16</c>, <c>512</c> (which emits no code), <c>256</c>, <c>128</c> or <c>scalar</c>.</summary>
     public const string Variable = "TINYLLAMA_CPU";
 
     /// <summary>Gets a value indicating whether 128-bit fused multiply-add is one instruction here.</summary>
@@ -31,20 +34,30 @@ public static class CpuPaths
 
     /// <summary>Gets the widest path whose instructions this machine has; asked for what kernels need, not for a width.</summary>
     public static CpuPath Best =>
-        Avx512F.IsSupported ? CpuPath.Vector512
+        Avx512Bf16Tile.IsSupported ? CpuPath.Vector512Bf16
+        : Avx512F.IsSupported ? CpuPath.Vector512
         : Avx2.IsSupported && Fma.IsSupported ? CpuPath.Vector256
         : Vector128.IsHardwareAccelerated ? CpuPath.Vector128
         : CpuPath.Scalar;
+
+    /// <summary>
+    /// Gets why the code of <see cref="CpuPath.Vector512Bf16"/> cannot be used, in one line, or null. Emits, loads and
+    /// checks it when first asked.
+    /// </summary>
+    public static string? Bf16Fault => Avx512Bf16Tile.Fault;
 
     /// <summary>The path to use: the one that <see cref="Variable"/> names, else the best.</summary>
     /// <exception cref="DeviceException">The variable names no path.</exception>
     public static CpuPath Choose() => Environment.GetEnvironmentVariable(Variable) switch
     {
         null or "" => Best,
+        "512bf16" => Avx512Bf16Tile.IsSupported
+            ? CpuPath.Vector512Bf16
+            : throw new DeviceException($"{Variable}=512bf16 needs a processor with AVX512-BF16 and Linux on x64; use 512, 256, 128 or scalar"),
         "512" => CpuPath.Vector512,
         "256" => CpuPath.Vector256,
         "128" => CpuPath.Vector128,
         "scalar" => CpuPath.Scalar,
-        string other => throw new DeviceException($"{Variable}={other} names no path; use 512, 256, 128 or scalar"),
+        string other => throw new DeviceException($"{Variable}={other} names no path; use 512bf16, 512, 256, 128 or scalar"),
     };
 }

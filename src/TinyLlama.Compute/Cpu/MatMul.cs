@@ -4,31 +4,37 @@ namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
 /// The matrix products of a linear layer: output = input · weightᵀ, and backward dInput = dOutput · weight and
-/// dWeight += dOutputᵀ · input. One driver with three ways to read its operands.
+/// dWeight += dOutputᵀ · input. One driver with three ways to read its operands, for operands in fp32 or rounded to bfloat16.
 /// </summary>
 /// <remarks>
 /// After Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), and BLIS: the right operand
-/// lies in panels (see <see cref="Tile{V}"/>), block of k after block of k, panel after panel; a task owns a block of the
+/// lies in panels (see <see cref="ITile"/>), block of k after block of k, panel after panel; a task owns a block of the
 /// result and walks k in blocks: it copies a block of the left operand next to each other, which stays in the second
 /// cache, and multiplies it by panel after panel, each of which stays in the first cache while the rows pass by. Where
 /// the left operand is the transpose of a tensor, it is packed like the right one, in tiles of rows.
 /// Blocks depend on the shape alone, and blocks of k on k alone: neither the number of threads nor the number of rows
 /// changes a bit of a row, nor does it matter who packed the right operand, when.
+/// Blocks, panels and tiles count steps: the dwords that a tile reads at once, one k of fp32 or a pair of k of bfloat16.
+/// Operands are rounded where they are packed or copied; sums are fp32 throughout.
 /// </remarks>
 internal static unsafe class MatMul
 {
-    /// <summary>Floats of packed operands that <see cref="Scratch.Shared"/> must hold: 32 MiB.</summary>
+    /// <summary>Dwords of packed operands that <see cref="Scratch.Shared"/> must hold: 32 MiB.</summary>
     public const int SharedCount = 8 << 20;
 
-    /// <summary>Floats of a block of the left operand that <see cref="Scratch.Of"/> must hold.</summary>
-    public const int ThreadCount = MaxBlockRows * (MaxBlockDepth + RowPadding);
+    /// <summary>Dwords of a block of the left operand that <see cref="Scratch.Of"/> must hold.</summary>
+    public const int ThreadCount = MaxBlockRows * ((2 * MaxBlockSteps) + RowPadding);
 
-    // A panel of this depth takes 24 of 32 KiB of a first cache (AVX2), a block of the left operand a quarter of 512 KiB.
-    private const int MaxBlockDepth = 384;
+    // A panel of so many steps takes 24 of 32 KiB of a first cache (AVX2), a block of the left operand a quarter of 512 KiB
+    // of a second; half of it where a step has two dwords.
+    private const int MaxBlockSteps = 384;
     private const int MaxBlockRows = 88;
 
-    // Steps that are packed together; blocks of k are multiples of it.
+    // Steps that are packed together; blocks of steps are multiples of it.
     private const int StepUnit = 8;
+
+    // The largest tile of any width.
+    private const int MaxTileCount = 8 * 32;
 
     // Rows of the copied block start at different places of the first cache.
     private const int RowPadding = 16;
@@ -40,44 +46,45 @@ internal static unsafe class MatMul
     private const int FewestTasks = 16;
     private const long FewestProducts = 32768;
 
-    /// <summary>Elements of a right operand in panels.</summary>
-    public static int PackedCount<V>(int columns, int depth)
-        where V : struct, ILanes<V> => checked(RoundUp(columns, Tile<V>.Columns) * depth);
+    /// <summary>Room for a right operand in panels.</summary>
+    public static Tensor TakePacked<T>(Arena arena, int columns, int depth)
+        where T : struct, ITile =>
+        arena.Take(1, checked(RoundUp(columns, T.Columns) * Steps<T>(depth) * StepDepth<T>()), T.Type);
 
     /// <summary>Fills the packed forms of a weight that have room.</summary>
-    public static void Pack<V>(ThreadTeam team, Weight weight)
-        where V : struct, ILanes<V>
+    public static void Pack<T>(ThreadTeam team, Weight weight)
+        where T : struct, ITile
     {
         Tensor values = weight.Values;
         if (!weight.PackedForward.IsEmpty)
         {
-            Pack<V>(team, weight.PackedForward.F32(), Matrix.Transposed(values), values.Rows, values.Columns, BlockDepth(values.Columns), Tile<V>.Columns);
+            Pack<T>(team, Panels(weight.PackedForward), Matrix.Transposed(values), values.Rows, values.Columns, BlockSteps<T>(values.Columns), tiles: false);
         }
 
         if (!weight.PackedBackward.IsEmpty)
         {
-            Pack<V>(team, weight.PackedBackward.F32(), Matrix.Of(values), values.Columns, values.Rows, BlockDepth(values.Rows), Tile<V>.Columns);
+            Pack<T>(team, Panels(weight.PackedBackward), Matrix.Of(values), values.Columns, values.Rows, BlockSteps<T>(values.Rows), tiles: false);
         }
     }
 
     /// <summary>output (N, O) = or += input (N, I) · weightᵀ.</summary>
-    public static void Forward<V>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
-        where V : struct, ILanes<V> =>
-        Run<V>(team, scratch, output, Matrix.Of(input), Matrix.Transposed(weight.Values), weight.PackedForward, input.Columns, accumulate);
+    public static void Forward<T>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
+        where T : struct, ITile =>
+        Run<T>(team, scratch, output, Matrix.Of(input), Matrix.Transposed(weight.Values), weight.PackedForward, input.Columns, accumulate);
 
     /// <summary>dInput (N, I) = or += dOutput (N, O) · weight.</summary>
-    public static void BackwardInput<V>(ThreadTeam team, Scratch scratch, Tensor dInput, Tensor dOutput, Weight weight, bool accumulate)
-        where V : struct, ILanes<V> =>
-        Run<V>(team, scratch, dInput, Matrix.Of(dOutput), Matrix.Of(weight.Values), weight.PackedBackward, dOutput.Columns, accumulate);
+    public static void BackwardInput<T>(ThreadTeam team, Scratch scratch, Tensor dInput, Tensor dOutput, Weight weight, bool accumulate)
+        where T : struct, ITile =>
+        Run<T>(team, scratch, dInput, Matrix.Of(dOutput), Matrix.Of(weight.Values), weight.PackedBackward, dOutput.Columns, accumulate);
 
     /// <summary>dWeight (O, I) += dOutputᵀ · input, dOutput (N, O), input (N, I).</summary>
-    public static void BackwardWeight<V>(ThreadTeam team, Scratch scratch, Tensor dWeight, Tensor dOutput, Tensor input)
-        where V : struct, ILanes<V> =>
-        Run<V>(team, scratch, dWeight, Matrix.Transposed(dOutput), Matrix.Of(input), default, input.Rows, accumulate: true);
+    public static void BackwardWeight<T>(ThreadTeam team, Scratch scratch, Tensor dWeight, Tensor dOutput, Tensor input)
+        where T : struct, ITile =>
+        Run<T>(team, scratch, dWeight, Matrix.Transposed(dOutput), Matrix.Of(input), default, input.Rows, accumulate: true);
 
-    private static void Run<V>(
+    private static void Run<T>(
         ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, Matrix right, Tensor packed, int depth, bool accumulate)
-        where V : struct, ILanes<V>
+        where T : struct, ITile
     {
         if (sums.IsEmpty || (depth == 0 && accumulate))
         {
@@ -85,37 +92,37 @@ internal static unsafe class MatMul
         }
 
         Shape.Require(depth > 0, "at least one product for each sum");
-        int blockDepth = BlockDepth(depth);
+        int blockSteps = BlockSteps<T>(depth);
         if (!packed.IsEmpty)
         {
-            Multiply<V>(team, scratch, sums, left, null, packed.F32(), depth, blockDepth, accumulate);
+            Multiply<T>(team, scratch, sums, left, null, Panels(packed), depth, blockSteps, accumulate);
             return;
         }
 
         // What fits at once: whole blocks of k of as many columns, and of rows where they must be packed too.
         bool packLeft = left.Column != 1;
-        int columnsAtOnce = AtOnce(sums.Columns, Tile<V>.Columns, blockDepth);
-        int rowsAtOnce = packLeft ? AtOnce(sums.Rows, Tile<V>.Rows, blockDepth) : sums.Rows;
-        int width = RoundUp(columnsAtOnce, Tile<V>.Columns) + (packLeft ? RoundUp(rowsAtOnce, Tile<V>.Rows) : 0);
-        int depthAtOnce = Math.Min(depth, SharedCount / width / blockDepth * blockDepth);
+        int columnsAtOnce = AtOnce(sums.Columns, T.Columns, blockSteps);
+        int rowsAtOnce = packLeft ? AtOnce(sums.Rows, T.Rows, blockSteps * T.LeftDwords) : sums.Rows;
+        int width = RoundUp(columnsAtOnce, T.Columns) + (packLeft ? RoundUp(rowsAtOnce, T.Rows) * T.LeftDwords : 0);
+        int depthAtOnce = checked(SharedCount / width / blockSteps * blockSteps * StepDepth<T>());
         for (int column = 0; column < sums.Columns; column += columnsAtOnce)
         {
             Tensor columns = sums.ColumnRange(column, Math.Min(columnsAtOnce, sums.Columns - column));
-            for (int step = 0; step < depth; step += depthAtOnce)
+            for (int first = 0; first < depth; first += depthAtOnce)
             {
-                int steps = Math.Min(depthAtOnce, depth - step);
+                int count = Math.Min(depthAtOnce, depth - first);
                 float* panels = scratch.Shared;
-                Pack<V>(team, panels, right.From(step, column), columns.Columns, steps, blockDepth, Tile<V>.Columns);
-                float* tiles = packLeft ? panels + ((nint)steps * RoundUp(columns.Columns, Tile<V>.Columns)) : null;
+                Pack<T>(team, panels, right.From(first, column), columns.Columns, count, blockSteps, tiles: false);
+                float* tiles = packLeft ? panels + ((nint)Steps<T>(count) * RoundUp(columns.Columns, T.Columns)) : null;
                 for (int row = 0; row < sums.Rows; row += rowsAtOnce)
                 {
                     Tensor range = columns.RowRange(row, Math.Min(rowsAtOnce, sums.Rows - row));
                     if (packLeft)
                     {
-                        Pack<V>(team, tiles, left.From(row, step).Transposed(), range.Rows, steps, blockDepth, Tile<V>.Rows);
+                        Pack<T>(team, tiles, left.From(row, first).Transposed(), range.Rows, count, blockSteps, tiles: true);
                     }
 
-                    Multiply<V>(team, scratch, range, left.From(row, step), tiles, panels, steps, blockDepth, accumulate || step > 0);
+                    Multiply<T>(team, scratch, range, left.From(row, first), tiles, panels, count, blockSteps, accumulate || first > 0);
                 }
             }
         }
@@ -123,59 +130,78 @@ internal static unsafe class MatMul
 
     private static int RoundUp(int count, int unit) => checked(count + unit - 1) / unit * unit;
 
-    // Each operand may take half of the room.
-    private static int AtOnce(int count, int unit, int blockDepth) => Math.Min(count, SharedCount / 2 / blockDepth / unit * unit);
+    private static float* Panels(Tensor packed) => (float*)packed.Address;
 
-    // Blocks of equal depth, so that the last is not a sliver.
-    private static int BlockDepth(int depth)
+    // k of a step.
+    private static int StepDepth<T>()
+        where T : struct, ITile => sizeof(float) / T.Type.ByteCount();
+
+    private static int Steps<T>(int depth)
+        where T : struct, ITile => (depth + StepDepth<T>() - 1) / StepDepth<T>();
+
+    // Each operand may take half of the room.
+    private static int AtOnce(int count, int unit, int blockSteps) => Math.Min(count, SharedCount / 2 / blockSteps / unit * unit);
+
+    // Blocks of as many steps each, so that the last is not a sliver.
+    private static int BlockSteps<T>(int depth)
+        where T : struct, ITile
     {
-        int blocks = (depth + MaxBlockDepth - 1) / MaxBlockDepth;
-        return Math.Min(MaxBlockDepth, RoundUp((depth + blocks - 1) / blocks, StepUnit));
+        int steps = Steps<T>(depth);
+        int blocks = (steps + MaxBlockSteps - 1) / MaxBlockSteps;
+        return Math.Min(MaxBlockSteps, RoundUp((steps + blocks - 1) / blocks, StepUnit));
     }
 
-    // For each block of k, panel after panel of the given width: far strides would meet in the same few lines of a cache.
-    private static void Pack<V>(ThreadTeam team, float* panels, Matrix source, int columns, int depth, int blockDepth, int width)
-        where V : struct, ILanes<V>
+    // For each block of k, panel after panel, or tile after tile of the left operand, whose rows are then the columns of
+    // the source: far strides would meet in the same few lines of a cache.
+    private static void Pack<T>(ThreadTeam team, float* panels, Matrix source, int columns, int depth, int blockSteps, bool tiles)
+        where T : struct, ITile
     {
+        int width = tiles ? T.Rows : T.Columns;
         int panelCount = (columns + width - 1) / width;
 
         // Columns side by side are read row by row, some rows a task; columns that are rows are read panel by panel.
         bool sideBySide = source.Column == 1;
-        int stepsPerTask = sideBySide ? RoundUp(Math.Max(1, 32768 / columns), StepUnit) : depth;
-        PackWork<V> work = new()
+        int steps = Steps<T>(depth);
+        int stepsPerTask = sideBySide ? RoundUp(Math.Max(1, 32768 / columns), StepUnit) : steps;
+        PackWork<T> work = new()
         {
             Panels = panels,
             Source = source,
             Columns = columns,
             Depth = depth,
+            Steps = steps,
+            Tiles = tiles,
             Width = width,
+            PanelStep = tiles ? width * T.LeftDwords : width,
+            PanelCount = panelCount,
             StepsPerTask = stepsPerTask,
-            BlockDepth = blockDepth,
-            StepsAtOnce = sideBySide ? StepUnit : blockDepth,
+            BlockSteps = blockSteps,
+            StepsAtOnce = sideBySide ? StepUnit : blockSteps,
             PanelsPerTask = sideBySide ? panelCount : 1,
             PanelTasks = sideBySide ? 1 : panelCount,
         };
-        team.Run(ref work, work.PanelTasks * ((depth + stepsPerTask - 1) / stepsPerTask));
+        team.Run(ref work, work.PanelTasks * ((steps + stepsPerTask - 1) / stepsPerTask));
     }
 
-    private static void Multiply<V>(
-        ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, float* tiles, float* panels, int depth, int blockDepth, bool accumulate)
-        where V : struct, ILanes<V>
+    private static void Multiply<T>(
+        ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, float* tiles, float* panels, int depth, int blockSteps, bool accumulate)
+        where T : struct, ITile
     {
-        int tileRows = (sums.Rows + Tile<V>.Rows - 1) / Tile<V>.Rows;
-        int panelCount = (sums.Columns + Tile<V>.Columns - 1) / Tile<V>.Columns;
+        int tileRows = (sums.Rows + T.Rows - 1) / T.Rows;
+        int panelCount = (sums.Columns + T.Columns - 1) / T.Columns;
 
         // Multiples of four: two, four and more threads get equal shares.
-        int tilesPerBlock = MaxBlockRows / Tile<V>.Rows;
+        int tilesPerBlock = MaxBlockRows / T.Rows;
         int rowBlocks = (tileRows + tilesPerBlock - 1) / tilesPerBlock;
         rowBlocks = rowBlocks > 4 ? Math.Min(tileRows, (rowBlocks + 3) & -4) : rowBlocks;
 
+        int steps = Steps<T>(depth);
         long products = (long)sums.Rows * sums.Columns * depth;
-        long sweeps = (((long)panelCount * Tile<V>.Columns * depth * sizeof(float)) + MaxSweepBytes - 1) / MaxSweepBytes;
+        long sweeps = (((long)panelCount * T.Columns * steps * sizeof(float)) + MaxSweepBytes - 1) / MaxSweepBytes;
         long shares = Math.Min((FewestTasks + rowBlocks - 1) / rowBlocks, Math.Min(panelCount / 4, products / FewestProducts / rowBlocks));
         int columnBlocks = (int)Math.Min(panelCount, Math.Max(1, Math.Max(sweeps, shares)));
 
-        MultiplyWork<V> work = new()
+        MultiplyWork<T> work = new()
         {
             Scratch = scratch,
             Sums = sums.F32(),
@@ -186,7 +212,8 @@ internal static unsafe class MatMul
             Rows = sums.Rows,
             Columns = sums.Columns,
             Depth = depth,
-            BlockDepth = blockDepth,
+            Steps = steps,
+            BlockSteps = blockSteps,
             Accumulate = accumulate,
             RowBlocks = rowBlocks,
             ColumnBlocks = columnBlocks,
@@ -214,15 +241,19 @@ internal static unsafe class MatMul
         public float* At(int row, int column) => First + (row * Row) + (column * Column);
     }
 
-    private struct PackWork<V> : IWork
-        where V : struct, ILanes<V>
+    private struct PackWork<T> : IWork
+        where T : struct, ITile
     {
         public float* Panels;
         public Matrix Source;
         public int Columns;
         public int Depth;
+        public int Steps;
+        public bool Tiles;
         public int Width;
-        public int BlockDepth;
+        public int PanelStep;
+        public int PanelCount;
+        public int BlockSteps;
         public int StepsPerTask;
         public int StepsAtOnce;
         public int PanelsPerTask;
@@ -231,37 +262,39 @@ internal static unsafe class MatMul
         public readonly void Run(int task, int thread)
         {
             int firstStep = task / PanelTasks * StepsPerTask;
-            int endStep = Math.Min(Depth, firstStep + StepsPerTask);
+            int endStep = Math.Min(Steps, firstStep + StepsPerTask);
             int firstPanel = task % PanelTasks * PanelsPerTask;
 
             // A few steps of all panels, then the next: rows of the source are read while they are at hand.
             for (int step = firstStep; step < endStep; step += StepsAtOnce)
             {
                 int steps = Math.Min(StepsAtOnce, endStep - step);
-                int inBlock = step % BlockDepth;
-                int blockSteps = Math.Min(BlockDepth, Depth - (step - inBlock));
-                float* block = Panels + ((nint)(step - inBlock) * RoundUp(Columns, Width));
+                int first = step * StepDepth<T>();
+                int depth = Math.Min(steps * StepDepth<T>(), Depth - first);
+                int inBlock = step % BlockSteps;
+                int blockSteps = Math.Min(BlockSteps, Steps - (step - inBlock));
+                float* block = Panels + ((nint)(step - inBlock) * PanelCount * PanelStep);
                 for (int panel = firstPanel; panel < firstPanel + PanelsPerTask; panel++)
                 {
                     int column = panel * Width;
-                    float* destination = block + ((((nint)panel * blockSteps) + inBlock) * Width);
-                    float* source = Source.At(step, column);
+                    float* destination = block + ((((nint)panel * blockSteps) + inBlock) * PanelStep);
+                    float* source = Source.At(first, column);
                     int columns = Math.Min(Width, Columns - column);
-                    if (Width == Tile<V>.Columns)
+                    if (Tiles)
                     {
-                        Tile<V>.Pack(destination, source, Source.Column, Source.Row, columns, steps);
+                        T.PackRows(destination, source, Source.Row, columns, depth);
                     }
                     else
                     {
-                        Tile<V>.PackRows(destination, source, Source.Row, columns, steps);
+                        T.Pack(destination, source, Source.Column, Source.Row, columns, depth);
                     }
                 }
             }
         }
     }
 
-    private struct MultiplyWork<V> : IWork
-        where V : struct, ILanes<V>
+    private struct MultiplyWork<T> : IWork
+        where T : struct, ITile
     {
         public Scratch Scratch;
         public float* Sums;
@@ -272,7 +305,8 @@ internal static unsafe class MatMul
         public int Rows;
         public int Columns;
         public int Depth;
-        public int BlockDepth;
+        public int Steps;
+        public int BlockSteps;
         public bool Accumulate;
         public int RowBlocks;
         public int ColumnBlocks;
@@ -284,34 +318,41 @@ internal static unsafe class MatMul
             // Row blocks in turn, so that threads read the same panels at about the same time.
             int rowBlock = task % RowBlocks;
             int columnBlock = task / RowBlocks;
-            int firstRow = (int)((long)TileRows * rowBlock / RowBlocks) * Tile<V>.Rows;
-            int endRow = Math.Min(Rows, (int)((long)TileRows * (rowBlock + 1) / RowBlocks) * Tile<V>.Rows);
+            int firstRow = (int)((long)TileRows * rowBlock / RowBlocks) * T.Rows;
+            int endRow = Math.Min(Rows, (int)((long)TileRows * (rowBlock + 1) / RowBlocks) * T.Rows);
             int firstPanel = (int)((long)PanelCount * columnBlock / ColumnBlocks);
             int endPanel = (int)((long)PanelCount * (columnBlock + 1) / ColumnBlocks);
             float* block = Scratch.Of(thread);
-            for (int step = 0; step < Depth; step += BlockDepth)
+            for (int step = 0; step < Steps; step += BlockSteps)
             {
-                int steps = Math.Min(BlockDepth, Depth - step);
+                int steps = Math.Min(BlockSteps, Steps - step);
                 bool accumulate = Accumulate || step > 0;
                 if (Tiles != null)
                 {
-                    float* tiles = Tiles + ((nint)step * TileRows * Tile<V>.Rows) + ((nint)firstRow * steps);
-                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, tiles, 1, Tile<V>.Rows, steps, accumulate);
-                }
-                else if (Rows == 1)
-                {
-                    MultiplyRow(step, steps, firstPanel, endPanel, accumulate);
+                    nint perRow = steps * T.LeftDwords;
+                    float* tiles = Tiles + ((nint)step * TileRows * T.Rows * T.LeftDwords) + (firstRow * perRow);
+                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, tiles, 1, T.Rows, perRow, accumulate);
                 }
                 else
                 {
                     CopyRows(block, firstRow, endRow, step, steps);
-                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, block, steps + RowPadding, 1, steps + RowPadding, accumulate);
+                    if (Rows == 1)
+                    {
+                        MultiplyRow(block, step, steps, firstPanel, endPanel, accumulate);
+                        continue;
+                    }
+
+                    nint row = BlockRow(steps);
+                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, block, row, 1, row, accumulate);
                 }
             }
         }
 
+        // Dwords from one row of the copied block to the next.
+        private static nint BlockRow(int steps) => (steps * T.LeftDwords) + RowPadding;
+
         private readonly float* Panel(int panel, int step, int steps) =>
-            Panels + ((((nint)step * PanelCount) + ((nint)panel * steps)) * Tile<V>.Columns);
+            Panels + ((((nint)step * PanelCount) + ((nint)panel * steps)) * T.Columns);
 
         // All tiles of the task for one block of k. A tile of the left operand starts Tile.Rows · perRow elements after the one before.
         private readonly void Multiply(
@@ -320,56 +361,72 @@ internal static unsafe class MatMul
             for (int panel = firstPanel; panel < endPanel; panel++)
             {
                 float* right = Panel(panel, step, steps);
-                int column = panel * Tile<V>.Columns;
+                int column = panel * T.Columns;
                 float* sums = Sums + (firstRow * SumsRow) + column;
                 float* left = block;
                 int columns = Columns - column;
-                for (int row = firstRow; row < endRow; row += Tile<V>.Rows)
+                for (int row = firstRow; row < endRow; row += T.Rows)
                 {
                     int rows = endRow - row;
-                    if (rows >= Tile<V>.Rows && columns >= Tile<V>.Columns)
+                    if (rows >= T.Rows && columns >= T.Columns)
                     {
-                        Tile<V>.Multiply(sums, SumsRow, left, leftRow, leftStep, right, steps, accumulate);
+                        T.Multiply(sums, SumsRow, left, leftRow, leftStep, right, steps, accumulate);
                     }
                     else
                     {
-                        Tile<V>.MultiplyEdge(
-                            sums, SumsRow, Math.Min(rows, Tile<V>.Rows), Math.Min(columns, Tile<V>.Columns), left, leftRow, leftStep, right, steps, accumulate);
+                        MultiplyEdge(
+                            sums, Math.Min(rows, T.Rows), Math.Min(columns, T.Columns), left, leftRow, leftStep, right, steps, accumulate);
                     }
 
-                    sums += Tile<V>.Rows * SumsRow;
-                    left += Tile<V>.Rows * perRow;
+                    sums += T.Rows * SumsRow;
+                    left += T.Rows * perRow;
+                }
+            }
+        }
+
+        // A tile that sticks out: only the first rows and columns of its sums exist. All rows of the left operand are read,
+        // of the panel all columns; what sticks out may hold anything.
+        [SkipLocalsInit]
+        private readonly void MultiplyEdge(
+            float* sums, int rows, int columns, float* left, nint leftRow, nint leftStep, float* panel, int steps, bool accumulate)
+        {
+            float* whole = stackalloc float[MaxTileCount];
+            T.Multiply(whole, T.Columns, left, leftRow, leftStep, panel, steps, accumulate: false);
+            for (int r = 0; r < rows; r++, sums += SumsRow, whole += T.Columns)
+            {
+                for (int j = 0; j < columns; j++)
+                {
+                    sums[j] = accumulate ? sums[j] + whole[j] : whole[j];
                 }
             }
         }
 
         [SkipLocalsInit]
-        private readonly void MultiplyRow(int step, int steps, int firstPanel, int endPanel, bool accumulate)
+        private readonly void MultiplyRow(float* left, int step, int steps, int firstPanel, int endPanel, bool accumulate)
         {
             const int Together = 4;
-            float* left = Left.At(0, step);
-            nint nextPanel = (nint)steps * Tile<V>.Columns;
+            nint nextPanel = (nint)steps * T.Columns;
             float* right = Panel(firstPanel, step, steps);
-            float* edge = stackalloc float[Tile<V>.MaxCount];
+            float* edge = stackalloc float[MaxTileCount];
             for (int panel = firstPanel; panel < endPanel; panel += Together, right += Together * nextPanel)
             {
-                int column = panel * Tile<V>.Columns;
-                int columns = Math.Min(endPanel * Tile<V>.Columns, Columns) - column;
+                int column = panel * T.Columns;
+                int columns = Math.Min(endPanel * T.Columns, Columns) - column;
                 float* sums = Sums + column;
-                if (columns >= Together * Tile<V>.Columns)
+                if (columns >= Together * T.Columns)
                 {
-                    Tile<V>.MultiplyRow(sums, left, right, nextPanel, steps, accumulate);
+                    T.MultiplyRow(sums, left, right, nextPanel, steps, accumulate);
                     continue;
                 }
 
                 // The panels that are left; those that are not there are the last one again.
                 for (int p = panel; p < endPanel; p++)
                 {
-                    int here = Math.Min(Tile<V>.Columns, Columns - (p * Tile<V>.Columns));
-                    Tile<V>.MultiplyRow(edge, left, right + ((p - panel) * nextPanel), 0, steps, accumulate: false);
+                    int here = Math.Min(T.Columns, Columns - (p * T.Columns));
+                    T.MultiplyRow(edge, left, right + ((p - panel) * nextPanel), 0, steps, accumulate: false);
                     for (int j = 0; j < here; j++)
                     {
-                        float* sum = Sums + (p * Tile<V>.Columns) + j;
+                        float* sum = Sums + (p * T.Columns) + j;
                         *sum = accumulate ? *sum + edge[j] : edge[j];
                     }
                 }
@@ -379,10 +436,12 @@ internal static unsafe class MatMul
         // Rows below the last keep what an earlier block left there; their sums are thrown away.
         private readonly void CopyRows(float* block, int firstRow, int endRow, int step, int steps)
         {
-            float* source = Left.At(firstRow, step);
-            for (int row = firstRow; row < endRow; row++, source += Left.Row, block += steps + RowPadding)
+            int first = step * StepDepth<T>();
+            int depth = Math.Min(steps * StepDepth<T>(), Depth - first);
+            float* source = Left.At(firstRow, first);
+            for (int row = firstRow; row < endRow; row++, source += Left.Row, block += BlockRow(steps))
             {
-                Unsafe.CopyBlockUnaligned(block, source, (uint)steps * sizeof(float));
+                T.CopyRow(block, source, depth);
             }
         }
     }

@@ -4,47 +4,36 @@ using System.Runtime.Intrinsics.X86;
 
 namespace TinyLlama.Compute.Cpu;
 
-/// <summary>
-/// The innermost matrix product: a tile of <see cref="Rows"/> × <see cref="Columns"/> sums, kept in registers while k
-/// runs. Whatever multiplies matrices here does it with this.
-/// </summary>
+/// <summary>A tile of fp32 operands: a step is one k.</summary>
 /// <remarks>
-/// The right operand is a panel: <see cref="Columns"/> columns, k after k, so that a step of k reads two whole registers.
-/// The left operand may lie anyhow: element (r, k) at <c>left[r · leftRow + k · leftStep]</c>.
-/// Each sum adds its products in the order of k, whatever the tile's place, so a row's bits do not depend on its company.
 /// The sizes: 6 × 2 sums, two registers of the panel and one of the left operand fill 15 of the 16 registers of AVX2
 /// and SSE; AVX-512 has 32. Two loads and six broadcasts a step leave the load ports idle a third of the time.
 /// </remarks>
 /// <typeparam name="V">The register.</typeparam>
-internal static unsafe class Tile<V>
+internal readonly unsafe struct Tile<V> : ITile
     where V : struct, ILanes<V>
 {
-    /// <summary>The largest <see cref="Rows"/> · <see cref="Columns"/> of any width.</summary>
-    public const int MaxCount = 8 * 32;
+    /// <inheritdoc/>
+    public static DType Type => DType.F32;
 
-    /// <summary>Gets the rows of a tile.</summary>
+    /// <inheritdoc/>
+    public static int LeftDwords => 1;
+
+    /// <inheritdoc/>
     public static int Rows
     {
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
         get => V.Count == 16 ? 8 : 6;
     }
 
-    /// <summary>Gets the columns of a tile and of a panel.</summary>
+    /// <inheritdoc/>
     public static int Columns
     {
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
         get => 2 * V.Count;
     }
 
-    /// <summary>sums[r, j] = or += Σₖ left[r, k] · panel[k, j] for a whole tile.</summary>
-    /// <param name="sums">First of the tile's sums.</param>
-    /// <param name="sumsRow">Elements from one row of sums to the next.</param>
-    /// <param name="left">Element (0, 0) of the left operand.</param>
-    /// <param name="leftRow">Elements from one of its rows to the next.</param>
-    /// <param name="leftStep">Elements from one of its k to the next.</param>
-    /// <param name="panel">The first step of the panel.</param>
-    /// <param name="depth">The number of steps, k.</param>
-    /// <param name="accumulate">Whether to add to the sums; the steps are summed first, then added.</param>
+    /// <inheritdoc/>
     public static void Multiply(
         float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, bool accumulate)
     {
@@ -58,33 +47,7 @@ internal static unsafe class Tile<V>
         }
     }
 
-    /// <summary>The same for a tile that sticks out: only the first rows and columns of its sums exist.</summary>
-    /// <remarks>All rows of the left operand are read, of the panel all columns; what sticks out may hold anything.</remarks>
-    [SkipLocalsInit]
-    public static void MultiplyEdge(
-        float* sums, nint sumsRow, int rows, int columns, float* left, nint leftRow, nint leftStep, float* panel, nint depth, bool accumulate)
-    {
-        float* whole = stackalloc float[MaxCount];
-        Multiply(whole, Columns, left, leftRow, leftStep, panel, depth, accumulate: false);
-        for (int r = 0; r < rows; r++, sums += sumsRow, whole += Columns)
-        {
-            for (int j = 0; j < columns; j++)
-            {
-                sums[j] = accumulate ? sums[j] + whole[j] : whole[j];
-            }
-        }
-    }
-
-    /// <summary>
-    /// One row by four panels: sums[j] = or += Σₖ left[k] · panels[k, j]. One row of a tile would wait for its own
-    /// additions; four panels have enough sums to hide that.
-    /// </summary>
-    /// <param name="sums">4 · <see cref="Columns"/> sums.</param>
-    /// <param name="left">The row, k after k.</param>
-    /// <param name="panels">The first step of the first panel.</param>
-    /// <param name="nextPanel">Elements from one panel to the next.</param>
-    /// <param name="depth">The number of steps, k.</param>
-    /// <param name="accumulate">Whether to add to the sums.</param>
+    /// <inheritdoc/>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     public static void MultiplyRow(float* sums, float* left, float* panels, nint nextPanel, nint depth, bool accumulate)
     {
@@ -117,13 +80,7 @@ internal static unsafe class Tile<V>
         Put(sums + (3 * Columns), s30, s31, accumulate);
     }
 
-    /// <summary>Fills a panel: column j, step k from <c>source[j · column + k · step]</c>, and zeros beyond <paramref name="columns"/>.</summary>
-    /// <param name="panel">depth · <see cref="Columns"/> elements.</param>
-    /// <param name="source">Element (0, 0).</param>
-    /// <param name="column">Elements from one column to the next; 1 where columns are side by side.</param>
-    /// <param name="step">Elements from one k to the next; 1 where a column is a row of the source.</param>
-    /// <param name="columns">Columns that exist, at most <see cref="Columns"/>.</param>
-    /// <param name="depth">The number of steps, k.</param>
+    /// <inheritdoc/>
     public static void Pack(float* panel, float* source, nint column, nint step, int columns, nint depth)
     {
         if (columns < Columns)
@@ -157,10 +114,7 @@ internal static unsafe class Tile<V>
         Copy(panel + j, source + (j * column), column, step, columns - j, depth);
     }
 
-    /// <summary>
-    /// Fills a tile of the left operand whose rows are side by side in the source: row r, step k from
-    /// <c>source[r + k · step]</c> to <c>tile[k · <see cref="Rows"/> + r]</c>. Rows beyond <paramref name="rows"/> keep what they hold.
-    /// </summary>
+    /// <inheritdoc/>
     public static void PackRows(float* tile, float* source, nint step, int rows, nint depth)
     {
         if (rows < Rows)
@@ -189,6 +143,10 @@ internal static unsafe class Tile<V>
             }
         }
     }
+
+    /// <inheritdoc/>
+    public static void CopyRow(float* row, float* source, nint depth) =>
+        Unsafe.CopyBlockUnaligned(row, source, (uint)depth * sizeof(float));
 
     private static void Copy(float* panel, float* source, nint column, nint step, int columns, nint depth)
     {
@@ -339,8 +297,9 @@ internal static unsafe class Tile<V>
         Put(sums + sumsRow, s70, s71, accumulate);
     }
 
+    /// <summary>sums = or += two registers side by side.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static void Put(float* sums, V left, V right, bool accumulate)
+    public static void Put(float* sums, V left, V right, bool accumulate)
     {
         if (accumulate)
         {
@@ -352,9 +311,9 @@ internal static unsafe class Tile<V>
         right.Store(sums + V.Count);
     }
 
-    // The sums are needed when the loop ends; asked for now, they arrive meanwhile.
+    /// <summary>Asks for the lines of a tile's sums: needed when its loop over k ends, they arrive meanwhile.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static void Prefetch(float* sums, nint sumsRow, int rows)
+    public static void Prefetch(float* sums, nint sumsRow, int rows)
     {
         if (Sse.IsSupported)
         {

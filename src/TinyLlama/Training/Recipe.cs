@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Model;
 
 namespace TinyLlama.Training;
@@ -47,6 +48,12 @@ public sealed record Recipe
 
     /// <summary>Gets when checkpoints are written and which stay.</summary>
     public CheckpointSettings Checkpoints { get; init; } = new();
+
+    /// <summary>
+    /// Gets the type that operands of matrix products are rounded to, F32 or BF16. Weights, activations, gradients, the
+    /// optimizer's state and all sums are fp32 either way.
+    /// </summary>
+    public DType Precision { get; init; } = DType.F32;
 
     /// <summary>Gets a value indicating whether backward runs the blocks' forward again instead of keeping activations.</summary>
     public bool RecomputeBlocks { get; init; }

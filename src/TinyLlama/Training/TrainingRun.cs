@@ -70,7 +70,12 @@ public sealed class TrainingRun : IDisposable
             }
 
             IReadOnlyList<string> changes = Changes(recipe, folder);
-            backend = CpuBackend.Create(recipe.Threads);
+            backend = CpuBackend.Create(recipe.Threads, products: recipe.Precision);
+            if (recipe.Precision == DType.BF16 && CpuPaths.Choose() == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is string fault)
+            {
+                observer.Warn(fault);
+            }
+
             using (TrainingMemory memory = TrainingMemory.Plan(plan.Shape, backend))
             {
                 plan.RequireFits(memory.Arenas, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);

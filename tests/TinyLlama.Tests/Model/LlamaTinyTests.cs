@@ -1,3 +1,5 @@
+using System.Text.Json.Nodes;
+using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
 using TinyLlama.Model;
 using TinyLlama.Tests.Common;
@@ -112,15 +114,42 @@ public sealed class LlamaTinyTests
         Assert.Equal(forward.Read("grad_norm").Values[0], Math.Sqrt(squares), 1e-5);
     }
 
+    [Theory]
+    [MemberData(nameof(Paths))]
+    public void In_bf16_all_is_within_4_times_the_deviation_of_PyTorch_autocast(CpuPath path)
+    {
+        GoldenFile golden = Golden("grads.safetensors");
+        GoldenFile forward = Golden("forward.safetensors");
+        JsonNode deviation = JsonNode.Parse(File.ReadAllText(SharedFiles.Require("goldens/llama-tiny/tolerance_reference.json")))!["bf16_autocast"]!;
+        double Tolerance(string name) => 4 * deviation[name]!.GetValue<double>();
+        using ModelRun run = Load(path, Keep.Everything, DType.BF16);
+        (int[][] sequences, int[] targets) = Batch(forward);
+        run.Forward(sequences);
+        float[] logits = run.Logits();
+        AssertNear("logits", forward.Read("logits").Values, logits, Tolerance("logits_max_abs"));
+        Assert.Equal(forward.Read("loss").Values[0], run.Backward(targets), Tolerance("loss_abs"));
+        foreach (Parameter parameter in run.Model.Parameters)
+        {
+            double[] expected = golden.Read(parameter.Name).Values;
+            float[] actual = run.Read(parameter.Gradient);
+            AssertNear(parameter.Name, expected, actual, Tolerance("grad_max_abs"));
+            double error = Norm(expected.Select((e, i) => e - actual[i])) / Norm(expected);
+            Assert.True(error <= Tolerance("grad_rel_l2_worst_tensor"), $"{parameter.Name}: relative L2 error {error:E2}");
+        }
+
+        // Some rounding has happened.
+        Assert.Throws<Xunit.Sdk.TrueException>(() => AssertNear("logits", forward.Read("logits").Values, logits, 1e-4));
+    }
+
     private static double Norm(IEnumerable<double> values) => Math.Sqrt(values.Sum(v => v * v));
 
     private static GoldenFile Golden(string name) => GoldenFile.Open(SharedFiles.Require("goldens/llama-tiny/" + name));
 
-    private static ModelRun Load(CpuPath path, Keep keep)
+    private static ModelRun Load(CpuPath path, Keep keep, DType products = DType.F32)
     {
         Assert.SkipWhen(path < CpuPaths.Best, $"this machine has no {path}");
         GoldenFile weights = Golden("model.safetensors");
-        var run = new ModelRun(s_config, Sequences * Length, keep, path, threads: 2);
+        var run = new ModelRun(s_config, Sequences * Length, keep, path, threads: 2, products);
         foreach (Parameter parameter in run.Model.Parameters)
         {
             run.Backend.Write<float>(parameter.Values, weights.ReadSingles(parameter.Name));

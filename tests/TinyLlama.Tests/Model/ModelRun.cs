@@ -14,9 +14,9 @@ internal sealed class ModelRun : IDisposable
     private readonly TokenLayout _layout;
     private int _count;
 
-    public ModelRun(ModelConfig config, int capacity, Keep keep, CpuPath? path = null, int threads = 1)
+    public ModelRun(ModelConfig config, int capacity, Keep keep, CpuPath? path = null, int threads = 1, DType products = DType.F32)
     {
-        Backend = CpuBackend.Create(threads, path);
+        Backend = CpuBackend.Create(threads, path, products);
         Model = LlamaModel.Allocate(config, Backend, trains: keep != Keep.Nothing);
         Workspace = Workspace.Allocate(Model, Backend, capacity, keep);
         _arena = Backend.Allocate("batch", ((long)capacity * 28) + 1024);

@@ -73,6 +73,14 @@ public sealed class TrainerTests : IDisposable
     }
 
     [Fact]
+    public void The_number_of_threads_changes_no_bit_in_bf16_which_trains_to_other_weights()
+    {
+        string one = Train("one", "precision=bf16", "threads=1");
+        Assert.Equal(one, Train("two", "precision=bf16"));
+        Assert.NotEqual(one, Train("fp32"));
+    }
+
+    [Fact]
     public void A_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used()
     {
         string whole = Train("whole");

@@ -1,3 +1,5 @@
+using TinyLlama.Compute;
+using TinyLlama.Compute.Cpu;
 using TinyLlama.Data;
 using TinyLlama.Model;
 using TinyLlama.Tests.Common;
@@ -157,6 +159,16 @@ public sealed class TrainingPlanTests
     {
         TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(Least, "r", null, "validation.every_steps=50", set));
         Assert.Contains(words, Assert.Single(plan.Warnings), StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public void Packed_weights_take_half_the_memory_in_bf16_and_all_else_the_same()
+    {
+        TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(Least, "r"));
+        using CpuBackend single = CpuBackend.Create(1), half = CpuBackend.Create(1, products: DType.BF16);
+        using TrainingMemory before = TrainingMemory.Plan(plan.Shape, single), after = TrainingMemory.Plan(plan.Shape, half);
+        Assert.Equal(
+            before.Arenas.Select(arena => arena.Name == "packed weights" ? (arena.Name, arena.Bytes / 2) : arena), after.Arenas);
     }
 
     [Fact]

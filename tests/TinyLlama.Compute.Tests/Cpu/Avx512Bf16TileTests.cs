@@ -1,0 +1,81 @@
+using System.Runtime.InteropServices;
+using Iced.Intel;
+using TinyLlama.Compute.Cpu;
+
+namespace TinyLlama.Compute.Tests.Cpu;
+
+/// <summary>The emitted code, run by an interpreter of its instructions, so that any machine can test it.</summary>
+public sealed unsafe class Avx512Bf16TileTests
+{
+    [Theory]
+    [InlineData(1, false)]
+    [InlineData(1, true)]
+    [InlineData(2, true)]
+    [InlineData(7, false)]
+    [InlineData(300, true)]
+    public void The_code_gives_the_bits_of_the_tile_that_it_stands_for(int depth, bool accumulate)
+    {
+        foreach (bool packed in (bool[])[false, true])
+        {
+            foreach (int sumsRow in (int[])[32, 45])
+            {
+                int steps = (depth + 1) / 2;
+                float[] panel = new float[steps * 32], pairs = new float[8 * (steps + 3)], floats = new float[8 * ((2 * steps) + 3)];
+                float[] left = Numbers(8 * depth, 1), right = Numbers(32 * depth, 2);
+                float[] expected = Numbers((7 * sumsRow) + 32, 3), actual = [.. expected];
+                (int leftRow, int leftStep) = packed ? (1, 8) : (steps + 3, 1);
+                fixed (float* p = panel, l = pairs, wide = floats, e = expected, fromLeft = left, fromRight = right)
+                {
+                    Avx512Bf16Tile.Pack(p, fromRight, column: 1, step: 32, columns: 32, depth);
+                    if (packed)
+                    {
+                        Avx512Bf16Tile.PackRows(l, fromLeft, step: 8, rows: 8, depth);
+                        Bf16Tile<Lanes512>.PackRows(wide, fromLeft, step: 8, rows: 8, depth);
+                    }
+                    else
+                    {
+                        for (int row = 0; row < 8; row++)
+                        {
+                            Avx512Bf16Tile.CopyRow(l + (row * leftRow), fromLeft + (row * depth), depth);
+                            Bf16Tile<Lanes512>.CopyRow(wide + (row * ((2 * steps) + 3)), fromLeft + (row * depth), depth);
+                        }
+                    }
+
+                    Bf16Tile<Lanes512>.Multiply(e, sumsRow, wide, packed ? 1 : (2 * steps) + 3, leftStep, p, steps, accumulate);
+                }
+
+                MachineCode code = new(Avx512Bf16Tile.Emit());
+                ulong sums = code.Memory(Bits(actual), writable: true);
+                ulong leftAt = code.Memory(Bits(pairs)), panelAt = code.Memory(Bits(panel));
+                uint[] result = code.Call(
+                    sums, (ulong)sumsRow, leftAt, (ulong)leftRow, (ulong)leftStep, panelAt, (ulong)steps, accumulate ? 1u : 0u);
+                Assert.Equal(Bits(expected), result);
+            }
+        }
+    }
+
+    [Fact]
+    public void The_code_needs_no_other_instructions_than_those_that_are_asked_for()
+    {
+        CpuidFeature[] features = [CpuidFeature.INTEL8086, CpuidFeature.INTEL386, CpuidFeature.X64, CpuidFeature.SSE, CpuidFeature.AVX,
+            CpuidFeature.AVX512F, CpuidFeature.AVX512_BF16];
+        Assert.All(MachineCode.Decode(Avx512Bf16Tile.Emit()), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
+    }
+
+    [Fact]
+    public void A_machine_without_the_instruction_says_so_and_uses_another_path()
+    {
+        Assert.SkipWhen(CpuPaths.Best == CpuPath.Vector512Bf16, "this machine has AVX512-BF16");
+        Assert.NotNull(CpuPaths.Bf16Fault);
+        using CpuBackend backend = CpuBackend.Create(1, CpuPath.Vector512Bf16, DType.BF16);
+        Assert.Equal((CpuPath.Vector512, "cpu Vector512 with products in bf16"), (backend.Path, backend.Arithmetic));
+    }
+
+    private static float[] Numbers(int count, int seed)
+    {
+        Random random = new(seed);
+        return [.. Enumerable.Range(0, count).Select(_ => (random.NextSingle() * 2) - 1)];
+    }
+
+    private static uint[] Bits(float[] values) => MemoryMarshal.Cast<float, uint>(values).ToArray();
+}

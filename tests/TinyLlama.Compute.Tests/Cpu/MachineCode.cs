@@ -1,0 +1,223 @@
+using Iced.Intel;
+
+namespace TinyLlama.Compute.Tests.Cpu;
+
+/// <summary>
+/// A processor that knows the few instructions of emitted kernels: registers, memory in regions with checked bounds, and
+/// the calling convention of System V. Any other instruction, access or clobbered register fails the test.
+/// </summary>
+internal sealed class MachineCode(byte[] code)
+{
+    private const ulong StackTop = 0x7000_0000;
+    private const ulong ReturnAddress = 0xDEAD_0000;
+    private const int MostInstructions = 1_000_000;
+
+    private static readonly Register[] s_arguments = [Register.RDI, Register.RSI, Register.RDX, Register.RCX, Register.R8, Register.R9];
+
+    private static readonly Register[] s_preserved =
+        [Register.RBX, Register.RBP, Register.R12, Register.R13, Register.R14, Register.R15];
+
+    private readonly Dictionary<ulong, Instruction> _instructions = Decode(code).ToDictionary(instruction => instruction.IP);
+    private readonly List<(ulong Start, uint[] Dwords, bool Writable)> _regions = [];
+    private readonly Dictionary<Register, ulong> _registers = [];
+    private readonly uint[][] _vectors = [.. Enumerable.Range(0, 32).Select(_ => Enumerable.Repeat(0x7FC0_1234u, 16).ToArray())];
+    private bool _zero;
+    private bool _upperCleared;
+
+    /// <summary>The instructions, the first at address 0.</summary>
+    public static List<Instruction> Decode(byte[] code)
+    {
+        List<Instruction> instructions = [];
+        var decoder = Decoder.Create(64, new ByteArrayCodeReader(code));
+        while (decoder.IP < (ulong)code.Length)
+        {
+            Instruction instruction = decoder.Decode();
+            Assert.False(instruction.IsInvalid, $"no instruction at {instruction.IP:x}");
+            instructions.Add(instruction);
+        }
+
+        return instructions;
+    }
+
+    /// <summary>Adds memory; what lies before and after it belongs to nobody.</summary>
+    /// <returns>Its address.</returns>
+    public ulong Memory(uint[] dwords, bool writable = false)
+    {
+        ulong start = 0x10_0000 * (ulong)(_regions.Count + 1);
+        _regions.Add((start, dwords, writable));
+        return start;
+    }
+
+    /// <summary>Calls the code at address 0 and returns the first region.</summary>
+    public uint[] Call(params ulong[] arguments)
+    {
+        ulong[] onStack = [ReturnAddress, .. arguments[s_arguments.Length..]];
+        _regions.Add((StackTop, [.. onStack.SelectMany(word => new[] { (uint)word, (uint)(word >> 32) })], false));
+        foreach (Register register in s_preserved)
+        {
+            _registers[register] = 0xABCD_0000 + (ulong)register;
+        }
+
+        _registers[Register.RSP] = StackTop;
+        for (int i = 0; i < s_arguments.Length; i++)
+        {
+            _registers[s_arguments[i]] = arguments[i];
+        }
+
+        ulong next = 0;
+        for (int count = 0; next != ReturnAddress; count++)
+        {
+            Assert.True(count < MostInstructions, "the code does not end");
+            Assert.True(_instructions.TryGetValue(next, out Instruction instruction), $"no instruction begins at {next:x}");
+            next = Execute(instruction);
+        }
+
+        Assert.True(_upperCleared, "returns without vzeroupper");
+        Assert.Equal(StackTop + 8, _registers[Register.RSP]);
+        Assert.All(s_preserved, register => Assert.Equal(0xABCD_0000 + (ulong)register, _registers[register]));
+        return _regions[0].Dwords;
+    }
+
+    // The address of the instruction after it.
+    private ulong Execute(Instruction instruction)
+    {
+        Assert.False(instruction.HasOpMask || instruction.IsBroadcast, $"{instruction}: masks and embedded broadcasts are not known");
+        switch (instruction.Mnemonic)
+        {
+            case Mnemonic.Mov:
+                Set(instruction, Whole(instruction, 1));
+                break;
+            case Mnemonic.Lea:
+                Set(instruction, Address(instruction, 1));
+                break;
+            case Mnemonic.Shl:
+                SetWithFlag(instruction, Whole(instruction, 0) << (int)Whole(instruction, 1));
+                break;
+            case Mnemonic.Add:
+                SetWithFlag(instruction, Whole(instruction, 0) + Whole(instruction, 1));
+                break;
+            case Mnemonic.Dec:
+                SetWithFlag(instruction, Whole(instruction, 0) - 1);
+                break;
+            case Mnemonic.Cmp:
+                Assert.Equal(MemorySize.UInt32, instruction.MemorySize);
+                _zero = Read(Address(instruction, 0), 1)[0] == (uint)instruction.GetImmediate(1);
+                break;
+            case Mnemonic.Je:
+                return _zero ? instruction.NearBranchTarget : instruction.NextIP;
+            case Mnemonic.Jne:
+                return _zero ? instruction.NextIP : instruction.NearBranchTarget;
+            case Mnemonic.Ret:
+                ulong stack = _registers[Register.RSP];
+                _registers[Register.RSP] = stack + 8;
+                return Word(stack);
+            case Mnemonic.Prefetcht0:
+                break;
+            case Mnemonic.Vzeroupper:
+                _upperCleared = true;
+                break;
+            case Mnemonic.Vpxord:
+                Assert.True(instruction.Op1Register == instruction.Op2Register);
+                Vector(instruction, 0).AsSpan().Clear();
+                break;
+            case Mnemonic.Vmovups when instruction.Op0Kind == OpKind.Memory:
+                Write(Address(instruction, 0), Vector(instruction, 1));
+                break;
+            case Mnemonic.Vmovups:
+                Source(instruction, 1).CopyTo(Vector(instruction, 0), 0);
+                break;
+            case Mnemonic.Vbroadcastss:
+                Vector(instruction, 0).AsSpan().Fill(Read(Address(instruction, 1), 1)[0]);
+                break;
+            case Mnemonic.Vaddps:
+                Lanes(instruction, (_, a, b) => BitConverter.SingleToUInt32Bits(BitConverter.UInt32BitsToSingle(a) + BitConverter.UInt32BitsToSingle(b)));
+                break;
+            case Mnemonic.Vdpbf16ps:
+                Lanes(instruction, (sum, a, b) => FusedProduct(FusedProduct(sum, a & 0xFFFF_0000, b & 0xFFFF_0000), a << 16, b << 16));
+                break;
+            default:
+                Assert.Fail($"{instruction} is not known");
+                break;
+        }
+
+        return instruction.NextIP;
+    }
+
+    // Intel, "Instruction Set Reference", VDPBF16PS: subnormal operands are zero, each sum is rounded once, subnormal ones to zero.
+    private static uint FusedProduct(uint sum, uint a, uint b)
+    {
+        return Flushed(BitConverter.SingleToUInt32Bits(MathF.FusedMultiplyAdd(Float(a), Float(b), Float(sum))));
+
+        static float Float(uint bits) => BitConverter.UInt32BitsToSingle(Flushed(bits));
+
+        static uint Flushed(uint bits) => (bits & 0x7F80_0000) == 0 ? bits & 0x8000_0000 : bits;
+    }
+
+    private void Lanes(Instruction instruction, Func<uint, uint, uint, uint> function)
+    {
+        uint[] sums = Vector(instruction, 0), a = Vector(instruction, 1), b = Source(instruction, 2);
+        for (int lane = 0; lane < 16; lane++)
+        {
+            sums[lane] = function(sums[lane], a[lane], b[lane]);
+        }
+    }
+
+    private uint[] Source(Instruction instruction, int operand) =>
+        instruction.GetOpKind(operand) == OpKind.Memory ? Read(Address(instruction, operand), 16) : Vector(instruction, operand);
+
+    private uint[] Vector(Instruction instruction, int operand)
+    {
+        Register register = instruction.GetOpRegister(operand);
+        Assert.True(register.IsZMM(), $"{instruction}: only 512-bit registers are known");
+        return _vectors[register.GetNumber()];
+    }
+
+    private ulong Whole(Instruction instruction, int operand) => instruction.GetOpKind(operand) switch
+    {
+        OpKind.Register => General(instruction.GetOpRegister(operand)),
+        OpKind.Memory => Word(Address(instruction, operand)),
+        _ => instruction.GetImmediate(operand),
+    };
+
+    private ulong General(Register register)
+    {
+        Assert.True(register.IsGPR64() && _registers.ContainsKey(register), $"{register} is read before it is written");
+        return _registers[register];
+    }
+
+    private void Set(Instruction instruction, ulong value)
+    {
+        Assert.True(instruction.Op0Register.IsGPR64(), $"{instruction}: only 64-bit registers are known");
+        _registers[instruction.Op0Register] = value;
+    }
+
+    private void SetWithFlag(Instruction instruction, ulong value)
+    {
+        Set(instruction, value);
+        _zero = value == 0;
+    }
+
+    private ulong Address(Instruction instruction, int operand) =>
+        instruction.GetVirtualAddress(operand, 0, (register, _, _) => register is Register.DS or Register.SS ? 0 : General(register));
+
+    private ulong Word(ulong address) => Read(address, 2) is [uint low, uint high] ? low | ((ulong)high << 32) : 0;
+
+    private uint[] Read(ulong address, int count) => Find(address, count, writes: false).ToArray();
+
+    private void Write(ulong address, uint[] values) => values.CopyTo(Find(address, values.Length, writes: true));
+
+    private Span<uint> Find(ulong address, int count, bool writes)
+    {
+        foreach ((ulong start, uint[] dwords, bool writable) in _regions)
+        {
+            if (address >= start && address + (4 * (ulong)count) <= start + (4 * (ulong)dwords.Length))
+            {
+                Assert.True(address % 4 == 0 && (writable || !writes), $"{address:x} is not aligned, or only to be read");
+                return dwords.AsSpan((int)(address - start) / 4, count);
+            }
+        }
+
+        Assert.Fail($"{count} dwords at {address:x} are outside of all memory");
+        return default;
+    }
+}
