@@ -49,7 +49,7 @@ public sealed class Generation : IEnumerable<string>
     /// <summary>Gets why the text ended.</summary>
     public FinishReason Finish { get; private set; }
 
-    /// <summary>Gets the time from the start until the first new token could be sampled.</summary>
+    /// <summary>Gets the time from the start to the first new token.</summary>
     public TimeSpan PrefillTime { get; private set; }
 
     /// <summary>Gets the number of forwards of one token each, and the time of all of them with their sampling.</summary>
@@ -84,92 +84,36 @@ public sealed class Generation : IEnumerable<string>
 
     private IEnumerable<string> Run(InferenceEngine engine, CachedSequence sequence)
     {
-        ITokenizer tokenizer = _generator.Tokenizer;
-        var random = new SplitMix64(_options.Seed);
-        var decoder = new StreamingDecoder(tokenizer, startsDocument: _prompt.All(token => tokenizer.TokenBytes(token).IsEmpty));
-        var stops = new StopStrings(_options.StopStrings);
+        var state = new GenerationState(_generator.Tokenizer, _prompt, _options, engine.ContextLength);
         float[] logits = new float[engine.VocabularySize];
-        List<int> text = [.. _prompt];
         _tokens.Clear();
-        (Finish, Decode) = (FinishReason.None, default);
-
-        long start = Stopwatch.GetTimestamp();
-        engine.Feed(sequence, _prompt.Length < engine.ContextLength ? _prompt : Window(text), _stop);
-        engine.ReadLogits(logits);
-        PrefillTime = Stopwatch.GetElapsedTime(start);
-
-        int most = _options.MaxTokens ?? engine.ContextLength - sequence.Length;
-        while (_tokens.Count < most)
+        (PrefillTime, Decode, Finish) = (default, default, state.Finish);
+        while (state.Finish == FinishReason.None)
         {
             _stop.ThrowIfCancellationRequested();
-            start = Stopwatch.GetTimestamp();
-            if (_tokens.Count > 0)
+            long start = Stopwatch.GetTimestamp();
+            int[] input = state.NextInput(sequence.Length, out bool anew);
+            if (anew)
             {
-                Extend(engine, sequence, text);
-                engine.ReadLogits(logits);
+                engine.Clear(sequence);
             }
 
-            // Ids beyond the tokenizer's are padding of the model's vocabulary.
-            Span<float> named = logits.AsSpan(0, tokenizer.VocabularySize);
-            int token = Sampler.Next(named, Recent(text), _options, ref random);
-            if (_tokens.Count > 0)
+            engine.Feed(sequence, input, _stop);
+            engine.ReadLogits(logits);
+            string piece = state.Accept(logits);
+            TimeSpan time = Stopwatch.GetElapsedTime(start);
+            if (_tokens.Count == 0)
             {
-                Decode = (Decode.Tokens + 1, Decode.Time + Stopwatch.GetElapsedTime(start));
+                PrefillTime = time;
+            }
+            else
+            {
+                Decode = (Decode.Tokens + 1, Decode.Time + time);
             }
 
-            text.Add(token);
-            _tokens.Add(token);
-            if (token == tokenizer.Eos || token == tokenizer.Bos)
-            {
-                Finish = FinishReason.EndOfText;
-                break;
-            }
-
-            yield return stops.Append(decoder.Append(token));
-            if (stops.Found is not null)
-            {
-                Finish = FinishReason.StopString;
-                yield break;
-            }
+            _tokens.Add(state.Tokens[^1]);
+            Finish = state.Finish;
+            yield return piece;
         }
-
-        yield return stops.Append(decoder.Finish());
-        yield return stops.Flush();
-        if (Finish == FinishReason.None)
-        {
-            Finish = _options.MaxTokens is null ? FinishReason.ContextFull : FinishReason.MaxTokens;
-        }
-    }
-
-    // Feeds the newest token, after making room for it where the context is full.
-    private void Extend(InferenceEngine engine, CachedSequence sequence, List<int> text)
-    {
-        if (sequence.Length < engine.ContextLength)
-        {
-            engine.Feed(sequence, new[] { text[^1] }, _stop);
-            return;
-        }
-
-        engine.Clear(sequence);
-        engine.Feed(sequence, Window(text), _stop);
-    }
-
-    // The last half of a context, after the BOS that every text began with in training.
-    private int[] Window(List<int> text)
-    {
-        int count = Math.Max(1, _generator.ContextLength / 2);
-        int[] last = [.. text[^count..]];
-        if (_generator.AddBos && count > 1)
-        {
-            last[0] = text[0];
-        }
-
-        return last;
-    }
-
-    private ReadOnlySpan<int> Recent(List<int> text)
-    {
-        ReadOnlySpan<int> all = System.Runtime.InteropServices.CollectionsMarshal.AsSpan(text);
-        return all[Math.Max(0, all.Length - _generator.ContextLength)..];
     }
 }
