@@ -1,6 +1,5 @@
 using System.Collections;
 using System.Diagnostics;
-using TinyLlama.Data.Tokenizers;
 
 namespace TinyLlama.Inference;
 
@@ -35,9 +34,9 @@ public sealed class Generation : IEnumerable<string>
     private readonly CancellationToken _stop;
     private readonly List<int> _tokens = [];
 
-    internal Generation(TextGenerator generator, List<int> prompt, GenerationOptions options, CancellationToken stop)
+    internal Generation(TextGenerator generator, int[] prompt, GenerationOptions options, CancellationToken stop)
     {
-        (_generator, _prompt, _options, _stop) = (generator, [.. prompt], options, stop);
+        (_generator, _prompt, _options, _stop) = (generator, prompt, options, stop);
     }
 
     /// <summary>Gets the prompt's tokens, BOS included.</summary>

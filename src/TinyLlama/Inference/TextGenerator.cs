@@ -9,6 +9,8 @@ namespace TinyLlama.Inference;
 /// <remarks>One generation at a time; its memory is taken once.</remarks>
 public sealed class TextGenerator : IDisposable
 {
+    private readonly PromptReader _prompts;
+
     /// <summary>Takes the memory for one sequence.</summary>
     /// <param name="model">The model; it outlives the generator. Its weights may change between generations.</param>
     /// <param name="backend">The device.</param>
@@ -19,21 +21,16 @@ public sealed class TextGenerator : IDisposable
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public TextGenerator(LlamaModel model, Backend backend, ITokenizer tokenizer, bool addBos = true, int? contextLength = null)
     {
-        if (tokenizer.VocabularySize > model.Config.VocabularySize)
-        {
-            throw new UserErrorException(
-                $"the tokenizer has {tokenizer.VocabularySize} tokens, the model only {model.Config.VocabularySize}: they do not belong together");
-        }
-
-        (Tokenizer, AddBos) = (tokenizer, addBos && tokenizer.Bos is not null);
-        Engine = new InferenceEngine(model, backend, contextLength);
+        int context = contextLength ?? model.Config.ContextLength;
+        _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);
+        Engine = new InferenceEngine(model, backend, context);
     }
 
     /// <summary>Gets the tokenizer.</summary>
-    public ITokenizer Tokenizer { get; }
+    public ITokenizer Tokenizer => _prompts.Tokenizer;
 
     /// <summary>Gets a value indicating whether a prompt begins with BOS.</summary>
-    public bool AddBos { get; }
+    public bool AddBos => _prompts.AddBos;
 
     /// <summary>Gets the most tokens of prompt and continuation.</summary>
     public int ContextLength => Engine.ContextLength;
@@ -47,39 +44,10 @@ public sealed class TextGenerator : IDisposable
     /// <exception cref="UserErrorException">An option is out of range, or prompt and new tokens do not fit the context.</exception>
     public Generation Generate(string prompt, GenerationOptions? options = null, CancellationToken stop = default)
     {
-        ArgumentNullException.ThrowIfNull(prompt);
         options ??= new GenerationOptions();
-        options.Validate();
-        List<int> tokens = [];
-        if (AddBos)
-        {
-            tokens.Add(Tokenizer.Bos!.Value);
-        }
-
-        Tokenizer.Encode(prompt, tokens);
-        if (tokens.Count == 0)
-        {
-            throw new UserErrorException("the prompt is empty, and the model has no token to begin a text with; give it a word to continue");
-        }
-
-        RequireRoom(tokens.Count, options);
-        return new Generation(this, tokens, options, stop);
+        return new Generation(this, _prompts.Read(prompt, options), options, stop);
     }
 
     /// <inheritdoc/>
     public void Dispose() => Engine.Dispose();
-
-    private void RequireRoom(int prompt, GenerationOptions options)
-    {
-        int room = ContextLength - prompt;
-        if (options.Overflow == ContextOverflow.Sliding || (room > 0 && options.MaxTokens is null) || options.MaxTokens <= room)
-        {
-            return;
-        }
-
-        throw new UserErrorException(
-            room <= 0
-                ? $"the prompt has {prompt} tokens and leaves no room in a context of {ContextLength}; shorten it, or let the context slide (--overflow sliding)"
-                : $"{prompt} tokens of the prompt and {options.MaxTokens} new ones are more than the context of {ContextLength}; ask for {room} at most, or let the context slide (--overflow sliding)");
-    }
 }

@@ -1,0 +1,55 @@
+using System.Diagnostics;
+using System.Threading.Channels;
+
+namespace TinyLlama.Inference;
+
+/// <summary>A text in a <see cref="BatchGenerator"/>. Its pieces come as they are computed; enumerate them once.</summary>
+public sealed class BatchGeneration : IAsyncEnumerable<string>
+{
+    private readonly Channel<string> _pieces = Channel.CreateUnbounded<string>(new() { SingleReader = true, SingleWriter = true });
+    private readonly long _start = Stopwatch.GetTimestamp();
+
+    internal BatchGeneration(int promptTokens, GenerationState state, CancellationToken stop) =>
+        (PromptTokens, State, Stop) = (promptTokens, state, stop);
+
+    /// <summary>Gets the number of tokens of the prompt, BOS included.</summary>
+    public int PromptTokens { get; }
+
+    /// <summary>Gets the number of new tokens; complete when the enumeration has ended.</summary>
+    public int NewTokens { get; private set; }
+
+    /// <summary>Gets why the text ended, when the enumeration has ended.</summary>
+    public FinishReason Finish { get; private set; }
+
+    /// <summary>Gets the time from its submission to its first token; null before.</summary>
+    public TimeSpan? FirstTokenTime { get; private set; }
+
+    internal GenerationState State { get; }
+
+    internal CancellationToken Stop { get; }
+
+    internal CachedSequence? Sequence { get; set; }
+
+    /// <summary>Gets or sets the tokens that the model must see before the next one is chosen.</summary>
+    internal ReadOnlyMemory<int> Pending { get; set; }
+
+    /// <inheritdoc/>
+    public IAsyncEnumerator<string> GetAsyncEnumerator(CancellationToken cancellationToken = default) =>
+        _pieces.Reader.ReadAllAsync(cancellationToken).GetAsyncEnumerator(cancellationToken);
+
+    internal void Write(string piece)
+    {
+        FirstTokenTime ??= Stopwatch.GetElapsedTime(_start);
+        NewTokens = State.Tokens.Length;
+        if (piece.Length > 0)
+        {
+            _pieces.Writer.TryWrite(piece);
+        }
+    }
+
+    internal void Complete(Exception? error = null)
+    {
+        Finish = State.Finish;
+        _pieces.Writer.TryComplete(error);
+    }
+}

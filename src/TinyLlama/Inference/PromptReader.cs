@@ -1,0 +1,63 @@
+using TinyLlama.Data;
+using TinyLlama.Data.Tokenizers;
+
+namespace TinyLlama.Inference;
+
+/// <summary>Turns prompts into tokens, and refuses what cannot be continued before anything is computed.</summary>
+internal sealed class PromptReader
+{
+    /// <summary>Checks that tokenizer and model belong together.</summary>
+    /// <exception cref="UserErrorException">The tokenizer has more tokens than the model.</exception>
+    public PromptReader(ITokenizer tokenizer, bool addBos, int contextLength, int vocabularySize)
+    {
+        if (tokenizer.VocabularySize > vocabularySize)
+        {
+            throw new UserErrorException(
+                $"the tokenizer has {tokenizer.VocabularySize} tokens, the model only {vocabularySize}: they do not belong together");
+        }
+
+        (Tokenizer, AddBos, ContextLength) = (tokenizer, addBos && tokenizer.Bos is not null, contextLength);
+    }
+
+    public ITokenizer Tokenizer { get; }
+
+    public bool AddBos { get; }
+
+    public int ContextLength { get; }
+
+    /// <summary>The prompt's tokens, after BOS where the model wants it.</summary>
+    /// <exception cref="UserErrorException">An option is out of range, or prompt and new tokens do not fit the context.</exception>
+    public int[] Read(string prompt, GenerationOptions options)
+    {
+        ArgumentNullException.ThrowIfNull(prompt);
+        options.Validate();
+        List<int> tokens = [];
+        if (AddBos)
+        {
+            tokens.Add(Tokenizer.Bos!.Value);
+        }
+
+        Tokenizer.Encode(prompt, tokens);
+        if (tokens.Count == 0)
+        {
+            throw new UserErrorException("the prompt is empty, and the model has no token to begin a text with; give it a word to continue");
+        }
+
+        RequireRoom(tokens.Count, options);
+        return [.. tokens];
+    }
+
+    private void RequireRoom(int prompt, GenerationOptions options)
+    {
+        int room = ContextLength - prompt;
+        if (options.Overflow == ContextOverflow.Sliding || (room > 0 && options.MaxTokens is null) || options.MaxTokens <= room)
+        {
+            return;
+        }
+
+        throw new UserErrorException(
+            room <= 0
+                ? $"the prompt has {prompt} tokens and leaves no room in a context of {ContextLength}; shorten it, or let the context slide (--overflow sliding)"
+                : $"{prompt} tokens of the prompt and {options.MaxTokens} new ones are more than the context of {ContextLength}; ask for {room} at most, or let the context slide (--overflow sliding)");
+    }
+}

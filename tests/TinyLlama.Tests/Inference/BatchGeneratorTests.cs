@@ -1,0 +1,136 @@
+using TinyLlama.Data;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Inference;
+using TinyLlama.Model;
+using TinyLlama.Tests.Model;
+
+namespace TinyLlama.Tests.Inference;
+
+public sealed class BatchGeneratorTests : IDisposable
+{
+    private readonly ByteTokenizer _tokenizer = new();
+    private readonly ModelRun _run = new(
+        ModelRun.TinyConfig() with { VocabularySize = 258, ContextLength = 64 }, 64, Keep.Nothing);
+
+    public BatchGeneratorTests() => _run.Randomize(31);
+
+    public void Dispose() => _run.Dispose();
+
+    [Theory]
+    [InlineData(1)]
+    [InlineData(3)]
+    [InlineData(8)]
+    public async Task Texts_together_get_the_tokens_that_each_gets_alone(int places)
+    {
+        var random = new Random(places);
+        (string Prompt, GenerationOptions Options)[] requests = [.. Enumerable.Range(0, 20).Select(i => (
+            new string((char)('a' + i), random.Next(1, 60)),
+            new GenerationOptions
+            {
+                MaxTokens = random.Next(0, 50),
+                Temperature = i % 3 == 0 ? 0 : 1.5,
+                Seed = (ulong)i,
+                RepetitionPenalty = i % 2 == 0 ? 1 : 1.3,
+                Overflow = ContextOverflow.Sliding,
+                StopStrings = i % 5 == 0 ? ["e", "xy"] : [],
+            }))];
+        var alone = new List<(string Text, int Tokens, FinishReason Finish)>();
+        using (var generator = new TextGenerator(_run.Model, _run.Backend, _tokenizer))
+        {
+            foreach ((string prompt, GenerationOptions options) in requests)
+            {
+                Generation generation = generator.Generate(prompt, options);
+                string text = generation.ToString();
+                alone.Add((text, generation.Tokens.Count, generation.Finish));
+            }
+        }
+
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: places);
+        Task<(string, int, FinishReason)>[] together = [.. requests.Select(async request =>
+        {
+            await Task.Delay(random.Next(30), TestContext.Current.CancellationToken);
+            BatchGeneration generation = batch.TrySubmit(request.Prompt, request.Options)!;
+            return (await Text(generation), generation.NewTokens, generation.Finish);
+        })];
+        Assert.Equal(alone, await Task.WhenAll(together));
+        Assert.Equal(alone.Sum(text => text.Tokens), batch.NewTokens);
+        Assert.Equal(0, batch.Running);
+    }
+
+    [Fact]
+    public async Task A_text_that_is_cancelled_gives_its_place_to_the_next()
+    {
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 1);
+        using var stop = new CancellationTokenSource();
+        var endless = new GenerationOptions { MaxTokens = int.MaxValue, Overflow = ContextOverflow.Sliding };
+        BatchGeneration first = batch.TrySubmit("a", endless, stop.Token)!;
+        BatchGeneration second = batch.TrySubmit("b", new() { MaxTokens = 3, Temperature = 0 })!;
+        await using (IAsyncEnumerator<string> pieces = first.GetAsyncEnumerator(TestContext.Current.CancellationToken))
+        {
+            Assert.True(await pieces.MoveNextAsync());
+            await stop.CancelAsync();
+            await Assert.ThrowsAnyAsync<OperationCanceledException>(async () =>
+            {
+                while (await pieces.MoveNextAsync())
+                {
+                }
+            });
+        }
+
+        await Text(second);
+        Assert.Equal((3, FinishReason.MaxTokens), (second.NewTokens, second.Finish));
+    }
+
+    [Fact]
+    public async Task A_full_queue_takes_no_more_and_what_waits_ends_with_the_generator()
+    {
+        var endless = new GenerationOptions { MaxTokens = int.MaxValue, Overflow = ContextOverflow.Sliding };
+        BatchGeneration running, waiting;
+        using (var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 1, queue: 1))
+        {
+            running = batch.TrySubmit("a", endless)!;
+            while (batch.Running == 0)
+            {
+                await Task.Yield();
+            }
+
+            waiting = batch.TrySubmit("b", endless)!;
+            Assert.Equal(1, batch.Waiting);
+            Assert.Null(batch.TrySubmit("c", endless));
+        }
+
+        await Assert.ThrowsAsync<ObjectDisposedException>(() => Text(running));
+        await Assert.ThrowsAsync<ObjectDisposedException>(() => Text(waiting));
+    }
+
+    [Fact]
+    public async Task A_damaged_model_fails_the_text_and_not_the_generator()
+    {
+        _run.Model.Parameters[^1].Values.HostSpan<float>()[0] = float.NaN;
+        _run.Model.Pack();
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 2);
+        for (int i = 0; i < 3; i++)
+        {
+            await Assert.ThrowsAsync<UserErrorException>(() => Text(batch.TrySubmit("a", new() { MaxTokens = 2 })!));
+        }
+    }
+
+    [Fact]
+    public void What_cannot_fit_is_refused_at_once()
+    {
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer);
+        Assert.Throws<UserErrorException>(() => batch.TrySubmit(new string('a', 64), new() { MaxTokens = 1 }));
+        Assert.Throws<UserErrorException>(() => batch.TrySubmit("a", new() { Temperature = -1 }));
+    }
+
+    private static async Task<string> Text(BatchGeneration generation)
+    {
+        string text = "";
+        await foreach (string piece in generation)
+        {
+            text += piece;
+        }
+
+        return text;
+    }
+}
