@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains the same shapes in PyTorch and here in fp32, in turns, and prints tokens/s, peak memory and the ratio of ours
-# to PyTorch's. Debian or Ubuntu; installs PyTorch if it is missing, which needs root.
+# Trains the same shapes in PyTorch and here in fp32, in turns, and prints tokens/s, the processor time of a step, peak
+# memory and the ratios of ours to PyTorch's. Debian or Ubuntu; installs PyTorch if it is missing, which needs root.
 #
 #   bench/peers/train.sh [S|M …]     ROUNDS=3 and RUN_SECONDS=15 are the defaults
 #
 # PyTorch gets its best settings: the OpenMP build of OpenBLAS, which shares threads with PyTorch instead of fighting
 # with them, the kernels of this processor (not those that an environment may name), and a malloc that keeps its pages.
+# Where other programs run, set OMP_WAIT_POLICY=passive, or its threads spin for each other, and look at processor time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 rounds=${ROUNDS:-3}
@@ -33,8 +34,9 @@ number() { grep -oE "\"$1\": [0-9.]+" <<<"$2" | cut -d' ' -f2; }
 
 # row NAME JSON
 row() {
-  printf '%-8s %9.0f %9.0f %9.0f\n' "$1" "$(number best_tokens_per_second "$2")" \
-    "$(number median_tokens_per_second "$2")" "$(($(number peak_bytes "$2") >> 20))"
+  printf '%-8s %9.0f %9.0f %13.0f %9.0f\n' "$1" "$(number best_tokens_per_second "$2")" \
+    "$(number median_tokens_per_second "$2")" "$(awk "BEGIN { print 1e3 * $(number processor_seconds "$2") }")" \
+    "$(($(number peak_bytes "$2") >> 20))"
 }
 
 # ratio KEY
@@ -43,12 +45,12 @@ ratio() { awk "BEGIN { print $(number "$1" "$own") / $(number "$1" "$other") }";
 for model in "${@:-S}"; do
   for ((round = 1; round <= rounds; round++)); do
     printf '\n%s, fp32, %s threads, load %s\n' "$model" "$threads" "$(cut -d' ' -f1 /proc/loadavg)"
-    printf '%-8s %9s %9s %9s\n' tokens/s best median 'peak MiB'
+    printf '%-8s %9s %9s %13s %9s\n' tokens/s best median 'processor ms' 'peak MiB'
     other=$(peer "$model")
     row PyTorch "$other"
     own=$(ours "$model")
     row ours "$own"
-    printf '%-8s %9.2f %9.2f %9.2f\n' ratio "$(ratio best_tokens_per_second)" "$(ratio median_tokens_per_second)" \
-      "$(ratio peak_bytes)"
+    printf '%-8s %9.2f %9.2f %13.2f %9.2f\n' ratio "$(ratio best_tokens_per_second)" \
+      "$(ratio median_tokens_per_second)" "$(ratio processor_seconds)" "$(ratio peak_bytes)"
   done
 done

@@ -40,6 +40,7 @@ internal static class BenchOutput
         Row("tokens/s", $"{Both(s => model.Tokens / s, "N0")}");
         Row("GFLOP/s", $"{Both(s => bench.StepFlops / s / 1e9, "N1")}");
         Row("of ceiling", $"{Both(s => bench.StepFlops / s / (bench.Ceiling.AllThreads * 1e9), "P0")}");
+        Row("processor", $"{bench.ProcessorSeconds * 1e3:N1} ms a step of all threads, {bench.StepFlops / bench.ProcessorSeconds / (bench.Ceiling.OneThread * 1e9):P0} of the ceiling of one");
         Row("peak memory", $"{bench.PeakBytes / (double)(1 << 20):N0} MiB of the whole process");
         output.WriteLine();
         Write(output, bench.Operations);
@@ -82,6 +83,7 @@ internal static class BenchOutput
         ["median_seconds"] = bench.Step.Median,
         ["best_tokens_per_second"] = bench.Model.Tokens / bench.Step.Best,
         ["median_tokens_per_second"] = bench.Model.Tokens / bench.Step.Median,
+        ["processor_seconds"] = bench.ProcessorSeconds,
         ["flops"] = bench.StepFlops,
         ["peak_bytes"] = bench.PeakBytes,
         ["all_threads_gflops"] = bench.Ceiling.AllThreads,

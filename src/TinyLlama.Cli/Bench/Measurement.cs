@@ -26,11 +26,15 @@ internal readonly record struct Duration(double Best, double Median, double Mean
     /// <param name="seconds">How long to measure; at least five runs are.</param>
     /// <param name="action">What to measure.</param>
     /// <param name="stop">Ends it between two runs.</param>
-    public static Duration Measure(TimedBackend backend, double seconds, Action action, CancellationToken stop)
+    /// <returns>The time of a run by the clock, and the seconds of processor time that one took on average.</returns>
+    public static (Duration Time, double ProcessorSeconds) Measure(
+        TimedBackend backend, double seconds, Action action, CancellationToken stop)
     {
         Run(backend, seconds / 4, 2, action, stop);
         backend.TakeTimes();
-        return Of(Run(backend, seconds, LeastRuns, action, stop));
+        TimeSpan before = Environment.CpuUsage.TotalTime;
+        List<double> runs = Run(backend, seconds, LeastRuns, action, stop);
+        return (Of(runs), (Environment.CpuUsage.TotalTime - before).TotalSeconds / runs.Count);
     }
 
     private static List<double> Run(TimedBackend backend, double seconds, int least, Action action, CancellationToken stop)
@@ -65,7 +69,9 @@ internal sealed record Measurement(string Name, OperationTimes Times, CpuCeiling
     /// <summary>The better of two ceilings: other programs only ever lower one.</summary>
     public static CpuCeiling Better(CpuCeiling first, CpuCeiling second) => first with
     {
+        OneThread = Math.Max(first.OneThread, second.OneThread),
         AllThreads = Math.Max(first.AllThreads, second.AllThreads),
+        OneThreadRead = Math.Max(first.OneThreadRead, second.OneThreadRead),
         AllThreadsRead = Math.Max(first.AllThreadsRead, second.AllThreadsRead),
     };
 }

@@ -9,12 +9,14 @@ namespace TinyLlama.Cli.Bench;
 /// <summary>Training steps on random tokens, and where their time goes.</summary>
 /// <param name="Model">What was trained.</param>
 /// <param name="Step">The time of a step of one micro-batch.</param>
+/// <param name="ProcessorSeconds">The processor time of a step, of all threads: what other programs disturb least.</param>
 /// <param name="Steps">How many steps were measured.</param>
 /// <param name="PeakBytes">The most memory that the process held at any time.</param>
 /// <param name="Ceiling">What the machine can do at best: the better of before and after.</param>
 /// <param name="Operations">The step by operation, the longest first.</param>
 internal sealed record TrainBench(
-    BenchModel Model, Duration Step, int Steps, long PeakBytes, CpuCeiling Ceiling, IReadOnlyList<Measurement> Operations)
+    BenchModel Model, Duration Step, double ProcessorSeconds, int Steps, long PeakBytes, CpuCeiling Ceiling,
+    IReadOnlyList<Measurement> Operations)
 {
     /// <summary>Gets the operations of a step by the formula of PaLM, which counts attention in full; see <see cref="Flops"/>.</summary>
     public double StepFlops => (double)Flops.PerToken(Model.Config, Model.Config.ContextLength) * Model.Tokens;
@@ -34,10 +36,12 @@ internal sealed record TrainBench(
         using var backend = new TimedBackend(device);
         using var training = new TrainingSpeed(shape, backend);
         Duration step;
+        double processorSeconds;
         using (ProgressDisplay progress = ProgressDisplay.Start("bench", 0, "steps"))
         {
             long steps = 0;
-            step = Duration.Measure(backend, seconds, () => progress.Report(++steps, $"loss {training.Step().Loss:0.000}"), stop);
+            (step, processorSeconds) = Duration.Measure(
+                backend, seconds, () => progress.Report(++steps, $"loss {training.Step().Loss:0.000}"), stop);
         }
 
         OperationTimes[] times = backend.TakeTimes();
@@ -50,6 +54,6 @@ internal sealed record TrainBench(
                 .Select(operation => new Measurement(model.NameOf(operation.Operation), operation, ceiling))
                 .OrderByDescending(operation => operation.Time.Median),
         ];
-        return new TrainBench(model, step, times[0].Rounds.Count, peakBytes, ceiling, operations);
+        return new TrainBench(model, step, processorSeconds, times[0].Rounds.Count, peakBytes, ceiling, operations);
     }
 }
