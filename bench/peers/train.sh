@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains the same shapes in PyTorch and here in fp32, in turns, and prints tokens/s, the processor time of a step, peak
+# Trains the same shapes in PyTorch and here, in turns, and prints tokens/s, the processor time of a step, peak
 # memory and the ratios of ours to PyTorch's. Debian or Ubuntu; installs PyTorch if it is missing, which needs root.
 #
-#   bench/peers/train.sh [S|M …]     ROUNDS=3 and RUN_SECONDS=15 are the defaults
+#   bench/peers/train.sh [S|M …]     ROUNDS=3, RUN_SECONDS=15 and PRECISION=fp32 (or bf16) are the defaults
 #
 # PyTorch gets its best settings: the OpenMP build of OpenBLAS, which shares threads with PyTorch instead of fighting
 # with them, the kernels of this processor (not those that an environment may name), and a malloc that keeps its pages.
@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 rounds=${ROUNDS:-3}
 seconds=${RUN_SECONDS:-15}
+precision=${PRECISION:-fp32}
 threads=$(nproc)
 
 packages=(python3-torch libopenblas0-openmp)
@@ -21,12 +22,13 @@ peer() {
   env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE OMP_NUM_THREADS="$threads" \
     LD_LIBRARY_PATH="/usr/lib/$(uname -m)-linux-gnu/openblas-openmp" \
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864 \
-    /usr/bin/python3 bench/peers/pytorch/train.py --model "$1" --seconds "$seconds" --threads "$threads"
+    /usr/bin/python3 bench/peers/pytorch/train.py --model "$1" --precision "$precision" \
+    --seconds "$seconds" --threads "$threads"
 }
 
 ours() {
   dotnet artifacts/bin/TinyLlama.Cli/release/TinyLlama.Cli.dll bench train \
-    --model "$1" --seconds "$seconds" --threads "$threads" --json 2>/dev/null
+    --model "$1" --precision "$precision" --seconds "$seconds" --threads "$threads" --json 2>/dev/null
 }
 
 # number KEY JSON
@@ -44,7 +46,7 @@ ratio() { awk "BEGIN { print $(number "$1" "$own") / $(number "$1" "$other") }";
 
 for model in "${@:-S}"; do
   for ((round = 1; round <= rounds; round++)); do
-    printf '\n%s, fp32, %s threads, load %s\n' "$model" "$threads" "$(cut -d' ' -f1 /proc/loadavg)"
+    printf '\n%s, %s, %s threads, load %s\n' "$model" "$precision" "$threads" "$(cut -d' ' -f1 /proc/loadavg)"
     printf '%-8s %9s %9s %13s %9s\n' tokens/s best median 'processor ms' 'peak MiB'
     other=$(peer "$model")
     row PyTorch "$other"

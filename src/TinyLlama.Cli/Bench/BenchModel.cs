@@ -12,6 +12,8 @@ internal sealed record BenchModel(string Name, ModelConfig Config, int Sequences
     // Tokens of a micro-batch of a preset, unless a sequence is longer.
     private const int PresetTokens = 2048;
 
+    private const int MostTokens = 1 << 24;
+
     private static readonly BenchModel s_small = new("S", Shape(layers: 6, channels: 256, hidden: 704, vocabulary: 4096, context: 256), 8);
 
     private static readonly BenchModel s_medium = new("M", Shape(layers: 12, channels: 512, hidden: 1408, vocabulary: 32000, context: 512), 4);
@@ -19,7 +21,7 @@ internal sealed record BenchModel(string Name, ModelConfig Config, int Sequences
     private static readonly BenchModel s_large = new("L", Presets.Find("tinyllama-1.1b")!.Config with { ContextLength = 512 }, 1);
 
     /// <summary>Gets N, the tokens of a micro-batch.</summary>
-    public int Tokens => checked(Sequences * Config.ContextLength);
+    public int Tokens => Sequences * Config.ContextLength;
 
     /// <summary>Gets the matrix products of a model: a name, outputs and inputs.</summary>
     public IReadOnlyList<(string Name, int Outputs, int Inputs)> Products =>
@@ -35,7 +37,7 @@ internal sealed record BenchModel(string Name, ModelConfig Config, int Sequences
     /// <param name="name">S, M, L or a preset.</param>
     /// <param name="sequences">Sequences of a micro-batch; null for the model's own.</param>
     /// <param name="context">Tokens of a sequence; null for the model's own.</param>
-    /// <exception cref="UserErrorException">There is no such model.</exception>
+    /// <exception cref="UserErrorException">There is no such model, or a micro-batch would be too large.</exception>
     public static BenchModel Find(string name, int? sequences, int? context)
     {
         BenchModel model = name switch
@@ -48,11 +50,10 @@ internal sealed record BenchModel(string Name, ModelConfig Config, int Sequences
             _ => throw new UserErrorException(
                 $"--model {name}: no such shape; use S, M, L or one of {string.Join(", ", Presets.All.Select(preset => preset.Name))}"),
         };
-        return model with
-        {
-            Config = model.Config with { ContextLength = context ?? model.Config.ContextLength },
-            Sequences = sequences ?? model.Sequences,
-        };
+        (int count, int length) = (sequences ?? model.Sequences, context ?? model.Config.ContextLength);
+        return (long)count * length <= MostTokens
+            ? model with { Config = model.Config with { ContextLength = length }, Sequences = count }
+            : throw new UserErrorException($"--sequences {count} of --ctx {length} tokens are more than {MostTokens}; lower one of them");
     }
 
     /// <summary>What an operation is in this model: a product gets the name of its weight.</summary>

@@ -55,11 +55,13 @@ public sealed class BenchCommandTests
         Assert.All(rows, row => Assert.Equal(1, (int)row!["calls"]!));
     }
 
-    [Fact]
-    public void An_unknown_shape_is_refused()
+    [Theory]
+    [InlineData("--model nix", "--model nix")]
+    [InlineData("--sequences 100000 --ctx 100000", "--sequences 100000 of --ctx 100000")]
+    public void An_unknown_shape_and_a_huge_micro_batch_are_refused(string options, string message)
     {
-        var error = Assert.Throws<UserErrorException>(() => Run("train", "--model", "nix"));
-        Assert.Contains("--model nix", error.Message, StringComparison.Ordinal);
+        var error = Assert.Throws<UserErrorException>(() => Run(["train", .. options.Split(' ')]));
+        Assert.Contains(message, error.Message, StringComparison.Ordinal);
     }
 
     [Fact]
