@@ -73,7 +73,7 @@ internal static class PretrainCommand
     private static void WritePlan(Recipe recipe, TextWriter writer, bool json)
     {
         TrainingPlan plan = TrainingRun.PlanOf(recipe, Warn);
-        using CpuBackend backend = CpuBackend.Create(recipe.Threads, products: recipe.Precision);
+        using CpuBackend backend = CpuBackend.Create(recipe.Threads, products: recipe.Products);
         using TrainingMemory memory = TrainingMemory.Plan(plan.Shape, backend);
 
         // A guess: half of the measured ceiling, which models of some size exceed.

@@ -192,7 +192,7 @@ internal static class QuickstartCommand
             }
 
             TrainingPlan plan = TrainingPlan.Create(recipe);
-            using CpuBackend backend = CpuBackend.Create(threads, products: recipe.Precision);
+            using CpuBackend backend = CpuBackend.Create(threads, products: recipe.Products);
             TimeSpan step = TrainingSpeed.Measure(plan.Shape, backend, stop) * plan.AccumulationSteps;
             double steps = Math.Min(time * ShareForTraining / step, MostEpochs * manifest.Train.Tokens / plan.TokensPerStep);
             return recipe with { Budget = new BudgetSettings { Steps = Math.Max(plan.WarmupSteps + 1, (long)steps) } };

@@ -46,6 +46,10 @@ public static class CpuPaths
     /// </summary>
     public static string? Bf16Fault => Avx512Bf16Tile.Fault;
 
+    /// <summary>Gets the type in which matrix products are fastest on the path to use: BF16 where it has instructions for it.</summary>
+    /// <exception cref="DeviceException">The variable names no path.</exception>
+    public static DType FastestProducts => Choose() == CpuPath.Vector512Bf16 && Bf16Fault is null ? DType.BF16 : DType.F32;
+
     /// <summary>The path to use: the one that <see cref="Variable"/> names, else the best.</summary>
     /// <exception cref="DeviceException">The variable names no path.</exception>
     public static CpuPath Choose() => Environment.GetEnvironmentVariable(Variable) switch

@@ -1,4 +1,5 @@
 using TinyLlama.Compute;
+using TinyLlama.Compute.Cpu;
 using TinyLlama.Model;
 
 namespace TinyLlama.Training;
@@ -50,10 +51,13 @@ public sealed record Recipe
     public CheckpointSettings Checkpoints { get; init; } = new();
 
     /// <summary>
-    /// Gets the type that operands of matrix products are rounded to, F32 or BF16. Weights, activations, gradients, the
-    /// optimizer's state and all sums are fp32 either way.
+    /// Gets the type that operands of matrix products are rounded to, F32 or BF16; null for the one in which this machine
+    /// multiplies fastest. Weights, activations, gradients, the optimizer's state and all sums are fp32 either way.
     /// </summary>
-    public DType Precision { get; init; } = DType.F32;
+    public DType? Precision { get; init; }
+
+    /// <summary>Gets <see cref="Precision"/> as it is on this machine.</summary>
+    public DType Products => Precision ?? CpuPaths.FastestProducts;
 
     /// <summary>Gets a value indicating whether backward runs the blocks' forward again instead of keeping activations.</summary>
     public bool RecomputeBlocks { get; init; }

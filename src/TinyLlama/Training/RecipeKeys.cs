@@ -30,7 +30,8 @@ internal static class RecipeKeys
         [("tinyllama", InitializationScheme.TinyLlama), ("tinyllama-v1", InitializationScheme.TinyLlamaV1)];
 
     private static readonly (string, bool)[] s_documents = [("joined", false), ("masked", true)];
-    private static readonly (string, DType)[] s_precisions = [("fp32", DType.F32), ("bf16", DType.BF16)];
+    private static readonly (string, DType?)[] s_precisions =
+        [("auto", null), ("fp32", DType.F32), ("bf16", DType.BF16)];
     private static readonly (string, bool)[] s_recompute = [("none", false), ("blocks", true)];
     private static readonly (string, DecayGroup)[] s_decay = [("all", DecayGroup.All), ("matrices", DecayGroup.Matrices)];
     private static readonly (string, ScheduleUnit)[] s_units = [("steps", ScheduleUnit.Steps), ("tokens", ScheduleUnit.Tokens)];
@@ -113,7 +114,7 @@ internal static class RecipeKeys
         Checkpoints("keep_every", (c, v) => c with { KeepEvery = v.Integer(0) }, c => Text(c.KeepEvery)),
         Checkpoints("keep_best", (c, v) => c with { KeepBest = v.Boolean() }, c => Text(c.KeepBest)),
 
-        new("precision", (r, v) => r with { Precision = v.Word<DType>(s_precisions) }, r => Word(s_precisions, r.Precision)),
+        new("precision", (r, v) => r with { Precision = v.Word<DType?>(s_precisions) }, r => Word(s_precisions, r.Precision)),
         new("recompute", (r, v) => r with { RecomputeBlocks = v.Word<bool>(s_recompute) }, r => Word(s_recompute, r.RecomputeBlocks)),
         new("threads", (r, v) => r with { Threads = (int)v.Integer(0, 1024) }, r => Text(r.Threads)),
     ];

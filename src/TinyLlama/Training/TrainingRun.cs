@@ -70,8 +70,8 @@ public sealed class TrainingRun : IDisposable
             }
 
             IReadOnlyList<string> changes = Changes(recipe, folder);
-            backend = CpuBackend.Create(recipe.Threads, products: recipe.Precision);
-            if (recipe.Precision == DType.BF16 && CpuPaths.Choose() == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is string fault)
+            backend = CpuBackend.Create(recipe.Threads, products: recipe.Products);
+            if (recipe.Precision != DType.F32 && CpuPaths.Choose() == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is string fault)
             {
                 observer.Warn(fault);
             }

@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Model;
 using TinyLlama.Tests.Common;
@@ -56,7 +57,7 @@ public sealed class RecipeTests
     [InlineData("optimizer: {learning_rate: nan}", "r.yaml:4:13: optimizer.learning_rate is 'nan', but a number above 0 is wanted")]
     [InlineData("optimizer: {beta2: 1}", "r.yaml:4:13: optimizer.beta2 is '1', but a number from 0 to below 1 is wanted")]
     [InlineData("recompute: yes", "r.yaml:4:1: recompute is 'yes', but one of these is wanted: none, blocks")]
-    [InlineData("precision: fp16", "r.yaml:4:1: precision is 'fp16', but one of these is wanted: fp32, bf16")]
+    [InlineData("precision: fp16", "r.yaml:4:1: precision is 'fp16', but one of these is wanted: auto, fp32, bf16")]
     [InlineData("budget: {steps: 5}", "r.yaml:4:10: budget.steps is already set at r.yaml:3:10")]
     [InlineData("seed: 1\nseed: 2", "r.yaml:5:1: seed is already set at r.yaml:4:1")]
     [InlineData("? [a]\n: 1", "r.yaml:4:3: a key is wanted")]
@@ -259,6 +260,7 @@ public sealed class RecipeTests
                 KeepEvery = random.NextInt64(),
                 KeepBest = random.Next(2) == 0,
             },
+            Precision = new DType?[] { null, DType.F32, DType.BF16 }[random.Next(3)],
             RecomputeBlocks = random.Next(2) == 0,
             Threads = random.Next(1025),
         };
