@@ -19,11 +19,15 @@ namespace TinyLlama.Compute.Cpu;
 /// </remarks>
 internal static unsafe class MatMul
 {
-    /// <summary>Dwords of packed operands that <see cref="Scratch.Shared"/> must hold: 32 MiB.</summary>
-    public const int SharedCount = 8 << 20;
+    /// <summary>Dwords of packed operands that <see cref="Scratch.Shared"/> must hold.</summary>
+    public const int SharedCount = MaxPanels + MaxTiles;
 
     /// <summary>Dwords of a block of the left operand that <see cref="Scratch.Of"/> must hold.</summary>
     public const int ThreadCount = MaxBlockRows * ((2 * MaxBlockSteps) + RowPadding);
+
+    // Dwords of each operand that are packed at once: 31 MiB and 1 MiB.
+    private const int MaxPanels = 31 << 18;
+    private const int MaxTiles = 1 << 18;
 
     // A panel of so many steps takes 24 of 32 KiB of a first cache (AVX2), a block of the left operand a quarter of 512 KiB
     // of a second; half of it where a step has two dwords.
@@ -99,21 +103,22 @@ internal static unsafe class MatMul
             return;
         }
 
-        // What fits at once: whole blocks of k of as many columns, and of rows where they must be packed too.
+        // Whole blocks of k of as many columns as fit. Where rows must be packed too, one block of k of some rows: what is
+        // packed should still be in a cache when it is multiplied.
         bool packLeft = left.Column != 1;
-        int columnsAtOnce = AtOnce(sums.Columns, T.Columns, blockSteps);
-        int rowsAtOnce = packLeft ? AtOnce(sums.Rows, T.Rows, blockSteps * T.LeftDwords) : sums.Rows;
-        int width = RoundUp(columnsAtOnce, T.Columns) + (packLeft ? RoundUp(rowsAtOnce, T.Rows) * T.LeftDwords : 0);
-        int depthAtOnce = checked(SharedCount / width / blockSteps * blockSteps * StepDepth<T>());
+        int columnsAtOnce = Math.Min(sums.Columns, MaxPanels / blockSteps / T.Columns * T.Columns);
+        int rowsAtOnce = packLeft ? Math.Min(sums.Rows, MaxTiles / (blockSteps * T.LeftDwords) / T.Rows * T.Rows) : sums.Rows;
+        int blocksAtOnce = packLeft ? 1 : MaxPanels / RoundUp(columnsAtOnce, T.Columns) / blockSteps;
+        int depthAtOnce = checked(blocksAtOnce * blockSteps * StepDepth<T>());
+        float* panels = scratch.Shared;
+        float* tiles = packLeft ? panels + MaxPanels : null;
         for (int column = 0; column < sums.Columns; column += columnsAtOnce)
         {
             Tensor columns = sums.ColumnRange(column, Math.Min(columnsAtOnce, sums.Columns - column));
             for (int first = 0; first < depth; first += depthAtOnce)
             {
                 int count = Math.Min(depthAtOnce, depth - first);
-                float* panels = scratch.Shared;
                 Pack<T>(team, panels, right.From(first, column), columns.Columns, count, blockSteps, tiles: false);
-                float* tiles = packLeft ? panels + ((nint)Steps<T>(count) * RoundUp(columns.Columns, T.Columns)) : null;
                 for (int row = 0; row < sums.Rows; row += rowsAtOnce)
                 {
                     Tensor range = columns.RowRange(row, Math.Min(rowsAtOnce, sums.Rows - row));
@@ -138,9 +143,6 @@ internal static unsafe class MatMul
 
     private static int Steps<T>(int depth)
         where T : struct, ITile => (depth + StepDepth<T>() - 1) / StepDepth<T>();
-
-    // Each operand may take half of the room.
-    private static int AtOnce(int count, int unit, int blockSteps) => Math.Min(count, SharedCount / 2 / blockSteps / unit * unit);
 
     // Blocks of as many steps each, so that the last is not a sliver.
     private static int BlockSteps<T>(int depth)

@@ -130,18 +130,14 @@ internal readonly unsafe struct Tile<V> : ITile
             return;
         }
 
-        for (nint k = 0; k < depth; k++, source += step, tile += Rows)
+        // Eight rows, of which the next step overwrites those that are not the tile's; the last step has no next.
+        for (; depth > 1; depth--, source += step, tile += Rows)
         {
-            Vector128.Load(source).Store(tile);
-            if (Rows == 8)
-            {
-                Vector128.Load(source + 4).Store(tile + 4);
-            }
-            else
-            {
-                Vector64.Load(source + 4).Store(tile + 4);
-            }
+            Vector256.Load(source).Store(tile);
         }
+
+        Vector128.Load(source).Store(tile);
+        Vector128.Load(source + Rows - 4).Store(tile + Rows - 4);
     }
 
     /// <inheritdoc/>
