@@ -168,12 +168,13 @@ internal readonly unsafe struct Avx512Bf16Tile : ITile
         return bytes.ToArray();
     }
 
-    private static AssemblerRegisterZMM Register512(int number) => new(Register.ZMM0 + number);
-
-    private static void Call(
+    /// <summary>Calls code as <see cref="Emit"/> makes it.</summary>
+    internal static void Call(
         nint code, float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate) =>
         ((delegate* unmanaged<float*, nint, float*, nint, nint, float*, nint, int, void>)code)(
             sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate ? 1 : 0);
+
+    private static AssemblerRegisterZMM Register512(int number) => new(Register.ZMM0 + number);
 
     private static (nint Address, string? Fault) Load()
     {

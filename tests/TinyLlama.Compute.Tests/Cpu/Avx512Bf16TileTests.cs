@@ -1,6 +1,8 @@
 using System.Runtime.InteropServices;
 using Iced.Intel;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Native;
+using static Iced.Intel.AssemblerRegisters;
 
 namespace TinyLlama.Compute.Tests.Cpu;
 
@@ -51,6 +53,33 @@ public sealed unsafe class Avx512Bf16TileTests
                     sums, (ulong)sumsRow, leftAt, (ulong)leftRow, (ulong)leftStep, panelAt, (ulong)steps, accumulate ? 1u : 0u);
                 Assert.Equal(Bits(expected), result);
             }
+        }
+    }
+
+    [Fact]
+    public void Code_is_called_with_the_arguments_where_it_looks_for_them()
+    {
+        Assert.SkipUnless(OperatingSystem.IsLinux() && RuntimeInformation.ProcessArchitecture == Architecture.X64, "Linux on x64 only");
+        Assembler code = new(64);
+        AssemblerRegister64[] registers = [rdi, rsi, rdx, rcx, r8, r9];
+        for (int i = 0; i < registers.Length; i++)
+        {
+            code.mov(__qword_ptr[rdi + (8 * i)], registers[i]);
+        }
+
+        code.mov(rax, __qword_ptr[rsp + 8]);
+        code.mov(__qword_ptr[rdi + 48], rax);
+        code.mov(eax, __dword_ptr[rsp + 16]);
+        code.mov(__qword_ptr[rdi + 56], rax);
+        code.ret();
+        using MemoryStream bytes = new();
+        code.Assemble(new StreamCodeWriter(bytes), rip: 0);
+        nint address = ExecutableMemory.Map(bytes.ToArray());
+        foreach (bool accumulate in (bool[])[false, true])
+        {
+            long* seen = stackalloc long[8];
+            Avx512Bf16Tile.Call(address, (float*)seen, -2, (float*)3, nint.MaxValue, 5, (float*)6, nint.MinValue, accumulate);
+            Assert.Equal([(long)seen, -2, 3, nint.MaxValue, 5, 6, nint.MinValue, accumulate ? 1 : 0], new ReadOnlySpan<long>(seen, 8).ToArray());
         }
     }
 
