@@ -75,9 +75,9 @@ public sealed unsafe class Avx512Bf16TileTests
         using MemoryStream bytes = new();
         code.Assemble(new StreamCodeWriter(bytes), rip: 0);
         nint address = ExecutableMemory.Map(bytes.ToArray());
+        long* seen = stackalloc long[8];
         foreach (bool accumulate in (bool[])[false, true])
         {
-            long* seen = stackalloc long[8];
             Avx512Bf16Tile.Call(address, (float*)seen, -2, (float*)3, nint.MaxValue, 5, (float*)6, nint.MinValue, accumulate);
             Assert.Equal([(long)seen, -2, 3, nint.MaxValue, 5, 6, nint.MinValue, accumulate ? 1 : 0], new ReadOnlySpan<long>(seen, 8).ToArray());
         }
