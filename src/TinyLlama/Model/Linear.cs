@@ -84,7 +84,7 @@ public sealed class Linear
         var weight = new Weight(values, gradient);
         if (arenas.Packed is not null)
         {
-            weight.TakePacked(arenas.Packed, backend, backward: !gradient.IsEmpty);
+            weight.TakePacked(arenas.Packed, backend, backward: !gradient.IsEmpty && arenas.Forms == PackedForms.Both);
         }
 
         return new Linear(weight, parameters);

@@ -55,7 +55,7 @@ public sealed class LlamaModel : IDisposable
     /// <exception cref="DeviceException">The device has not that much memory.</exception>
     public static LlamaModel Allocate(ModelConfig config, Backend backend, bool trains)
     {
-        ModelArenas plan = ModelArenas.Plan(packed: true, trains);
+        ModelArenas plan = ModelArenas.Plan(PackedForms.Both, trains);
         _ = new LlamaModel(config, backend, plan);
         ModelArenas arenas = ModelArenas.Allocate(backend, plan);
         return new LlamaModel(config, backend, arenas) { _own = arenas };

@@ -2,22 +2,37 @@ using TinyLlama.Compute;
 
 namespace TinyLlama.Model;
 
+/// <summary>Which packed forms of its matrices a model keeps; what it does not keep is packed by each product that reads it, to the same bits.</summary>
+public enum PackedForms
+{
+    /// <summary>None: the least memory.</summary>
+    None,
+
+    /// <summary>The one that forward reads.</summary>
+    Forward,
+
+    /// <summary>Also the one that backward reads, where there are gradients.</summary>
+    Both,
+}
+
 /// <summary>Where a model's own memory lives: one arena for each lifetime.</summary>
 /// <param name="Weights">Master values.</param>
-/// <param name="Packed">The device's packed forms of the matrices; null to pack on the fly.</param>
+/// <param name="Packed">The device's packed forms of the matrices; null for <see cref="PackedForms.None"/>.</param>
 /// <param name="Gradients">Gradients of all parameters; null for a model that only runs forward.</param>
-public sealed record ModelArenas(Arena Weights, Arena? Packed, Arena? Gradients) : IDisposable
+/// <param name="Forms">Which packed forms are kept.</param>
+public sealed record ModelArenas(Arena Weights, Arena? Packed, Arena? Gradients, PackedForms Forms) : IDisposable
 {
     /// <summary>Arenas that only count.</summary>
-    /// <param name="packed">Whether packed forms are kept.</param>
+    /// <param name="forms">Which packed forms are kept.</param>
     /// <param name="trains">Whether there are gradients.</param>
-    public static ModelArenas Plan(bool packed, bool trains) =>
-        new(Arena.Plan("weights"), packed ? Arena.Plan("packed weights") : null, trains ? Arena.Plan("gradients") : null);
+    public static ModelArenas Plan(PackedForms forms, bool trains) => new(
+        Arena.Plan("weights"), forms == PackedForms.None ? null : Arena.Plan("packed weights"),
+        trains ? Arena.Plan("gradients") : null, forms);
 
     /// <summary>Allocates what a plan counted.</summary>
     public static ModelArenas Allocate(Backend backend, ModelArenas plan) =>
         new(backend.AllocateAs(plan.Weights), plan.Packed is null ? null : backend.AllocateAs(plan.Packed),
-            plan.Gradients is null ? null : backend.AllocateAs(plan.Gradients));
+            plan.Gradients is null ? null : backend.AllocateAs(plan.Gradients), plan.Forms);
 
     /// <inheritdoc/>
     public void Dispose()

@@ -62,6 +62,9 @@ public sealed record Recipe
     /// <summary>Gets a value indicating whether backward runs the blocks' forward again instead of keeping activations.</summary>
     public bool RecomputeBlocks { get; init; }
 
+    /// <summary>Gets which packed forms of the weights are kept. Changes no bit of the result.</summary>
+    public PackedForms PackedWeights { get; init; } = PackedForms.Both;
+
     /// <summary>Gets the number of threads; 0 for one a core. Changes no bit of the result.</summary>
     public int Threads { get; init; }
 

@@ -33,6 +33,9 @@ internal static class RecipeKeys
     private static readonly (string, DType?)[] s_precisions =
         [("auto", null), ("fp32", DType.F32), ("bf16", DType.BF16)];
     private static readonly (string, bool)[] s_recompute = [("none", false), ("blocks", true)];
+    private static readonly (string, PackedForms)[] s_packed =
+        [("both", PackedForms.Both), ("forward", PackedForms.Forward), ("none", PackedForms.None)];
+
     private static readonly (string, DecayGroup)[] s_decay = [("all", DecayGroup.All), ("matrices", DecayGroup.Matrices)];
     private static readonly (string, ScheduleUnit)[] s_units = [("steps", ScheduleUnit.Steps), ("tokens", ScheduleUnit.Tokens)];
 
@@ -116,6 +119,7 @@ internal static class RecipeKeys
 
         new("precision", (r, v) => r with { Precision = v.Word<DType?>(s_precisions) }, r => Word(s_precisions, r.Precision)),
         new("recompute", (r, v) => r with { RecomputeBlocks = v.Word<bool>(s_recompute) }, r => Word(s_recompute, r.RecomputeBlocks)),
+        new("packed_weights", (r, v) => r with { PackedWeights = v.Word<PackedForms>(s_packed) }, r => Word(s_packed, r.PackedWeights)),
         new("threads", (r, v) => r with { Threads = (int)v.Integer(0, 1024) }, r => Text(r.Threads)),
     ];
 

@@ -11,8 +11,10 @@ namespace TinyLlama.Training;
 /// <param name="AdamW">The optimizer's constants.</param>
 /// <param name="Decay">Which parameters decay.</param>
 /// <param name="Rates">Learning rates of the tables.</param>
+/// <param name="Packed">Which packed forms of the weights are kept.</param>
 public sealed record TrainingShape(
-    ModelConfig Model, int Sequences, int Context, Keep Keep, AdamWSettings AdamW, DecayGroup Decay, RateFactors Rates);
+    ModelConfig Model, int Sequences, int Context, Keep Keep, AdamWSettings AdamW, DecayGroup Decay, RateFactors Rates,
+    PackedForms Packed = PackedForms.Both);
 
 /// <summary>
 /// Everything that a training step touches, in arenas of declared lifetimes. Built over arenas that only count it is
@@ -60,13 +62,13 @@ public sealed class TrainingMemory : IDisposable
     /// <summary>Gets the arenas with the bytes taken from each.</summary>
     public IReadOnlyList<(string Name, long Bytes)> Arenas =>
     [
-        .. new[] { _modelArenas.Weights, _modelArenas.Packed!, _modelArenas.Gradients!, _optimizerState, _activations, _activationGradients, _batch }
-            .Select(arena => (arena.Name, arena.UsedBytes)),
+        .. new[] { _modelArenas.Weights, _modelArenas.Packed, _modelArenas.Gradients, _optimizerState, _activations, _activationGradients, _batch }
+            .OfType<Arena>().Select(arena => (arena.Name, arena.UsedBytes)),
     ];
 
     /// <summary>Counts the bytes of a run without allocating any.</summary>
     public static TrainingMemory Plan(TrainingShape shape, Backend backend) => new(
-        shape, backend, ModelArenas.Plan(packed: true, trains: true), Arena.Plan("optimizer state"),
+        shape, backend, ModelArenas.Plan(shape.Packed, trains: true), Arena.Plan("optimizer state"),
         Arena.Plan("activations"), Arena.Plan("activation gradients"), Arena.Plan("batch"));
 
     /// <summary>Allocates a run. Parameters are zero until initialized or loaded.</summary>

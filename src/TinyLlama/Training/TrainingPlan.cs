@@ -70,7 +70,7 @@ public sealed record TrainingPlan
             (float)Recipe.Optimizer.Beta1, (float)Recipe.Optimizer.Beta2, (float)Recipe.Optimizer.Epsilon,
             (float)Recipe.Optimizer.WeightDecay, (float)Recipe.Optimizer.Clip),
         Recipe.Optimizer.Decay,
-        new RateFactors((float)Recipe.Optimizer.EmbeddingFactor, (float)Recipe.Optimizer.HeadFactor));
+        new RateFactors((float)Recipe.Optimizer.EmbeddingFactor, (float)Recipe.Optimizer.HeadFactor), Recipe.PackedWeights);
 
     /// <summary>Gets what is allowed and most likely a mistake, a sentence each.</summary>
     public required IReadOnlyList<string> Warnings { get; init; }
@@ -160,8 +160,10 @@ public sealed record TrainingPlan
 
         string parts = string.Join(", ", arenas.Select(arena => $"{arena.Name} {Gib(arena.Bytes)}"));
         string remedy = SequencesPerMicroBatch > 1 ? $"{Recipe.Origins.Describe("batch.micro_sequences")} less than {SequencesPerMicroBatch}"
-            : Recipe.RecomputeBlocks ? "a smaller model or context"
-            : "recompute: blocks";
+            : Recipe.PackedWeights == PackedForms.Both ? "packed_weights: forward"
+            : !Recipe.RecomputeBlocks ? "recompute: blocks"
+            : Recipe.PackedWeights == PackedForms.Forward ? "packed_weights: none"
+            : "a smaller model or context";
         throw new UserErrorException(
             $"the run needs {Gib(needed)} ({parts}), but this machine has {Gib(availableBytes)}; try {remedy}");
 

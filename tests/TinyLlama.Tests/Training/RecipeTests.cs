@@ -261,6 +261,7 @@ public sealed class RecipeTests
                 KeepBest = random.Next(2) == 0,
             },
             Precision = new DType?[] { null, DType.F32, DType.BF16 }[random.Next(3)],
+            PackedWeights = (PackedForms)random.Next(3),
             RecomputeBlocks = random.Next(2) == 0,
             Threads = random.Next(1025),
         };

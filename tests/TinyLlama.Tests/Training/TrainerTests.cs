@@ -123,6 +123,12 @@ public sealed class TrainerTests : IDisposable
     public void Recomputed_blocks_train_to_the_same_bits() =>
         Assert.Equal(Train("kept"), Train("recomputed", "recompute=blocks"));
 
+    [Theory]
+    [InlineData("forward")]
+    [InlineData("none")]
+    public void Weights_that_are_packed_on_the_fly_train_to_the_same_bits(string forms) =>
+        Assert.Equal(Train("kept"), Train("on-the-fly", $"packed_weights={forms}"));
+
     [Fact]
     public void What_changed_on_resume_is_noted_and_what_makes_another_run_is_refused()
     {
