@@ -7,7 +7,8 @@ namespace TinyLlama.Cli.Bench;
 /// <param name="Name">S, M, L or a preset.</param>
 /// <param name="Config">The shape; its context length is that of the micro-batch.</param>
 /// <param name="Sequences">Sequences of a micro-batch.</param>
-internal sealed record BenchModel(string Name, ModelConfig Config, int Sequences)
+/// <param name="Packed">Which packed forms of the weights are kept.</param>
+internal sealed record BenchModel(string Name, ModelConfig Config, int Sequences, PackedForms Packed = PackedForms.Both)
 {
     // Tokens of a micro-batch of a preset, unless a sequence is longer.
     private const int PresetTokens = 2048;
@@ -18,7 +19,9 @@ internal sealed record BenchModel(string Name, ModelConfig Config, int Sequences
 
     private static readonly BenchModel s_medium = new("M", Shape(layers: 12, channels: 512, hidden: 1408, vocabulary: 32000, context: 512), 4);
 
-    private static readonly BenchModel s_large = new("L", Presets.Find("tinyllama-1.1b")!.Config with { ContextLength = 512 }, 1);
+    // Both packed forms of a billion weights do not fit beside master weights, gradients and moments in 20 GiB.
+    private static readonly BenchModel s_large =
+        new("L", Presets.Find("tinyllama-1.1b")!.Config with { ContextLength = 512 }, 1, PackedForms.Forward);
 
     /// <summary>Gets N, the tokens of a micro-batch.</summary>
     public int Tokens => Sequences * Config.ContextLength;

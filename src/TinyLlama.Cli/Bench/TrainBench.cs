@@ -31,7 +31,8 @@ internal sealed record TrainBench(
     {
         var shape = new TrainingShape(
             model.Config, model.Sequences, model.Config.ContextLength, Keep.Everything,
-            new AdamWSettings(Beta1: 0.9f, Beta2: 0.95f, Epsilon: 1e-8f, WeightDecay: 0.1f, MaxNorm: 1), DecayGroup.All, RateFactors.Same);
+            new AdamWSettings(Beta1: 0.9f, Beta2: 0.95f, Epsilon: 1e-8f, WeightDecay: 0.1f, MaxNorm: 1), DecayGroup.All, RateFactors.Same,
+            model.Packed);
         CpuCeiling ceiling = CpuCeiling.Measure(device);
         using var backend = new TimedBackend(device);
         using var training = new TrainingSpeed(shape, backend);
