@@ -103,12 +103,17 @@ internal static unsafe class MatMul
             return;
         }
 
-        // Whole blocks of k of as many columns as fit. Where rows must be packed too, one block of k of some rows: what is
-        // packed should still be in a cache when it is multiplied.
+        // Whole blocks of k of as many columns as fit. Where rows must be packed too, few blocks of few rows: what is packed
+        // should still be in a cache when it is multiplied.
         bool packLeft = left.Column != 1;
         int columnsAtOnce = Math.Min(sums.Columns, MaxPanels / blockSteps / T.Columns * T.Columns);
         int rowsAtOnce = packLeft ? Math.Min(sums.Rows, MaxTiles / (blockSteps * T.LeftDwords) / T.Rows * T.Rows) : sums.Rows;
-        int blocksAtOnce = packLeft ? 1 : MaxPanels / RoundUp(columnsAtOnce, T.Columns) / blockSteps;
+        int blocksAtOnce = MaxPanels / RoundUp(columnsAtOnce, T.Columns) / blockSteps;
+        if (packLeft)
+        {
+            blocksAtOnce = Math.Clamp(MaxTiles / (RoundUp(rowsAtOnce, T.Rows) * T.LeftDwords) / blockSteps, 1, blocksAtOnce);
+        }
+
         int depthAtOnce = checked(blocksAtOnce * blockSteps * StepDepth<T>());
         float* panels = scratch.Shared;
         float* tiles = packLeft ? panels + MaxPanels : null;
@@ -164,7 +169,7 @@ internal static unsafe class MatMul
         // Columns side by side are read row by row, some rows a task; columns that are rows are read panel by panel.
         bool sideBySide = source.Column == 1;
         int steps = Steps<T>(depth);
-        int stepsPerTask = sideBySide ? RoundUp(Math.Max(1, 32768 / columns), StepUnit) : steps;
+        int stepsPerTask = sideBySide ? RoundUp(Math.Max(1, 8192 / columns), StepUnit) : steps;
         PackWork<T> work = new()
         {
             Panels = panels,
