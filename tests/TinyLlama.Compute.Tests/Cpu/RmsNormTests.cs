@@ -38,6 +38,22 @@ public abstract class RmsNormTests(CpuPath path) : OperationTests(path)
         Close(golden.Read($"{name}.dw").Values, Device.Get(dWeight), 2e-6, "dw");
     }
 
+    [Fact]
+    public void Backward_does_not_see_what_an_operation_before_it_left_in_the_scratch()
+    {
+        const int Tokens = 6, Channels = 40;
+        Tensor input = Device.Put(Tokens, Channels, Normal(Tokens * Channels)), dOutput = Device.Put(Tokens, Channels, Normal(Tokens * Channels));
+        Tensor weight = Device.Put(1, Channels, Normal(Channels)), r = Device.Put(Tokens, 1, Normal(Tokens));
+        float[] Gradient()
+        {
+            Tensor dWeight = Device.Take(1, Channels);
+            Device.Backend.RmsNormBackward(Device.Take(Tokens, Channels), dWeight, dOutput, input, weight, r);
+            return Device.Get(dWeight);
+        }
+
+        SameBits(Gradient(), Gradient(), "dWeight");
+    }
+
     [Theory]
     [MemberData(nameof(Shapes))]
     public void Equals_the_definition(int tokens, int channels)
