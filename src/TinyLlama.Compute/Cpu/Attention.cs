@@ -397,8 +397,6 @@ internal static unsafe class Attention
             float* blocks = dv + (MostKeyRows * MaxHeadDim);
             int column = keyHead * headDim;
 
-            // Products over keys read a few columns beyond the last key, which nothing else writes.
-            new Span<float>(blocks, 2 * ForwardRows * ProbabilityRow).Clear();
             for (int firstKey = 0; firstKey < segment.RowCount; firstKey += Keys)
             {
                 int count = Math.Min(Keys, segment.RowCount - firstKey);
@@ -489,6 +487,7 @@ internal static unsafe class Attention
             AddToQueries(dq, width, firstRow, tokens, firstHead, firstKey == 0);
 
             // dV += Pᵀ · dY and dK += dSᵀ · Q, for a few keys at a time from the first row on that sees one of them.
+            // Whatever stands in the columns beyond the keys goes to rows that nothing reads.
             for (int j = 0; j < Keys; j += Tile<V>.Rows)
             {
                 int start = Math.Max(0, firstKey + j - firstToken) * group;
