@@ -7,7 +7,7 @@ internal static class CommonOptions
 {
     /// <summary><c>RUN</c>: a trained model.</summary>
     public static Argument<string> Model() =>
-        new("RUN") { Description = "A run, a checkpoint, a Hugging Face folder, or a .bin file of llama2.c" };
+        new("RUN") { Description = "A run, a checkpoint, a Hugging Face folder, a .gguf file, or a .bin file of llama2.c" };
 
     /// <summary><c>--json</c>: the result as one JSON document on standard output; progress stays on standard error.</summary>
     public static Option<bool> Json() => new("--json") { Description = "Write the result as JSON" };

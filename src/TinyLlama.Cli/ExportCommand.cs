@@ -11,7 +11,7 @@ namespace TinyLlama.Cli;
 internal static class ExportCommand
 {
     /// <summary>What a model may be named by.</summary>
-    public const string ModelHelp = "A run, a checkpoint, a Hugging Face folder, or a .bin file of llama2.c";
+    public const string ModelHelp = "A run, a checkpoint, a Hugging Face folder, a .gguf file, or a .bin file of llama2.c";
 
     /// <summary>The verb.</summary>
     public static Command Create()
@@ -70,17 +70,17 @@ internal static class ExportCommand
     /// <summary>The tokenizer of a model; it must fit.</summary>
     public static BpeTokenizer? LoadTokenizer(string? path, ModelSource source)
     {
-        if (path is null)
+        BpeTokenizer? tokenizer = path is null ? source.LoadTokenizer() : Tokenizer.Load(path);
+        if (tokenizer is null)
         {
             Warn($"{source.Path}: no tokenizer came with the model; name one with --tokenizer, or the result is without");
             return null;
         }
 
-        BpeTokenizer tokenizer = Tokenizer.Load(path);
         return tokenizer.VocabularySize <= source.Config.VocabularySize
             ? tokenizer
             : throw new UserErrorException(
-                $"{path}: {tokenizer.VocabularySize} ids, the model has {source.Config.VocabularySize}: not its tokenizer");
+                $"{path ?? source.Path}: {tokenizer.VocabularySize} ids, the model has {source.Config.VocabularySize}: not its tokenizer");
     }
 
     /// <summary>The folder whose tokenizer files are copied; those of llama2.c are no others'.</summary>

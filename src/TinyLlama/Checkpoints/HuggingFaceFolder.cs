@@ -39,7 +39,7 @@ internal sealed class HuggingFaceFolder : ModelSource
         if (!File.Exists(configPath))
         {
             throw new UserErrorException(
-                $"{path}: has no {HuggingFaceConfig.FileName}; name a run, a checkpoint, a Hugging Face folder or a .bin file of llama2.c");
+                $"{path}: has no {HuggingFaceConfig.FileName}; name a run, a checkpoint, a Hugging Face folder, a .gguf file or a .bin file of llama2.c");
         }
 
         ModelConfig config = HuggingFaceConfig.Read(configPath);

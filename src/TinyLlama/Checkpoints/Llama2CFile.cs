@@ -85,7 +85,7 @@ internal sealed class Llama2CFile : ModelSource
         {
             (long row, long column) = Math.DivRem(first, Config.Channels);
             int count = (int)Math.Min(Config.Channels - column, destination.Length);
-            Singles(place.Offset, (Interleaved(row) * Config.Channels) + column, count).CopyTo(destination);
+            Singles(place.Offset, (ModelTensors.InterleavedRow(row, Config.HeadDim) * Config.Channels) + column, count).CopyTo(destination);
             destination = destination[count..];
             first += count;
         }
@@ -176,14 +176,6 @@ internal sealed class Llama2CFile : ModelSource
             places.Add(name, new Place(next, interleaved));
             next = checked(next + ((long)rows * columns * sizeof(float)));
         }
-    }
-
-    // The row of the file that is a row of ours: of a head's D rows, first the even ones, then the odd ones.
-    private long Interleaved(long row)
-    {
-        (long head, long i) = Math.DivRem(row, Config.HeadDim);
-        int half = Config.HeadDim / 2;
-        return (head * Config.HeadDim) + (i < half ? 2 * i : (2 * (i - half)) + 1);
     }
 
     private ReadOnlySpan<float> Singles(long offset, long first, int count) =>

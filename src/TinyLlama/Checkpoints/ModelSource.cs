@@ -1,5 +1,6 @@
 using TinyLlama.Compute;
 using TinyLlama.Data;
+using TinyLlama.Data.Tokenizers;
 using TinyLlama.Model;
 
 namespace TinyLlama.Checkpoints;
@@ -25,15 +26,26 @@ public abstract class ModelSource : IDisposable
     /// <summary>Gets the tensors, in the order of <see cref="LlamaModel.Parameters"/>.</summary>
     public IReadOnlyList<ModelTensor> Tensors { get; }
 
-    /// <summary>Gets the file or folder of the tokenizer that came with the model, or null where none did.</summary>
+    /// <summary>Gets the file or folder of the tokenizer that came beside the model, or null where none did.</summary>
     public abstract string? TokenizerPath { get; }
 
     /// <summary>Gets what the weights are stored in; F32 also where the file has F64.</summary>
     public abstract DType StoredType { get; }
 
+    /// <summary>Gets a value indicating whether a text begins with BOS: Llama's tokenizers add it unless the files say otherwise.</summary>
+    public virtual bool AddsBos
+    {
+        get
+        {
+            string folder = Directory.Exists(TokenizerPath) ? TokenizerPath : System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(TokenizerPath ?? Path))!;
+            string settings = System.IO.Path.Combine(folder, "tokenizer_config.json");
+            return !File.Exists(settings) || JsonKeys.Read(settings).Boolean("add_bos_token", absent: true);
+        }
+    }
+
     /// <summary>Opens a model.</summary>
     /// <param name="path">
-    /// A run (its newest checkpoint counts), a checkpoint, a Hugging Face folder, or a <c>.bin</c> file of llama2.c.
+    /// A run (its newest checkpoint counts), a checkpoint, a Hugging Face folder, a <c>.gguf</c> file, or a <c>.bin</c> file of llama2.c.
     /// </param>
     /// <param name="warn">Is told, in one line, which newer checkpoint of a run is damaged.</param>
     /// <exception cref="UserErrorException">Nothing of that kind is there, or it is damaged or of another kind of model.</exception>
@@ -41,14 +53,17 @@ public abstract class ModelSource : IDisposable
     {
         if (File.Exists(path))
         {
-            return System.IO.Path.GetExtension(path) == ".bin"
-                ? Llama2CFile.OpenFile(path)
-                : throw new UserErrorException($"{path}: {WhyNoModel(path)}");
+            return System.IO.Path.GetExtension(path) switch
+            {
+                ".bin" => Llama2CFile.OpenFile(path),
+                ".gguf" => GgufModel.OpenFile(path),
+                _ => throw new UserErrorException($"{path}: {WhyNoModel(path)}"),
+            };
         }
 
         if (!Directory.Exists(path))
         {
-            throw new UserErrorException($"{path}: not found; name a run, a checkpoint, a Hugging Face folder or a .bin file of llama2.c");
+            throw new UserErrorException($"{path}: not found; name a run, a checkpoint, a Hugging Face folder, a .gguf file or a .bin file of llama2.c");
         }
 
         if (Directory.Exists(System.IO.Path.Combine(path, TrainingCheckpoint.FolderName)))
@@ -60,6 +75,10 @@ public abstract class ModelSource : IDisposable
 
         return HuggingFaceFolder.OpenFolder(path);
     }
+
+    /// <summary>Reads the tokenizer that came with the model; null where none did.</summary>
+    /// <exception cref="UserErrorException">It is damaged or of a kind that is not supported.</exception>
+    public virtual BpeTokenizer? LoadTokenizer() => TokenizerPath is { } path ? Tokenizer.Load(path) : null;
 
     /// <summary>Copies every tensor to the parameters of a model of the same shape, converting to their types.</summary>
     /// <param name="backend">The device of the parameters.</param>
@@ -121,8 +140,7 @@ public abstract class ModelSource : IDisposable
     private static string WhyNoModel(string path) => System.IO.Path.GetExtension(path) switch
     {
         ".safetensors" => $"name its folder, where {HuggingFaceConfig.FileName} says what model it is",
-        ".gguf" => "GGUF files are not supported; name a Hugging Face folder",
         ".pt" or ".pth" or ".ckpt" => "PyTorch files are not supported; save the model as safetensors and name its folder",
-        _ => "not a model; name a run, a checkpoint, a Hugging Face folder or a .bin file of llama2.c",
+        _ => "not a model; name a run, a checkpoint, a Hugging Face folder, a .gguf file or a .bin file of llama2.c",
     };
 }

@@ -58,4 +58,17 @@ internal static class ModelTensors
 
     /// <summary>The full name of a layer's tensor.</summary>
     public static string InLayer(int layer, string name) => $"model.layers.{layer}.{name}.weight";
+
+    /// <summary>
+    /// The row of a q or k weight in files that rotate the pairs (2i, 2i + 1) of a head, where ours rotates (i, i + D/2):
+    /// of a head's D rows first the even ones, then the odd ones.
+    /// </summary>
+    /// <param name="row">The row here.</param>
+    /// <param name="headDim">D, the width of a head.</param>
+    public static long InterleavedRow(long row, int headDim)
+    {
+        (long head, long i) = Math.DivRem(row, headDim);
+        int half = headDim / 2;
+        return (head * headDim) + (i < half ? 2 * i : (2 * (i - half)) + 1);
+    }
 }

@@ -40,7 +40,7 @@ public sealed class LanguageModel : IDisposable
     public bool AddsBos { get; }
 
     /// <summary>Loads a model and its tokenizer.</summary>
-    /// <param name="path">A run (its newest checkpoint), a checkpoint, a Hugging Face folder, or a <c>.bin</c> file of llama2.c.</param>
+    /// <param name="path">A run (its newest checkpoint), a checkpoint, a Hugging Face folder, a <c>.gguf</c> file, or a <c>.bin</c> file of llama2.c.</param>
     /// <param name="threads">Threads to compute with; 0 for one a core.</param>
     /// <param name="contextLength">Most tokens of a text; by default what the model is trained for.</param>
     /// <param name="warn">Is told, in one line, what is wrong but can be worked around.</param>
@@ -49,9 +49,8 @@ public sealed class LanguageModel : IDisposable
     public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null)
     {
         using ModelSource source = ModelSource.Open(path, warn ?? (static _ => { }));
-        string tokenizerPath = source.TokenizerPath
+        ITokenizer tokenizer = source.LoadTokenizer()
             ?? throw new UserErrorException($"{source.Path}: has no tokenizer; put its tokenizer.model or tokenizer.json beside the weights");
-        ITokenizer tokenizer = Data.Tokenizers.Tokenizer.Load(tokenizerPath);
         CpuBackend backend = CpuBackend.Create(threads);
         LlamaModel? model = null;
         try
@@ -59,7 +58,7 @@ public sealed class LanguageModel : IDisposable
             model = LlamaModel.Allocate(source.Config, backend, trains: false);
             source.CopyTo(backend, model.Parameters);
             model.Pack();
-            return new LanguageModel(backend, model, tokenizer, WantsBos(tokenizerPath), contextLength ?? source.Config.ContextLength);
+            return new LanguageModel(backend, model, tokenizer, source.AddsBos, contextLength ?? source.Config.ContextLength);
         }
         catch
         {
@@ -86,13 +85,5 @@ public sealed class LanguageModel : IDisposable
         _generator?.Dispose();
         Model.Dispose();
         Backend.Dispose();
-    }
-
-    // Llama's tokenizers add BOS unless the folder says otherwise.
-    private static bool WantsBos(string tokenizerPath)
-    {
-        string folder = Directory.Exists(tokenizerPath) ? tokenizerPath : Path.GetDirectoryName(Path.GetFullPath(tokenizerPath))!;
-        string settings = Path.Combine(folder, "tokenizer_config.json");
-        return !File.Exists(settings) || JsonKeys.Read(settings).Boolean("add_bos_token", absent: true);
     }
 }
