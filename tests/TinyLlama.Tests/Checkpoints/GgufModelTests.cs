@@ -1,0 +1,55 @@
+using System.Runtime.InteropServices;
+using System.Text.Json;
+using TinyLlama.Checkpoints;
+using TinyLlama.Model;
+using TinyLlama.Tests.Common;
+using TinyLlama.Tests.Model;
+
+namespace TinyLlama.Tests.Checkpoints;
+
+/// <summary>Files whose tokens and logits llama.cpp has given (goldens/gguf).</summary>
+public sealed class GgufModelTests
+{
+    [Theory]
+    [InlineData("tiny4-f32-kvf32", "tiny4-f32", 1e-4, 0)]
+    [InlineData("tiny4-f32", "tiny4-f32", 0.15, 0.3)]
+    [InlineData("tiny4-q8_0", "tiny4-q8_0", 0.15, 0.3)]
+    [InlineData("tiny4-q4_0", "tiny4-q4_0", 0.15, 0.3)]
+    [InlineData("tiny256-q4_k_m", "tiny256-q4_k_m", 0.15, 0.3)]
+    [InlineData("tiny256-q6_k", "tiny256-q6_k", 0.15, 0.3)]
+    public void Tokens_and_logits_are_those_of_the_program_the_format_comes_from(string golden, string file, double tolerance, double margin)
+    {
+        using JsonDocument json = JsonDocument.Parse(File.ReadAllText(SharedFiles.Require($"goldens/gguf/{golden}.json")));
+        int[] prompt = [.. json.RootElement.GetProperty("prompt_tokens").EnumerateArray().Select(id => id.GetInt32())];
+        int[] greedy = [.. json.RootElement.GetProperty("greedy").EnumerateArray().Select(id => id.GetInt32())];
+        byte[] bytes = File.ReadAllBytes(SharedFiles.Require($"goldens/gguf/{golden}.logits.f32"));
+        ReadOnlySpan<float> expected = MemoryMarshal.Cast<byte, float>(bytes);
+        using ModelSource source = ModelSource.Open(SharedFiles.Require($"goldens/gguf/{file}.gguf"), Assert.Fail);
+
+        List<int> ids = [source.LoadTokenizer()!.Bos!.Value];
+        source.LoadTokenizer()!.Encode(json.RootElement.GetProperty("prompt").GetString(), ids);
+        Assert.True(source.AddsBos);
+        Assert.Equal(prompt, ids);
+
+        int[] sequence = [.. prompt, .. greedy];
+        using var run = new ModelRun(source.Config, sequence.Length, Keep.Nothing);
+        source.CopyTo(run.Backend, run.Model.Parameters);
+        run.Model.Pack();
+        run.Forward(sequence);
+        float[] actual = run.Logits();
+        Assert.Equal(expected.Length, actual.Length);
+        int vocabulary = source.Config.VocabularySize;
+        for (int row = 0; row < sequence.Length; row++)
+        {
+            float[] wanted = expected.Slice(row * vocabulary, vocabulary).ToArray();
+            float[] given = actual[(row * vocabulary)..((row + 1) * vocabulary)];
+            double error = wanted.Zip(given, (a, b) => Math.Abs((double)a - b)).Max();
+            Assert.True(error <= tolerance, $"row {row}: a logit is {error:E2} off");
+            float[] sorted = [.. wanted.OrderDescending()];
+            if (sorted[0] - sorted[1] > margin)
+            {
+                Assert.Equal(Array.IndexOf(wanted, sorted[0]), Array.IndexOf(given, given.Max()));
+            }
+        }
+    }
+}
