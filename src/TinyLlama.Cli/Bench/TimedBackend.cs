@@ -256,12 +256,15 @@ internal sealed class TimedBackend(Backend inner) : Backend
     {
     }
 
+    // A TimeSpan counts in steps of 100 ns, which a small operation does not last.
+    private static double SecondsSince(long start) => (Stopwatch.GetTimestamp() - start) / (double)Stopwatch.Frequency;
+
     private void Record(string name, long start, long bytes, long flops = 0) =>
-        Record(new Operation(name), Stopwatch.GetElapsedTime(start).TotalSeconds, bytes, flops);
+        Record(new Operation(name), SecondsSince(start), bytes, flops);
 
     private void RecordProduct(string name, long start, int tokens, Tensor weight, long bytes)
     {
-        double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
+        double seconds = SecondsSince(start);
         Record(new Operation(name, tokens, weight.Rows, weight.Columns), seconds, bytes, 2 * tokens * weight.Count);
     }
 
