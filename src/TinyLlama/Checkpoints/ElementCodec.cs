@@ -8,7 +8,7 @@ namespace TinyLlama.Checkpoints;
 internal static class ElementCodec
 {
     /// <summary>Whether elements of this type convert to and from singles.</summary>
-    public static bool IsFloatingPoint(DType type) => type != DType.I32;
+    public static bool IsFloatingPoint(DType type) => type is DType.F32 or DType.BF16 or DType.F16 or DType.F64;
 
     /// <summary>Widens stored elements to singles. Exact, except that doubles are rounded to nearest.</summary>
     public static void Decode(ReadOnlySpan<byte> source, DType type, Span<float> destination)

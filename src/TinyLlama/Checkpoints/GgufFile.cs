@@ -2,6 +2,7 @@ using System.Buffers.Binary;
 using System.Collections.Frozen;
 using System.Numerics;
 using System.Text;
+using TinyLlama.Compute;
 using TinyLlama.Compute.Native;
 using TinyLlama.Data;
 
@@ -13,7 +14,7 @@ namespace TinyLlama.Checkpoints;
 /// <param name="Shape">Its dimensions, the slowest first (the file has them the other way round).</param>
 /// <param name="Offset">First byte, counted from the beginning of the file.</param>
 /// <param name="ByteCount">Size in bytes.</param>
-internal sealed record GgufEntry(string Name, GgufType Type, IReadOnlyList<long> Shape, long Offset, long ByteCount);
+internal sealed record GgufEntry(string Name, DType Type, IReadOnlyList<long> Shape, long Offset, long ByteCount);
 
 /// <summary>
 /// A GGUF file of version 2 or 3, mapped into memory: a magic, a version and two counts, then metadata (key, type, value),
@@ -279,12 +280,12 @@ internal sealed class GgufFile : IDisposable
         }
 
         uint number = reader.UInt32();
-        GgufType type = GgufType.Find(number) ?? throw reader.Error(
+        DType type = GgufType.Find(number) ?? throw reader.Error(
             $"tensor '{name}' is of type {GgufType.NameOf(number)}, which is not supported; F32, F16, BF16, Q8_0, Q4_0, Q4_K and Q6_K are");
-        Int128 bytes = elements / type.BlockElements * type.BlockBytes;
+        Int128 bytes = elements / type.BlockElements() * type.BlockBytes();
         ulong offset = reader.UInt64();
-        return shape[^1] % type.BlockElements != 0
-            ? throw reader.Error($"tensor '{name}' has rows of {shape[^1]} elements, {type.Name} needs a multiple of {type.BlockElements}")
+        return shape[^1] % type.BlockElements() != 0
+            ? throw reader.Error($"tensor '{name}' has rows of {shape[^1]} elements, {type} needs a multiple of {type.BlockElements()}")
             : bytes > reader.Length || offset > long.MaxValue || offset % (ulong)alignment != 0
             ? throw reader.Error($"tensor '{name}' of {bytes} bytes at offset {offset} does not fit the file or is not aligned to {alignment}")
             : new GgufEntry(name, type, shape, (long)offset, (long)bytes);

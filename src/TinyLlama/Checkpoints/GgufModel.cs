@@ -18,7 +18,7 @@ internal sealed class GgufModel : ModelSource
     public override string? TokenizerPath => null;
 
     /// <inheritdoc/>
-    public override DType StoredType => _entries[ModelTensors.Embedding].Type.ElementType ?? DType.F32;
+    public override DType StoredType => _entries[ModelTensors.Embedding].Type is var type && type.IsQuantized() ? DType.F32 : type;
 
     /// <inheritdoc/>
     public override bool AddsBos => _file.Value("tokenizer.ggml.add_bos_token", absent: true);
@@ -194,19 +194,19 @@ internal sealed class GgufModel : ModelSource
 
     private void ReadRange(GgufEntry entry, long first, Span<float> destination)
     {
-        GgufType type = entry.Type;
-        if (type.ElementType is { } elements)
+        DType type = entry.Type;
+        if (!type.IsQuantized())
         {
-            ElementCodec.Decode(_file.Bytes(entry, first * type.BlockBytes, destination.Length * type.BlockBytes), elements, destination);
+            ElementCodec.Decode(_file.Bytes(entry, first * type.ByteCount(), destination.Length * type.ByteCount()), type, destination);
             return;
         }
 
-        Span<float> values = stackalloc float[GgufType.MaximumBlockElements];
+        Span<float> values = stackalloc float[QuantizedBlocks.MaximumElements];
         while (!destination.IsEmpty)
         {
-            (long block, long skipped) = Math.DivRem(first, type.BlockElements);
-            int count = (int)Math.Min(type.BlockElements - skipped, destination.Length);
-            type.DecodeBlock(_file.Bytes(entry, block * type.BlockBytes, type.BlockBytes), values);
+            (long block, long skipped) = Math.DivRem(first, type.BlockElements());
+            int count = (int)Math.Min(type.BlockElements() - skipped, destination.Length);
+            QuantizedBlocks.Decode(type, _file.Bytes(entry, block * type.BlockBytes(), type.BlockBytes()), values);
             values.Slice((int)skipped, count).CopyTo(destination);
             destination = destination[count..];
             first += count;
