@@ -281,7 +281,7 @@ internal sealed class GgufFile : IDisposable
 
         uint number = reader.UInt32();
         DType type = GgufType.Find(number) ?? throw reader.Error(
-            $"tensor '{name}' is of type {GgufType.NameOf(number)}, which is not supported; F32, F16, BF16, Q8_0, Q4_0, Q4_K and Q6_K are");
+            $"tensor '{name}' is of type {GgufType.NameOf(number)}, which is not supported; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K are");
         Int128 bytes = elements / type.BlockElements() * type.BlockBytes();
         ulong offset = reader.UInt64();
         return shape[^1] % type.BlockElements() != 0

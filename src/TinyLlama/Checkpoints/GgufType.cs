@@ -11,8 +11,12 @@ internal static class GgufType
         0 => DType.F32,
         1 => DType.F16,
         2 => DType.Q4_0,
+        3 => DType.Q4_1,
+        6 => DType.Q5_0,
+        7 => DType.Q5_1,
         8 => DType.Q8_0,
         12 => DType.Q4_K,
+        13 => DType.Q5_K,
         14 => DType.Q6_K,
         30 => DType.BF16,
         _ => null,
@@ -21,13 +25,9 @@ internal static class GgufType
     /// <summary>ggml's name of a number, for messages.</summary>
     public static string NameOf(uint number) => Find(number)?.ToString() ?? number switch
     {
-        3 => "Q4_1",
-        6 => "Q5_0",
-        7 => "Q5_1",
         9 => "Q8_1",
         10 => "Q2_K",
         11 => "Q3_K",
-        13 => "Q5_K",
         15 => "Q8_K",
         16 => "IQ2_XXS",
         17 => "IQ2_XS",

@@ -127,10 +127,7 @@ public sealed class TokenizerFileTests : IDisposable
     [Fact]
     public void Hugging_Faces_transformers_give_the_same_ids_with_our_tokenizer_json()
     {
-        string? modules = Environment.GetEnvironmentVariable("TINYLLAMA_NODE_MODULES");
-        Assert.SkipUnless(
-            modules is not null && Directory.Exists(Path.Combine(modules, "@huggingface", "transformers")),
-            "needs @huggingface/transformers of npm; set TINYLLAMA_NODE_MODULES to the node_modules folder that has it");
+        string package = NodePackages.Require("@huggingface/transformers");
         Require("node", "node");
         string text = Lines() + "  two  spaces\n\u2581 \U0001F999 \u65E5\u672C\u8A9E\u0007\n1234 def f(x):    return\n";
         BpeModel model = BpeTrainer.Train([text], new BpeTrainingOptions { VocabularySize = 2000, CharacterCoverage = 0.999 });
@@ -138,7 +135,7 @@ public sealed class TokenizerFileTests : IDisposable
         tokenizer.Save(Path.Combine(_folder, "ours"));
         string script = Path.Combine(_folder, "encode.mjs");
         File.WriteAllText(script, $$"""
-            import { AutoTokenizer, env } from '{{Path.Combine(modules!, "@huggingface", "transformers", "dist", "transformers.node.mjs")}}';
+            import { AutoTokenizer, env } from '{{Path.Combine(package, "dist", "transformers.node.mjs")}}';
             import fs from 'fs';
             env.allowRemoteModels = false;
             env.localModelPath = '{{_folder}}/';
