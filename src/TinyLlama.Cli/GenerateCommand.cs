@@ -39,6 +39,18 @@ internal sealed class GenerateCommand
         HelpName = "X",
     };
 
+    private readonly Option<double?> _presence = new("--presence-penalty")
+    {
+        Description = "Subtracted from the logits of tokens that were generated already",
+        HelpName = "X",
+    };
+
+    private readonly Option<double?> _frequency = new("--frequency-penalty")
+    {
+        Description = "Subtracted from the logit of a token each time that it was generated already",
+        HelpName = "X",
+    };
+
     private readonly Option<ulong?> _seed = CommonOptions.Seed();
 
     private readonly Option<string[]> _stops = new("--stop")
@@ -65,7 +77,7 @@ internal sealed class GenerateCommand
     {
         var command = new Command("generate", "Continue a text with a trained model")
         {
-            _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _seed, _stops, _overflow,
+            _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _overflow,
             _context, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
@@ -133,6 +145,8 @@ internal sealed class GenerateCommand
             TopP = parse.GetValue(_topP) ?? 0.95,
             MinP = parse.GetValue(_minP) ?? 0,
             RepetitionPenalty = parse.GetValue(_penalty) ?? 1,
+            PresencePenalty = parse.GetValue(_presence) ?? 0,
+            FrequencyPenalty = parse.GetValue(_frequency) ?? 0,
             Seed = seed,
             StopStrings = parse.GetValue(_stops) ?? [],
             Overflow = parse.GetValue(_overflow) == "sliding" ? ContextOverflow.Sliding : ContextOverflow.Error,
@@ -154,6 +168,7 @@ internal sealed class GenerateCommand
     private static string Ending(FinishReason reason) => reason switch
     {
         FinishReason.EndOfText => "the text ended",
+        FinishReason.StopToken => "a stop token came",
         FinishReason.StopString => "a stop string came",
         FinishReason.MaxTokens => "as many as asked for",
         FinishReason.ContextFull => "the context is full",
@@ -167,6 +182,7 @@ internal sealed class GenerateCommand
         ["finish_reason"] = generation.Finish switch
         {
             FinishReason.EndOfText => "end_of_text",
+            FinishReason.StopToken => "stop_token",
             FinishReason.StopString => "stop_string",
             FinishReason.MaxTokens => "max_tokens",
             FinishReason.ContextFull => "context_full",

@@ -3,10 +3,10 @@ using System.Threading.Channels;
 
 namespace TinyLlama.Inference;
 
-/// <summary>A text in a <see cref="BatchGenerator"/>. Its pieces come as they are computed; enumerate them once.</summary>
-public sealed class BatchGeneration : IAsyncEnumerable<string>
+/// <summary>A text in a <see cref="BatchGenerator"/>. Its tokens come as they are computed; enumerate them once.</summary>
+public sealed class BatchGeneration : IAsyncEnumerable<GeneratedToken>
 {
-    private readonly Channel<string> _pieces = Channel.CreateUnbounded<string>(new() { SingleReader = true, SingleWriter = true });
+    private readonly Channel<GeneratedToken> _tokens = Channel.CreateUnbounded<GeneratedToken>(new() { SingleReader = true, SingleWriter = true });
     private readonly long _start = Stopwatch.GetTimestamp();
 
     internal BatchGeneration(int promptTokens, GenerationState state, CancellationToken stop) =>
@@ -30,26 +30,23 @@ public sealed class BatchGeneration : IAsyncEnumerable<string>
 
     internal CachedSequence? Sequence { get; set; }
 
-    /// <summary>Gets or sets the tokens that the model must see before the next one is chosen.</summary>
-    internal ReadOnlyMemory<int> Pending { get; set; }
+    /// <summary>Gets the tokens that the model must see before the next one is chosen.</summary>
+    internal ReadOnlyMemory<int> Pending => State.Input[Sequence!.Length..];
 
     /// <inheritdoc/>
-    public IAsyncEnumerator<string> GetAsyncEnumerator(CancellationToken cancellationToken = default) =>
-        _pieces.Reader.ReadAllAsync(cancellationToken).GetAsyncEnumerator(cancellationToken);
+    public IAsyncEnumerator<GeneratedToken> GetAsyncEnumerator(CancellationToken cancellationToken = default) =>
+        _tokens.Reader.ReadAllAsync(cancellationToken).GetAsyncEnumerator(cancellationToken);
 
-    internal void Write(string piece)
+    internal void Write(GeneratedToken token)
     {
         FirstTokenTime ??= Stopwatch.GetElapsedTime(_start);
-        NewTokens = State.Tokens.Length;
-        if (piece.Length > 0)
-        {
-            _pieces.Writer.TryWrite(piece);
-        }
+        NewTokens++;
+        _tokens.Writer.TryWrite(token);
     }
 
     internal void Complete(Exception? error = null)
     {
         Finish = State.Finish;
-        _pieces.Writer.TryComplete(error);
+        _tokens.Writer.TryComplete(error);
     }
 }

@@ -1,4 +1,3 @@
-using System.Threading.Channels;
 using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
@@ -18,15 +17,18 @@ public sealed class BatchGenerator : IDisposable
 {
     private readonly InferenceEngine _engine;
     private readonly PromptReader _prompts;
-    private readonly Channel<BatchGeneration> _waiting;
-    private readonly CancellationTokenSource _dispose = new();
-    private readonly Thread _thread;
+    private readonly Lock _lock = new();
+    private readonly LinkedList<BatchGeneration> _waiting = [];
     private readonly List<BatchGeneration> _running = [];
+    private readonly AutoResetEvent _wake = new(initialState: false);
+    private readonly Thread _thread;
     private readonly float[] _logits;
     private readonly int _places;
+    private readonly int _queue;
     private long _promptTokens;
     private long _newTokens;
     private int _runningCount;
+    private Exception? _ended;
 
     /// <summary>Takes the memory for all places and starts the thread.</summary>
     /// <param name="model">The model; it outlives the generator.</param>
@@ -45,8 +47,7 @@ public sealed class BatchGenerator : IDisposable
         int context = contextLength ?? model.Config.ContextLength;
         _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);
         _engine = new InferenceEngine(model, backend, context, places);
-        _waiting = Channel.CreateBounded<BatchGeneration>(queue);
-        _places = places;
+        (_places, _queue) = (places, queue);
         _logits = new float[places * _engine.VocabularySize];
         _thread = new Thread(Work) { IsBackground = true, Name = "batch generator" };
         _thread.Start();
@@ -59,7 +60,16 @@ public sealed class BatchGenerator : IDisposable
     public int ContextLength => _engine.ContextLength;
 
     /// <summary>Gets the number of texts that wait for a place.</summary>
-    public int Waiting => _waiting.Reader.Count;
+    public int Waiting
+    {
+        get
+        {
+            lock (_lock)
+            {
+                return _waiting.Count;
+            }
+        }
+    }
 
     /// <summary>Gets the number of texts that have a place.</summary>
     public int Running => Volatile.Read(ref _runningCount);
@@ -70,34 +80,71 @@ public sealed class BatchGenerator : IDisposable
     /// <summary>Gets the number of tokens generated so far.</summary>
     public long NewTokens => Interlocked.Read(ref _newTokens);
 
+    /// <summary>The tokens of a prompt: BOS, where the model wants it and the vocabulary has it, and those of the text.</summary>
+    public int[] Encode(string prompt) => _prompts.Encode(prompt);
+
     /// <summary>Puts a text in line; enumerate what comes back to read it.</summary>
     /// <param name="prompt">The text to continue; may be empty where the vocabulary has BOS.</param>
     /// <param name="options">How to continue.</param>
     /// <param name="stop">Takes it out again; its enumeration ends with <see cref="OperationCanceledException"/>.</param>
     /// <returns>The continuation, or null where the queue is full.</returns>
     /// <exception cref="UserErrorException">An option is out of range, or prompt and new tokens do not fit the context.</exception>
-    public BatchGeneration? TrySubmit(string prompt, GenerationOptions options, CancellationToken stop = default)
+    public BatchGeneration? TrySubmit(string prompt, GenerationOptions options, CancellationToken stop = default) =>
+        TrySubmit(Encode(prompt), options, completions: 1, stop)?[0];
+
+    /// <summary>Puts several continuations of one prompt in line, all of them or none.</summary>
+    /// <param name="prompt">Token ids, taken as they are: see <see cref="Encode"/>.</param>
+    /// <param name="options">How to continue; continuation i has the seed <see cref="GenerationOptions.Seed"/> + i.</param>
+    /// <param name="completions">The number of continuations.</param>
+    /// <param name="stop">Takes them out again; their enumerations end with <see cref="OperationCanceledException"/>.</param>
+    /// <returns>The continuations, or null where the queue has no room for them.</returns>
+    /// <exception cref="UserErrorException">An id or option is out of range, or prompt and new tokens do not fit the context.</exception>
+    public IReadOnlyList<BatchGeneration>? TrySubmit(
+        ReadOnlySpan<int> prompt, GenerationOptions options, int completions = 1, CancellationToken stop = default)
     {
-        ObjectDisposedException.ThrowIf(_dispose.IsCancellationRequested, this);
-        int[] tokens = _prompts.Read(prompt, options);
-        var text = new BatchGeneration(tokens.Length, new GenerationState(Tokenizer, tokens, options, ContextLength), stop);
-        if (text.State.Finish != FinishReason.None)
+        ArgumentOutOfRangeException.ThrowIfLessThan(completions, 1);
+        _prompts.Check(prompt, options);
+        var texts = new BatchGeneration[completions];
+        for (int i = 0; i < completions; i++)
         {
-            text.Complete();
-            return text;
+            GenerationOptions own = options with { Seed = options.Seed + (ulong)i };
+            texts[i] = new BatchGeneration(prompt.Length, new GenerationState(Tokenizer, prompt, own, ContextLength), stop);
         }
 
-        return _waiting.Writer.TryWrite(text) ? text : null;
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_ended is not null, this);
+            RemoveCancelled();
+            if (_waiting.Count + completions > _queue)
+            {
+                return null;
+            }
+
+            foreach (BatchGeneration text in texts)
+            {
+                if (text.State.Finish == FinishReason.None)
+                {
+                    _waiting.AddLast(text);
+                }
+                else
+                {
+                    text.Complete();
+                }
+            }
+        }
+
+        _wake.Set();
+        return texts;
     }
 
     /// <summary>Ends the thread; texts that have not ended fail with <see cref="ObjectDisposedException"/>.</summary>
     public void Dispose()
     {
-        _waiting.Writer.TryComplete();
-        _dispose.Cancel();
+        End(new ObjectDisposedException(nameof(BatchGenerator)));
+        _wake.Set();
         _thread.Join();
         _engine.Dispose();
-        _dispose.Dispose();
+        _wake.Dispose();
     }
 
     private void Work()
@@ -112,31 +159,40 @@ public sealed class BatchGenerator : IDisposable
         catch (Exception e)
         {
             // Nothing here is a text's fault: no further step can be trusted.
-            _waiting.Writer.TryComplete(e);
+            End(e);
             Fail(e);
             throw;
         }
 
-        Fail(new ObjectDisposedException(nameof(BatchGenerator)));
+        Fail(_ended!);
+    }
+
+    private void End(Exception reason)
+    {
+        lock (_lock)
+        {
+            _ended ??= reason;
+        }
     }
 
     private void Fail(Exception e)
     {
-        foreach (BatchGeneration text in _running)
+        _running.ForEach(text => text.Complete(e));
+        lock (_lock)
         {
-            text.Complete(e);
-        }
+            foreach (BatchGeneration text in _waiting)
+            {
+                text.Complete(e);
+            }
 
-        while (_waiting.Reader.TryRead(out BatchGeneration? text))
-        {
-            text.Complete(e);
+            _waiting.Clear();
         }
     }
 
     // Texts leave and enter between two forwards. False when the generator is to end.
     private bool Admit()
     {
-        while (!_dispose.IsCancellationRequested)
+        while (true)
         {
             for (int i = _running.Count - 1; i >= 0; i--)
             {
@@ -146,11 +202,20 @@ public sealed class BatchGenerator : IDisposable
                 }
             }
 
-            while (_running.Count < _places && _waiting.Reader.TryRead(out BatchGeneration? text))
+            lock (_lock)
             {
-                text.Sequence = _engine.Begin();
-                text.Pending = text.State.NextInput(0, out _);
-                _running.Add(text);
+                if (_ended is not null)
+                {
+                    return false;
+                }
+
+                RemoveCancelled();
+                while (_running.Count < _places && _waiting.First is { Value: BatchGeneration text })
+                {
+                    _waiting.RemoveFirst();
+                    text.Sequence = _engine.Begin();
+                    _running.Add(text);
+                }
             }
 
             Volatile.Write(ref _runningCount, _running.Count);
@@ -159,52 +224,51 @@ public sealed class BatchGenerator : IDisposable
                 return true;
             }
 
-            WaitForText();
+            _wake.WaitOne();
         }
-
-        return false;
     }
 
-    private void WaitForText()
+    // Under the lock: nobody waits behind a text that nobody wants.
+    private void RemoveCancelled()
     {
-        try
+        for (LinkedListNode<BatchGeneration>? node = _waiting.First, next; node is not null; node = next)
         {
-            _waiting.Reader.WaitToReadAsync(_dispose.Token).AsTask().GetAwaiter().GetResult();
-        }
-        catch (OperationCanceledException)
-        {
-            // Dispose ended the wait.
+            next = node.Next;
+            if (node.Value.Stop.IsCancellationRequested)
+            {
+                _waiting.Remove(node);
+                node.Value.Complete(new OperationCanceledException(node.Value.Stop));
+            }
         }
     }
 
     // Texts with one token to feed come first, so that a long prompt delays nobody by more than one forward.
     private void Step()
     {
-        var parts = new List<(BatchGeneration Text, int Count)>(_running.Count);
+        var parts = new List<(BatchGeneration Text, ReadOnlyMemory<int> Tokens)>(_running.Count);
         int room = _engine.Capacity;
         foreach (BatchGeneration text in _running.OrderBy(text => text.Pending.Length > 1))
         {
             int count = Math.Min(text.Pending.Length, room);
             if (count > 0)
             {
-                parts.Add((text, count));
+                parts.Add((text, text.Pending[..count]));
                 room -= count;
             }
         }
 
-        _engine.Forward([.. parts.Select(part => new Continuation(part.Text.Sequence!, part.Text.Pending[..part.Count]))]);
-        if (parts.Exists(part => part.Count == part.Text.Pending.Length))
+        _engine.Forward([.. parts.Select(part => new Continuation(part.Text.Sequence!, part.Tokens))]);
+        if (parts.Exists(part => part.Text.Pending.IsEmpty))
         {
             _engine.ReadLogits(_logits.AsSpan(0, parts.Count * _engine.VocabularySize));
         }
 
         for (int i = 0; i < parts.Count; i++)
         {
-            (BatchGeneration text, int count) = parts[i];
-            text.Pending = text.Pending[count..];
+            (BatchGeneration text, ReadOnlyMemory<int> tokens) = parts[i];
             if (text.State.Tokens.IsEmpty)
             {
-                Interlocked.Add(ref _promptTokens, count);
+                Interlocked.Add(ref _promptTokens, tokens.Length);
             }
 
             if (text.Pending.IsEmpty)
@@ -230,13 +294,10 @@ public sealed class BatchGenerator : IDisposable
         if (text.State.Finish != FinishReason.None)
         {
             Leave(text);
-            return;
         }
-
-        text.Pending = text.State.NextInput(text.Sequence!.Length, out bool anew);
-        if (anew)
+        else if (text.State.Slid)
         {
-            _engine.Clear(text.Sequence);
+            _engine.Clear(text.Sequence!);
         }
     }
 

@@ -12,6 +12,9 @@ public enum FinishReason
     /// <summary>The model ended the document (EOS), or began another one (BOS).</summary>
     EndOfText,
 
+    /// <summary>A stop token came.</summary>
+    StopToken,
+
     /// <summary>A stop string came up.</summary>
     StopString,
 
@@ -33,6 +36,7 @@ public sealed class Generation : IEnumerable<string>
     private readonly GenerationOptions _options;
     private readonly CancellationToken _stop;
     private readonly List<int> _tokens = [];
+    private readonly List<LogProbabilities> _logProbabilities = [];
 
     internal Generation(TextGenerator generator, int[] prompt, GenerationOptions options, CancellationToken stop)
     {
@@ -44,6 +48,9 @@ public sealed class Generation : IEnumerable<string>
 
     /// <summary>Gets the new tokens; the one that ended the text (EOS) included.</summary>
     public IReadOnlyList<int> Tokens => _tokens;
+
+    /// <summary>Gets how probable each new token was, where <see cref="GenerationOptions.LogProbabilities"/> asks for it; else empty.</summary>
+    public IReadOnlyList<LogProbabilities> LogProbabilities => _logProbabilities;
 
     /// <summary>Gets why the text ended.</summary>
     public FinishReason Finish { get; private set; }
@@ -86,20 +93,20 @@ public sealed class Generation : IEnumerable<string>
         var state = new GenerationState(_generator.Tokenizer, _prompt, _options, engine.ContextLength);
         float[] logits = new float[engine.VocabularySize];
         _tokens.Clear();
+        _logProbabilities.Clear();
         (PrefillTime, Decode, Finish) = (default, default, state.Finish);
         while (state.Finish == FinishReason.None)
         {
             _stop.ThrowIfCancellationRequested();
             long start = Stopwatch.GetTimestamp();
-            int[] input = state.NextInput(sequence.Length, out bool anew);
-            if (anew)
+            if (state.Slid)
             {
                 engine.Clear(sequence);
             }
 
-            engine.Feed(sequence, input, _stop);
+            engine.Feed(sequence, state.Input[sequence.Length..], _stop);
             engine.ReadLogits(logits);
-            string piece = state.Accept(logits);
+            GeneratedToken token = state.Accept(logits);
             TimeSpan time = Stopwatch.GetElapsedTime(start);
             if (_tokens.Count == 0)
             {
@@ -110,9 +117,14 @@ public sealed class Generation : IEnumerable<string>
                 Decode = (Decode.Tokens + 1, Decode.Time + time);
             }
 
-            _tokens.Add(state.Tokens[^1]);
+            _tokens.Add(token.Token);
+            if (token.LogProbabilities is not null)
+            {
+                _logProbabilities.Add(token.LogProbabilities);
+            }
+
             Finish = state.Finish;
-            yield return piece;
+            yield return token.Text;
         }
     }
 }

@@ -36,11 +36,26 @@ public sealed record GenerationOptions
     /// <summary>Gets what logits of tokens already in the context are divided by (multiplied, where negative); 1 for none.</summary>
     public double RepetitionPenalty { get; init; } = 1;
 
+    /// <summary>Gets what is subtracted from the logits of tokens that were generated already, once each.</summary>
+    public double PresencePenalty { get; init; }
+
+    /// <summary>Gets what is subtracted from the logit of a token each time that it was generated already.</summary>
+    public double FrequencyPenalty { get; init; }
+
+    /// <summary>Gets what is added to the logits of some tokens; minus infinity forbids one.</summary>
+    public IReadOnlyDictionary<int, double> LogitBias { get; init; } = new Dictionary<int, double>();
+
     /// <summary>Gets the seed: the same model, prompt, options and seed give the same text.</summary>
     public ulong Seed { get; init; }
 
     /// <summary>Gets strings before which the text ends; no part of them is given out.</summary>
     public IReadOnlyList<string> StopStrings { get; init; } = [];
+
+    /// <summary>Gets tokens that end the text as EOS does; they are not given out as text.</summary>
+    public IReadOnlyList<int> StopTokens { get; init; } = [];
+
+    /// <summary>Gets how many of the likeliest tokens to give the log-probabilities of, besides the chosen one's; null for no log-probabilities.</summary>
+    public int? LogProbabilities { get; init; }
 
     /// <summary>Gets what happens when the text outgrows the context.</summary>
     public ContextOverflow Overflow { get; init; }
@@ -57,6 +72,12 @@ public sealed record GenerationOptions
         Require(
             RepetitionPenalty > 0 && double.IsFinite(RepetitionPenalty),
             $"repetition penalty is {RepetitionPenalty}, it must be above 0 (1 for none)");
+        Require(double.IsFinite(PresencePenalty), $"presence penalty is {PresencePenalty}, it must be a number (0 for none)");
+        Require(double.IsFinite(FrequencyPenalty), $"frequency penalty is {FrequencyPenalty}, it must be a number (0 for none)");
+        Require(
+            LogitBias.Values.All(bias => double.IsFinite(bias) || double.IsNegativeInfinity(bias)),
+            "a logit bias is not a number; minus infinity forbids a token");
+        Require(LogProbabilities is null or >= 0, $"log-probabilities are asked for {LogProbabilities} tokens, it must be 0 or more");
         Require(StopStrings.All(stop => stop.Length > 0), "a stop string is empty");
 
         static void Require(bool condition, string problem)

@@ -4,8 +4,8 @@ using TinyLlama.Data.Tokenizers;
 namespace TinyLlama.Inference;
 
 /// <summary>
-/// One text that is being continued: it says which tokens the model must see next, takes logits and gives pieces of text.
-/// It knows no engine, so a text goes on the same way alone and among others.
+/// One text that is being continued: it says which tokens the model must see next, takes logits and gives tokens and
+/// pieces of text. It knows no engine, so a text goes on the same way alone and among others.
 /// </summary>
 internal sealed class GenerationState
 {
@@ -15,9 +15,10 @@ internal sealed class GenerationState
     private readonly StopStrings _stops;
     private readonly int _contextLength;
     private readonly int _promptLength;
-    private readonly int[] _first;
     private readonly int _most;
     private readonly List<int> _text;
+    private readonly int[] _input;
+    private int _inputCount;
     private SplitMix64 _random;
 
     /// <summary>Begins after a prompt.</summary>
@@ -32,8 +33,18 @@ internal sealed class GenerationState
         _stops = new StopStrings(options.StopStrings);
         _text = [.. prompt];
         _decoder = new StreamingDecoder(tokenizer, startsDocument: _text.TrueForAll(token => tokenizer.TokenBytes(token).IsEmpty));
-        _first = prompt.Length < contextLength ? prompt.ToArray() : Window();
-        _most = options.MaxTokens ?? contextLength - _first.Length;
+        _input = new int[contextLength];
+        if (prompt.Length < contextLength)
+        {
+            prompt.CopyTo(_input);
+            _inputCount = prompt.Length;
+        }
+        else
+        {
+            Slide();
+        }
+
+        _most = options.MaxTokens ?? contextLength - _inputCount;
         Finish = _most == 0 ? FinishReason.MaxTokens : FinishReason.None;
     }
 
@@ -43,26 +54,50 @@ internal sealed class GenerationState
     /// <summary>Gets why the text ended; <see cref="FinishReason.None"/> while it goes on.</summary>
     public FinishReason Finish { get; private set; }
 
-    /// <summary>The tokens that the model must see before the next logits.</summary>
-    /// <param name="seen">How many tokens it has seen.</param>
-    /// <param name="anew">Whether it must forget those first: the window has slid.</param>
-    public int[] NextInput(int seen, out bool anew)
-    {
-        anew = Tokens.Length > 0 && seen >= _contextLength;
-        return Tokens.Length == 0 ? _first : anew ? Window() : [_text[^1]];
-    }
+    /// <summary>Gets all tokens that the model must have seen, from position 0 on, before the next logits.</summary>
+    public ReadOnlyMemory<int> Input => _input.AsMemory(0, _inputCount);
+
+    /// <summary>Gets a value indicating whether the last token moved the window: the model must forget what it saw.</summary>
+    public bool Slid { get; private set; }
 
     /// <summary>Chooses the next token.</summary>
-    /// <param name="logits">(V) logits after what <see cref="NextInput"/> gave; overwritten.</param>
-    /// <returns>The text that is now certain, often empty. With the last token, all that is left.</returns>
-    public string Accept(Span<float> logits)
+    /// <param name="logits">(V) logits after <see cref="Input"/>; overwritten.</param>
+    public GeneratedToken Accept(Span<float> logits)
     {
         // Ids beyond the tokenizer's are padding of the model's vocabulary.
-        int token = Sampler.Next(logits[.._tokenizer.VocabularySize], Recent(), _options, ref _random);
+        logits = logits[.._tokenizer.VocabularySize];
+        float[]? unchanged = _options.LogProbabilities is null ? null : logits.ToArray();
+        int token = Sampler.Next(logits, Recent(), Tokens, _options, ref _random);
+        Append(token);
+        return new GeneratedToken(
+            token, Piece(token), unchanged is null ? null : LogProbabilities.Of(unchanged, token, _options.LogProbabilities!.Value, _tokenizer));
+    }
+
+    private void Append(int token)
+    {
         _text.Add(token);
+        Slid = _inputCount == _contextLength;
+        if (Slid)
+        {
+            Slide();
+        }
+        else
+        {
+            _input[_inputCount++] = token;
+        }
+    }
+
+    private string Piece(int token)
+    {
         if (token == _tokenizer.Eos || token == _tokenizer.Bos)
         {
             Finish = FinishReason.EndOfText;
+            return Rest();
+        }
+
+        if (_options.StopTokens.Contains(token))
+        {
+            Finish = FinishReason.StopToken;
             return Rest();
         }
 
@@ -80,17 +115,15 @@ internal sealed class GenerationState
         return piece;
     }
 
-    // The last half of a context, after the BOS that the text began with.
-    private int[] Window()
+    // What the model sees becomes the last half of a context, after the BOS that the text began with.
+    private void Slide()
     {
-        int count = Math.Max(1, _contextLength / 2);
-        int[] last = [.. _text[^count..]];
-        if (_text[0] == _tokenizer.Bos && count > 1)
+        _inputCount = Math.Max(1, _contextLength / 2);
+        CollectionsMarshal.AsSpan(_text)[^_inputCount..].CopyTo(_input);
+        if (_text[0] == _tokenizer.Bos && _inputCount > 1)
         {
-            last[0] = _text[0];
+            _input[0] = _text[0];
         }
-
-        return last;
     }
 
     private ReadOnlySpan<int> Recent() => CollectionsMarshal.AsSpan(_text)[Math.Max(0, _text.Count - _contextLength)..];

@@ -26,11 +26,9 @@ internal sealed class PromptReader
     public int ContextLength { get; }
 
     /// <summary>The prompt's tokens, after BOS where the model wants it.</summary>
-    /// <exception cref="UserErrorException">An option is out of range, or prompt and new tokens do not fit the context.</exception>
-    public int[] Read(string prompt, GenerationOptions options)
+    public int[] Encode(string prompt)
     {
         ArgumentNullException.ThrowIfNull(prompt);
-        options.Validate();
         List<int> tokens = [];
         if (AddBos)
         {
@@ -38,13 +36,43 @@ internal sealed class PromptReader
         }
 
         Tokenizer.Encode(prompt, tokens);
-        if (tokens.Count == 0)
+        return [.. tokens];
+    }
+
+    /// <summary>Refuses what cannot be continued.</summary>
+    /// <exception cref="UserErrorException">The prompt is empty, an id or option is out of range, or prompt and new tokens do not fit the context.</exception>
+    public void Check(ReadOnlySpan<int> prompt, GenerationOptions options)
+    {
+        options.Validate();
+        if (prompt.IsEmpty)
         {
             throw new UserErrorException("the prompt is empty, and the model has no token to begin a text with; give it a word to continue");
         }
 
-        RequireRoom(tokens.Count, options);
-        return [.. tokens];
+        foreach (int id in prompt)
+        {
+            RequireId(id, "the prompt has");
+        }
+
+        foreach (int id in options.StopTokens)
+        {
+            RequireId(id, "a stop token is");
+        }
+
+        foreach (int id in options.LogitBias.Keys)
+        {
+            RequireId(id, "a logit bias is for");
+        }
+
+        RequireRoom(prompt.Length, options);
+    }
+
+    private void RequireId(int id, string what)
+    {
+        if ((uint)id >= (uint)Tokenizer.VocabularySize)
+        {
+            throw new UserErrorException($"{what} token {id}; tokens are 0 to {Tokenizer.VocabularySize - 1}");
+        }
     }
 
     private void RequireRoom(int prompt, GenerationOptions options)

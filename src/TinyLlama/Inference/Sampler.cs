@@ -1,12 +1,13 @@
 using System.Buffers;
+using System.Runtime.InteropServices;
 using TinyLlama.Data;
 
 namespace TinyLlama.Inference;
 
 /// <summary>From logits to the next token: functions of (logits, options, random state) and nothing else.</summary>
 /// <remarks>
-/// The order is that of Hugging Face's transformers: repetition penalty, temperature, top-k, top-p, min-p, each on what
-/// the ones before left, then one draw. (llama.cpp divides by the temperature last, so that its top-p and min-p see the
+/// The order is that of Hugging Face's transformers: logit bias, repetition penalty, presence and frequency penalty,
+/// temperature, top-k, top-p, min-p, each on what the ones before left, then one draw. (llama.cpp divides by the temperature last, so that its top-p and min-p see the
 /// probabilities at temperature 1.) Of equal logits the smaller id comes first.
 /// </remarks>
 public static class Sampler
@@ -14,14 +15,26 @@ public static class Sampler
     /// <summary>The next token.</summary>
     /// <param name="logits">(V) logits; overwritten.</param>
     /// <param name="context">The tokens that the repetition penalty is for.</param>
+    /// <param name="generated">The tokens that presence and frequency penalty are for.</param>
     /// <param name="options">How to choose.</param>
     /// <param name="random">The random state; one number is drawn, none where the choice is greedy.</param>
     /// <exception cref="UserErrorException">A logit is not a number or plus infinity, or all are minus infinity.</exception>
-    public static int Next(Span<float> logits, ReadOnlySpan<int> context, GenerationOptions options, ref SplitMix64 random)
+    public static int Next(
+        Span<float> logits, ReadOnlySpan<int> context, ReadOnlySpan<int> generated, GenerationOptions options, ref SplitMix64 random)
     {
+        foreach ((int id, double bias) in options.LogitBias)
+        {
+            logits[id] = (float)(logits[id] + bias);
+        }
+
         if (options.RepetitionPenalty != 1)
         {
             Penalize(logits, context, options.RepetitionPenalty);
+        }
+
+        if (options.PresencePenalty != 0 || options.FrequencyPenalty != 0)
+        {
+            Penalize(logits, generated, options.PresencePenalty, options.FrequencyPenalty);
         }
 
         int likeliest = Greedy(logits);
@@ -55,19 +68,33 @@ public static class Sampler
     /// </summary>
     public static void Penalize(Span<float> logits, ReadOnlySpan<int> context, double penalty)
     {
-        ulong[] seen = ArrayPool<ulong>.Shared.Rent((logits.Length + 63) / 64);
-        seen.AsSpan().Clear();
-        foreach (int id in context)
+        foreach ((int id, _) in Counts(context))
         {
-            ulong bit = 1UL << (id & 63);
-            if ((seen[id >> 6] & bit) == 0)
-            {
-                seen[id >> 6] |= bit;
-                logits[id] = (float)(logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty);
-            }
+            logits[id] = (float)(logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty);
+        }
+    }
+
+    /// <summary>
+    /// Makes tokens that were generated already less likely: from the logit of each, presence is subtracted once and
+    /// frequency as often as the token came. Negative ones make them likelier.
+    /// </summary>
+    public static void Penalize(Span<float> logits, ReadOnlySpan<int> generated, double presence, double frequency)
+    {
+        foreach ((int id, int count) in Counts(generated))
+        {
+            logits[id] = (float)(logits[id] - presence - (count * frequency));
+        }
+    }
+
+    private static Dictionary<int, int> Counts(ReadOnlySpan<int> tokens)
+    {
+        var counts = new Dictionary<int, int>();
+        foreach (int id in tokens)
+        {
+            CollectionsMarshal.GetValueRefOrAddDefault(counts, id, out _)++;
         }
 
-        ArrayPool<ulong>.Shared.Return(seen);
+        return counts;
     }
 
     private static int Draw(Span<float> logits, float largest, GenerationOptions options, ref SplitMix64 random)

@@ -44,8 +44,19 @@ public sealed class TextGenerator : IDisposable
     /// <exception cref="UserErrorException">An option is out of range, or prompt and new tokens do not fit the context.</exception>
     public Generation Generate(string prompt, GenerationOptions? options = null, CancellationToken stop = default)
     {
+        return Generate(_prompts.Encode(prompt), options, stop);
+    }
+
+    /// <summary>Prepares a continuation of tokens, which are taken as they are; nothing is computed before it is enumerated.</summary>
+    /// <param name="prompt">At least one token id.</param>
+    /// <param name="options">How to continue.</param>
+    /// <param name="stop">Ends the enumeration with <see cref="OperationCanceledException"/>.</param>
+    /// <exception cref="UserErrorException">An id or option is out of range, or prompt and new tokens do not fit the context.</exception>
+    public Generation Generate(int[] prompt, GenerationOptions? options = null, CancellationToken stop = default)
+    {
         options ??= new GenerationOptions();
-        return new Generation(this, _prompts.Read(prompt, options), options, stop);
+        _prompts.Check(prompt, options);
+        return new Generation(this, prompt, options, stop);
     }
 
     /// <inheritdoc/>

@@ -8,6 +8,8 @@ namespace TinyLlama.Tests.Inference;
 
 public sealed class BatchGeneratorTests : IDisposable
 {
+    private static readonly Dictionary<int, double> s_neverEnd = new() { [256] = double.NegativeInfinity, [257] = double.NegativeInfinity };
+
     private readonly ByteTokenizer _tokenizer = new();
     private readonly ModelRun _run = new(
         ModelRun.TinyConfig() with { VocabularySize = 258, ContextLength = 64 }, 64, Keep.Nothing);
@@ -65,7 +67,7 @@ public sealed class BatchGeneratorTests : IDisposable
         var endless = new GenerationOptions { MaxTokens = int.MaxValue, Overflow = ContextOverflow.Sliding };
         BatchGeneration first = batch.TrySubmit("a", endless, stop.Token)!;
         BatchGeneration second = batch.TrySubmit("b", new() { MaxTokens = 3, Temperature = 0 })!;
-        await using (IAsyncEnumerator<string> pieces = first.GetAsyncEnumerator(TestContext.Current.CancellationToken))
+        await using (IAsyncEnumerator<GeneratedToken> pieces = first.GetAsyncEnumerator(TestContext.Current.CancellationToken))
         {
             Assert.True(await pieces.MoveNextAsync());
             await stop.CancelAsync();
@@ -104,6 +106,64 @@ public sealed class BatchGeneratorTests : IDisposable
     }
 
     [Fact]
+    public async Task Completions_of_a_prompt_are_those_of_seeds_in_a_row()
+    {
+        var options = new GenerationOptions { MaxTokens = 20, Seed = 7 };
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 3, queue: 4);
+        int[] prompt = batch.Encode("abc");
+        Assert.Equal([256, 'a', 'b', 'c'], prompt);
+        Assert.Null(batch.TrySubmit(prompt, options, completions: 5));
+        IReadOnlyList<BatchGeneration> together = batch.TrySubmit(prompt, options, completions: 4)!;
+        string[] texts = await Task.WhenAll(together.Select(Text));
+        Assert.Equal(4, texts.Distinct().Count());
+        for (ulong i = 0; i < 4; i++)
+        {
+            Assert.Equal(texts[i], await Text(batch.TrySubmit("abc", options with { Seed = 7 + i })!));
+        }
+    }
+
+    [Fact]
+    public async Task Waiting_texts_that_nobody_wants_leave_the_queue()
+    {
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 1, queue: 1);
+        using var stop = new CancellationTokenSource();
+        using var abandon = new CancellationTokenSource();
+        var endless = new GenerationOptions { MaxTokens = int.MaxValue, Overflow = ContextOverflow.Sliding, LogitBias = s_neverEnd };
+        BatchGeneration running = batch.TrySubmit("a", endless, stop.Token)!;
+        while (batch.Running == 0)
+        {
+            await Task.Yield();
+        }
+
+        BatchGeneration waiting = batch.TrySubmit("b", endless, abandon.Token)!;
+        Assert.Null(batch.TrySubmit("c", endless));
+        await abandon.CancelAsync();
+        BatchGeneration next = batch.TrySubmit("c", new() { MaxTokens = 2, LogitBias = s_neverEnd })!;
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => Text(waiting));
+        await stop.CancelAsync();
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => Text(running));
+        await Text(next);
+        Assert.Equal(2, next.NewTokens);
+    }
+
+    [Fact]
+    public async Task Each_token_comes_with_its_log_probabilities_where_they_are_asked_for()
+    {
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer);
+        var options = new GenerationOptions { MaxTokens = 5, LogProbabilities = 2, LogitBias = s_neverEnd };
+        await foreach (GeneratedToken token in batch.TrySubmit("abc", options)!)
+        {
+            Assert.Equal(token.Token, token.LogProbabilities!.Chosen.Token);
+            Assert.Equal(2, token.LogProbabilities.Top.Count);
+        }
+
+        await foreach (GeneratedToken token in batch.TrySubmit("abc", options with { LogProbabilities = null })!)
+        {
+            Assert.Null(token.LogProbabilities);
+        }
+    }
+
+    [Fact]
     public async Task A_damaged_model_fails_the_text_and_not_the_generator()
     {
         _run.Model.Parameters[^1].Values.HostSpan<float>()[0] = float.NaN;
@@ -126,9 +186,9 @@ public sealed class BatchGeneratorTests : IDisposable
     private static async Task<string> Text(BatchGeneration generation)
     {
         string text = "";
-        await foreach (string piece in generation)
+        await foreach (GeneratedToken token in generation)
         {
-            text += piece;
+            text += token.Text;
         }
 
         return text;

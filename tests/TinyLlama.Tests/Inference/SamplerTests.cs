@@ -1,4 +1,5 @@
 using TinyLlama.Data;
+using TinyLlama.Data.Tokenizers;
 using TinyLlama.Inference;
 
 namespace TinyLlama.Tests.Inference;
@@ -77,6 +78,46 @@ public sealed class SamplerTests
     }
 
     [Fact]
+    public void Presence_is_subtracted_once_and_frequency_each_time()
+    {
+        float[] logits = [2f, -2f, 0f, 2f];
+        Sampler.Penalize(logits, [0, 1, 0, 0], 0.5, 0.25);
+        Assert.Equal([0.75f, -2.75f, 0f, 2f], logits);
+    }
+
+    [Fact]
+    public void Penalties_of_generated_tokens_leave_the_prompt_alone()
+    {
+        SplitMix64 random = new(1);
+        var options = new GenerationOptions { Temperature = 0, PresencePenalty = 10 };
+        Assert.Equal(1, Sampler.Next([0f, 2f, 1f], [1], [], options, ref random));
+        Assert.Equal(2, Sampler.Next([0f, 2f, 1f], [1], [1], options, ref random));
+        options = new() { Temperature = 0, FrequencyPenalty = 0.6 };
+        Assert.Equal(1, Sampler.Next([0f, 2f, 1f], [], [1], options, ref random));
+        Assert.Equal(2, Sampler.Next([0f, 2f, 1f], [], [1, 1], options, ref random));
+    }
+
+    [Fact]
+    public void A_logit_bias_is_added_before_anything_else()
+    {
+        AssertDraws([0.5, 0.5], new() { LogitBias = new Dictionary<int, double> { [0] = -1 }, Temperature = 0.5 }, [1, 0]);
+        AssertDraws([0, 1], new() { LogitBias = new Dictionary<int, double> { [0] = double.NegativeInfinity } }, [9, 0]);
+    }
+
+    [Fact]
+    public void Log_probabilities_are_those_of_the_softmax_with_the_likeliest_first()
+    {
+        double[] expected = Array.ConvertAll(Softmax(s_logits, 1), Math.Log);
+        LogProbabilities actual = LogProbabilities.Of(s_logits, 5, 4, new ByteTokenizer());
+        Assert.Equal([1, 3, 2, 0], actual.Top.Select(token => token.Token));
+        Assert.All(actual.Top, token => Assert.Equal(expected[token.Token], token.LogProbability, 1e-12));
+        Assert.Equal(5, actual.Chosen.Token);
+        Assert.Equal(expected[5], actual.Chosen.LogProbability, 1e-12);
+        Assert.Equal([2], actual.Top[2].Bytes.ToArray());
+        Assert.Empty(LogProbabilities.Of(s_logits, 5, 0, new ByteTokenizer()).Top);
+    }
+
+    [Fact]
     public void Sorting_less_than_the_whole_vocabulary_changes_nothing()
     {
         var source = new Random(17);
@@ -140,7 +181,7 @@ public sealed class SamplerTests
     }
 
     private static int Next(float[] logits, GenerationOptions options, ref SplitMix64 random) =>
-        Sampler.Next((float[])logits.Clone(), [], options, ref random);
+        Sampler.Next((float[])logits.Clone(), [], [], options, ref random);
 
     private static double[] Softmax(float[] logits, double temperature)
     {

@@ -93,6 +93,42 @@ public sealed class TextGeneratorTests : IDisposable
     }
 
     [Fact]
+    public void A_stop_token_ends_the_text_and_is_not_shown()
+    {
+        using TextGenerator generator = Script("one two");
+        Generation generation = generator.Generate("", new() { Temperature = 0, MaxTokens = 7, StopTokens = [3] });
+        Assert.Equal("one", generation.ToString());
+        Assert.Equal(FinishReason.StopToken, generation.Finish);
+        Assert.Equal([0, 1, 2, 3], generation.Tokens);
+    }
+
+    [Fact]
+    public void Log_probabilities_are_of_the_model_whatever_the_sampler_does()
+    {
+        using TextGenerator generator = Generator();
+        var options = new GenerationOptions { MaxTokens = 10, Temperature = 0, LogProbabilities = 1 };
+        Generation plain = Run(generator, "abc", options);
+        Assert.All(plain.LogProbabilities, token => Assert.Equal(token.Chosen.Token, token.Top[0].Token));
+        Generation bent = Run(generator, "abc", options with { LogitBias = new Dictionary<int, double> { ['q'] = 1000 } });
+        Assert.All(bent.LogProbabilities, token => Assert.Equal('q', token.Chosen.Token));
+        Assert.Equal(plain.LogProbabilities[0].Top[0], bent.LogProbabilities[0].Top[0]);
+        Assert.Empty(Run(generator, "abc", options with { LogProbabilities = null }).LogProbabilities);
+    }
+
+    [Fact]
+    public void Tokens_as_a_prompt_are_taken_as_they_are()
+    {
+        using TextGenerator generator = Generator();
+        var options = new GenerationOptions { MaxTokens = 5, Temperature = 0 };
+        Assert.Equal(
+            generator.Generate("ab", options).ToString(), generator.Generate([256, 'a', 'b'], options).ToString());
+        Assert.Equal([(int)'a'], generator.Generate([(int)'a'], options).PromptTokens);
+        var error = Assert.Throws<UserErrorException>(() => generator.Generate([258], options));
+        Assert.StartsWith("the prompt has token 258; tokens are 0 to 257", error.Message, StringComparison.Ordinal);
+        Assert.Throws<UserErrorException>(() => generator.Generate((int[])[], options));
+    }
+
+    [Fact]
     public void What_looked_like_a_stop_string_is_given_out_at_the_end()
     {
         using TextGenerator generator = Script("Hi\nUse");
@@ -208,19 +244,31 @@ public sealed class TextGeneratorTests : IDisposable
     [InlineData("top-p is 0")]
     [InlineData("min-p is 2")]
     [InlineData("repetition penalty is 0")]
+    [InlineData("presence penalty is NaN")]
+    [InlineData("frequency penalty is NaN")]
+    [InlineData("log-probabilities are asked for -1")]
+    [InlineData("a logit bias is not a number")]
+    [InlineData("a logit bias is for token 258")]
+    [InlineData("a stop token is token -1")]
     [InlineData("max tokens is -1")]
     [InlineData("a stop string is empty")]
     public void Options_out_of_range_are_refused_by_name(string problem)
     {
         using TextGenerator generator = Generator();
-        GenerationOptions options = problem[..5] switch
+        GenerationOptions options = problem switch
         {
-            "tempe" => new() { Temperature = -1 },
-            "top-k" => new() { TopK = -1 },
-            "top-p" => new() { TopP = 0 },
-            "min-p" => new() { MinP = 2 },
-            "repet" => new() { RepetitionPenalty = 0 },
-            "max t" => new() { MaxTokens = -1 },
+            "temperature is -1" => new() { Temperature = -1 },
+            "top-k is -1" => new() { TopK = -1 },
+            "top-p is 0" => new() { TopP = 0 },
+            "min-p is 2" => new() { MinP = 2 },
+            "repetition penalty is 0" => new() { RepetitionPenalty = 0 },
+            "presence penalty is NaN" => new() { PresencePenalty = double.NaN },
+            "frequency penalty is NaN" => new() { FrequencyPenalty = double.NaN },
+            "log-probabilities are asked for -1" => new() { LogProbabilities = -1 },
+            "a logit bias is not a number" => new() { LogitBias = new Dictionary<int, double> { [0] = double.NaN } },
+            "a logit bias is for token 258" => new() { LogitBias = new Dictionary<int, double> { [258] = 1 } },
+            "a stop token is token -1" => new() { StopTokens = [-1] },
+            "max tokens is -1" => new() { MaxTokens = -1 },
             _ => new() { StopStrings = ["x", ""] },
         };
         var error = Assert.Throws<UserErrorException>(() => generator.Generate("a", options));
