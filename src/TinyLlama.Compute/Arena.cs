@@ -42,12 +42,15 @@ public sealed class Arena : IDisposable
         new(name, capacityBytes, address, release);
 
     /// <summary>Takes the next tensor, contiguous and zero.</summary>
+    /// <param name="rows">Its rows.</param>
+    /// <param name="columns">Its columns; whole blocks of a quantized type.</param>
+    /// <param name="type">Its type.</param>
     /// <exception cref="InvalidOperationException">The plan was smaller than the run.</exception>
     public Tensor Take(int rows, int columns, DType type = DType.F32)
     {
         ArgumentOutOfRangeException.ThrowIfNegative(rows);
         ArgumentOutOfRangeException.ThrowIfNegative(columns);
-        long bytes = checked((long)rows * columns * type.ByteCount());
+        long bytes = checked(rows * type.RowBytes(columns));
         long first = UsedBytes;
         long next = checked(first + ((bytes + Alignment - 1) & -Alignment));
         if (next > CapacityBytes)

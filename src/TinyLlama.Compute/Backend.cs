@@ -34,8 +34,17 @@ public abstract class Backend : IDisposable
     /// <exception cref="DeviceException">The device has not that much memory.</exception>
     public Arena AllocateAs(Arena plan) => Allocate(plan.Name, plan.UsedBytes);
 
-    /// <summary>Takes room for the packed form of an (outputs, inputs) matrix; see <see cref="Weight"/>.</summary>
-    public abstract Tensor TakePacked(Arena arena, int outputs, int inputs);
+    /// <summary>
+    /// Takes room for the packed form of an (outputs, inputs) matrix; see <see cref="Weight"/>. Floating-point types are
+    /// packed in the type of the device's products, quantized ones as they are.
+    /// </summary>
+    public abstract Tensor TakePacked(Arena arena, int outputs, int inputs, DType type);
+
+    /// <summary>Fills rows of a frozen weight (<see cref="Weight.Frozen"/>) with what a file stores. The host memory is free on return.</summary>
+    /// <param name="weight">The weight.</param>
+    /// <param name="firstRow">A multiple of <see cref="PackedRows"/>.</param>
+    /// <param name="rows">Whole rows in the weight's type: a multiple of <see cref="PackedRows"/> of them, but for the last.</param>
+    public abstract void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows);
 
     /// <summary>Fills the packed forms that the weight has room for from its values.</summary>
     public abstract void Pack(Weight weight);
@@ -60,7 +69,7 @@ public abstract class Backend : IDisposable
     /// <summary>total += the sum of all values. total (1, 1) of F64, values in F32; a fixed tree over fixed chunks.</summary>
     public abstract void Sum(Tensor total, Tensor values);
 
-    /// <summary>output row n = table row tokens[n]. output (N, C), table (V, C), tokens (N, 1) of I32 in 0 … V-1.</summary>
+    /// <summary>output row n = table row tokens[n] in F32. output (N, C), table (V, C) of a floating-point type or the packed form of a quantized weight, tokens (N, 1) of I32 in 0 … V-1.</summary>
     public abstract void Embedding(Tensor output, Tensor table, Tensor tokens);
 
     /// <summary>dTable row tokens[n] += dOutput row n, n ascending.</summary>
@@ -163,6 +172,9 @@ public abstract class Backend : IDisposable
     /// <param name="settings">What stays the same in every step.</param>
     public abstract void AdamW(
         Tensor values, Tensor first, Tensor second, Tensor gradient, Tensor step, Tensor sumOfSquares, AdamWSettings settings);
+
+    /// <summary>A multiple of the rows that any device packs together: where <see cref="WriteRows"/> may begin.</summary>
+    public const int PackedRows = 64;
 
     /// <summary>Elements that <see cref="SumOfSquares"/> sums serially; part of the meaning of the result.</summary>
     public const int SumChunk = 65536;

@@ -12,13 +12,19 @@ namespace TinyLlama.Compute;
 /// <param name="gradient">Their gradient, (O, I) in F32, or empty where the weight is frozen.</param>
 public sealed class Weight(Tensor values, Tensor gradient = default)
 {
+    private Weight(int outputs, int inputs, DType type)
+        : this(default) => (Outputs, Inputs, Type) = (outputs, inputs, type);
+
     /// <summary>Gets the number of outputs, O.</summary>
-    public int Outputs => Values.Rows;
+    public int Outputs { get; } = values.Rows;
 
     /// <summary>Gets the number of inputs, I.</summary>
-    public int Inputs => Values.Columns;
+    public int Inputs { get; } = values.Columns;
 
-    /// <summary>Gets the master values, (O, I).</summary>
+    /// <summary>Gets the type that the weight is stored in.</summary>
+    public DType Type { get; } = values.Type;
+
+    /// <summary>Gets the master values, (O, I); empty where the weight is frozen and only its packed form is kept.</summary>
     public Tensor Values { get; } = values;
 
     /// <summary>Gets the gradient, (O, I), or an empty tensor.</summary>
@@ -30,16 +36,25 @@ public sealed class Weight(Tensor values, Tensor gradient = default)
     /// <summary>Gets the form that <see cref="Backend.MatMulBackwardInput"/> reads, or an empty tensor.</summary>
     public Tensor PackedBackward { get; private set; }
 
+    /// <summary>A frozen weight that is nothing but the form which <see cref="Backend.MatMul"/> reads; <see cref="Backend.WriteRows"/> fills it.</summary>
+    /// <param name="arena">Owner of its room.</param>
+    /// <param name="backend">The device, which says how large the form is.</param>
+    /// <param name="outputs">O.</param>
+    /// <param name="inputs">I.</param>
+    /// <param name="type">What it is stored in: a floating-point type, or a quantized one.</param>
+    public static Weight Frozen(Arena arena, Backend backend, int outputs, int inputs, DType type) =>
+        new(outputs, inputs, type) { PackedForward = backend.TakePacked(arena, outputs, inputs, type) };
+
     /// <summary>Gives the weight room for packed forms; <see cref="Backend.Pack"/> fills them.</summary>
     /// <param name="arena">Owner of the room.</param>
     /// <param name="backend">The device, which says how large its forms are.</param>
     /// <param name="backward">Whether gradients will flow through the weight.</param>
     public void TakePacked(Arena arena, Backend backend, bool backward)
     {
-        PackedForward = backend.TakePacked(arena, Outputs, Inputs);
+        PackedForward = backend.TakePacked(arena, Outputs, Inputs, Type);
         if (backward)
         {
-            PackedBackward = backend.TakePacked(arena, Inputs, Outputs);
+            PackedBackward = backend.TakePacked(arena, Inputs, Outputs, Type);
         }
     }
 }

@@ -43,7 +43,10 @@ internal sealed class TimedBackend(Backend inner) : Backend
     public override Arena Allocate(string name, long byteCount) => inner.Allocate(name, byteCount);
 
     /// <inheritdoc/>
-    public override Tensor TakePacked(Arena arena, int outputs, int inputs) => inner.TakePacked(arena, outputs, inputs);
+    public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => inner.TakePacked(arena, outputs, inputs, type);
+
+    /// <inheritdoc/>
+    public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows) => inner.WriteRows(weight, firstRow, rows);
 
     /// <inheritdoc/>
     public override void Pack(Weight weight)

@@ -27,6 +27,36 @@ internal static unsafe class Copy
         team.Run(ref work, rows.Tasks);
     }
 
+    /// <summary>Elements of any floating-point or quantized type as singles.</summary>
+    /// <param name="destination">Receives them.</param>
+    /// <param name="source">Their bytes; whole blocks of a quantized type.</param>
+    /// <param name="type">Their type.</param>
+    /// <param name="count">Their number.</param>
+    public static void Widen(float* destination, byte* source, DType type, int count)
+    {
+        switch (type)
+        {
+            case DType.F32:
+                Buffer.MemoryCopy(source, destination, (long)count * sizeof(float), (long)count * sizeof(float));
+                break;
+            case DType.BF16:
+                Convert<Single, BFloat16>(destination, source, count);
+                break;
+            case DType.F16:
+                Convert<Single, Float16>(destination, source, count);
+                break;
+            default:
+                for (int done = 0; done < count; done += type.BlockElements())
+                {
+                    QuantizedBlocks.Decode(
+                        type, new ReadOnlySpan<byte>(source, type.BlockBytes()), new Span<float>(destination + done, type.BlockElements()));
+                    source += type.BlockBytes();
+                }
+
+                break;
+        }
+    }
+
     /// <summary>The bfloat16 nearest to a float, ties to even.</summary>
     public static ushort ToBFloat16(float value)
     {
@@ -38,6 +68,16 @@ internal static unsafe class Copy
 
     /// <summary>The float that a bfloat16 is.</summary>
     public static float FromBFloat16(ushort value) => BitConverter.UInt32BitsToSingle((uint)value << 16);
+
+    private static void Convert<TTo, TFrom>(void* destination, void* source, int count)
+        where TTo : struct, IElement
+        where TFrom : struct, IElement
+    {
+        for (int i = 0; i < count; i++)
+        {
+            TTo.Store(destination, i, TFrom.Load(source, i));
+        }
+    }
 
     private static bool IsFloat(DType type) => type is DType.F32 or DType.BF16 or DType.F16;
 
@@ -106,24 +146,14 @@ internal static unsafe class Copy
             switch (destination.Type)
             {
                 case DType.BF16:
-                    Row<BFloat16, TFrom>(y, x);
+                    Convert<BFloat16, TFrom>(y, x, source.Columns);
                     break;
                 case DType.F16:
-                    Row<Float16, TFrom>(y, x);
+                    Convert<Float16, TFrom>(y, x, source.Columns);
                     break;
                 default:
-                    Row<Single, TFrom>(y, x);
+                    Convert<Single, TFrom>(y, x, source.Columns);
                     break;
-            }
-        }
-
-        private void Row<TTo, TFrom>(void* y, void* x)
-            where TTo : struct, IElement
-            where TFrom : struct, IElement
-        {
-            for (int i = 0; i < source.Columns; i++)
-            {
-                TTo.Store(y, i, TFrom.Load(x, i));
             }
         }
     }

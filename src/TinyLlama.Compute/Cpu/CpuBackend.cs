@@ -101,7 +101,23 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
     where T : struct, ITile
 {
     /// <inheritdoc/>
-    public override Tensor TakePacked(Arena arena, int outputs, int inputs) => Cpu.MatMul.TakePacked<T>(arena, outputs, inputs);
+    public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => type.IsQuantized()
+        ? WeightPanels.Take(arena, outputs, inputs, type, V.Count)
+        : Cpu.MatMul.TakePacked<T>(arena, outputs, inputs);
+
+    /// <inheritdoc/>
+    public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows)
+    {
+        Shape.Require(weight.Values.IsEmpty && firstRow % PackedRows == 0, "a frozen weight and a first row that packs begin with");
+        if (weight.Type.IsQuantized())
+        {
+            WeightPanels.Write(Team, weight.PackedForward, V.Count, firstRow, rows);
+        }
+        else
+        {
+            Cpu.MatMul.PackRows<T>(Team, weight, firstRow, rows);
+        }
+    }
 
     /// <inheritdoc/>
     public override void Pack(Weight weight)
@@ -116,16 +132,23 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
         Shape.Require(
             output.Rows == input.Rows && output.Columns == weight.Outputs && input.Columns == weight.Inputs,
             "output (N, O), input (N, I) and weight (O, I)");
-        RequireF32(output, input, weight.Values);
-        Cpu.MatMul.Forward<T>(Team, Scratch, output, input, weight, accumulate);
+        RequireF32(output, input, output);
+        if (weight.Type.IsQuantized())
+        {
+            QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight.PackedForward, accumulate);
+        }
+        else
+        {
+            Cpu.MatMul.Forward<T>(Team, Scratch, output, input, weight, accumulate);
+        }
     }
 
     /// <inheritdoc/>
     public override void MatMulBackwardInput(Tensor dInput, Tensor dOutput, Weight weight, bool accumulate = false)
     {
         Shape.Require(
-            dInput.Rows == dOutput.Rows && dInput.Columns == weight.Inputs && dOutput.Columns == weight.Outputs,
-            "dInput (N, I), dOutput (N, O) and weight (O, I)");
+            dInput.Rows == dOutput.Rows && dInput.Columns == weight.Inputs && dOutput.Columns == weight.Outputs && !weight.Values.IsEmpty,
+            "dInput (N, I), dOutput (N, O) and a weight (O, I) that is not frozen");
         RequireF32(dInput, dOutput, weight.Values);
         Cpu.MatMul.BackwardInput<T>(Team, Scratch, dInput, dOutput, weight, accumulate);
     }
@@ -158,7 +181,7 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
 
     /// <inheritdoc/>
     public override void Embedding(Tensor output, Tensor table, Tensor tokens) =>
-        Cpu.Embedding.Gather(Team, output, table, tokens);
+        Cpu.Embedding.Widen(Team, output, table, tokens, V.Count);
 
     /// <inheritdoc/>
     public override void EmbeddingBackward(Tensor dTable, Tensor dOutput, Tensor tokens) =>

@@ -18,6 +18,22 @@ internal static unsafe class Embedding
         team.Run(ref work, rows.Tasks);
     }
 
+    /// <summary>output row n = table row indices[n] as singles; the table is of a floating-point type, or in panels of so many lanes.</summary>
+    public static void Widen(ThreadTeam team, Tensor output, Tensor table, Tensor indices, int lanes)
+    {
+        if (table.Type == DType.F32)
+        {
+            Gather(team, output, table, indices);
+            return;
+        }
+
+        output.Require(indices.Rows, table.Columns);
+        indices.RequireIndices(output.Rows, table.Rows);
+        Rows rows = Rows.Of(output);
+        WidenWork work = new(rows, output, table, indices, lanes);
+        team.Run(ref work, rows.Tasks);
+    }
+
     /// <summary>dTable row indices[n] += dOutput row n, n ascending: tasks are columns, so no two write one place.</summary>
     public static void Scatter<V>(ThreadTeam team, Tensor dTable, Tensor dOutput, Tensor indices)
         where V : struct, ILanes<V>
@@ -40,6 +56,26 @@ internal static unsafe class Embedding
                 byte* source = (byte*)table.Address + ((nint)(*indices.I32(n)) * table.Stride * size);
                 byte* destination = (byte*)output.Address + ((nint)n * output.Stride * size);
                 Buffer.MemoryCopy(source, destination, bytes, bytes);
+            }
+        }
+    }
+
+    private readonly struct WidenWork(Rows rows, Tensor output, Tensor table, Tensor indices, int lanes) : IWork
+    {
+        public void Run(int task, int thread)
+        {
+            for (int n = rows.First(task); n < rows.End(task); n++)
+            {
+                int row = *indices.I32(n);
+                if (table.Type.IsQuantized())
+                {
+                    WeightPanels.DecodeRow(output.F32(n), table, lanes, row);
+                }
+                else
+                {
+                    byte* source = (byte*)table.Address + ((nint)row * table.Stride * table.Type.ByteCount());
+                    Copy.Widen(output.F32(n), source, table.Type, table.Columns);
+                }
             }
         }
     }

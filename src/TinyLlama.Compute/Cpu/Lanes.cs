@@ -8,7 +8,7 @@ namespace TinyLlama.Compute.Cpu;
 /// <c>Forward&lt;V&gt;() where V : struct, ILanes&lt;V&gt;</c>; the JIT specializes it to the intrinsics of that width.
 /// </summary>
 /// <typeparam name="TSelf">The implementing type.</typeparam>
-internal unsafe interface ILanes<TSelf>
+internal unsafe partial interface ILanes<TSelf>
     where TSelf : struct, ILanes<TSelf>
 {
     /// <summary>Gets the number of floats.</summary>
@@ -95,7 +95,7 @@ internal static class LaneBits
 }
 
 /// <summary>16 floats. Runs on any CPU; fast where it has AVX-512.</summary>
-internal unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes512>
+internal unsafe partial struct Lanes512(Vector512<float> value) : ILanes<Lanes512>
 {
     private Vector512<float> _value = value;
 
@@ -174,7 +174,7 @@ internal unsafe struct Lanes512(Vector512<float> value) : ILanes<Lanes512>
 }
 
 /// <summary>8 floats: AVX2 with FMA.</summary>
-internal unsafe struct Lanes256(Vector256<float> value) : ILanes<Lanes256>
+internal unsafe partial struct Lanes256(Vector256<float> value) : ILanes<Lanes256>
 {
     private Vector256<float> _value = value;
 
@@ -253,7 +253,7 @@ internal unsafe struct Lanes256(Vector256<float> value) : ILanes<Lanes256>
 }
 
 /// <summary>4 floats: any x64 or ARM64.</summary>
-internal readonly unsafe struct Lanes128(Vector128<float> value) : ILanes<Lanes128>
+internal readonly unsafe partial struct Lanes128(Vector128<float> value) : ILanes<Lanes128>
 {
     private readonly Vector128<float> _value = value;
 
@@ -339,7 +339,7 @@ internal readonly unsafe struct Lanes128(Vector128<float> value) : ILanes<Lanes1
 }
 
 /// <summary>1 float: no vector instructions at all.</summary>
-internal readonly unsafe struct Lanes1(float value) : ILanes<Lanes1>
+internal readonly unsafe partial struct Lanes1(float value) : ILanes<Lanes1>
 {
     private readonly float _value = value;
 

@@ -1,4 +1,5 @@
 using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
 
 namespace TinyLlama.Compute.Cpu;
 
@@ -68,6 +69,38 @@ internal static unsafe class MatMul
         if (!weight.PackedBackward.IsEmpty)
         {
             Pack<T>(team, Panels(weight.PackedBackward), Matrix.Of(values), values.Columns, values.Rows, BlockSteps<T>(values.Rows), tiles: false);
+        }
+    }
+
+    /// <summary>Packs rows of a frozen weight for the forward.</summary>
+    /// <param name="team">The threads.</param>
+    /// <param name="weight">The weight.</param>
+    /// <param name="firstRow">The first row: it begins a panel.</param>
+    /// <param name="rows">Rows in the weight's type; they end a panel, or the weight.</param>
+    public static void PackRows<T>(ThreadTeam team, Weight weight, int firstRow, ReadOnlySpan<byte> rows)
+        where T : struct, ITile
+    {
+        int inputs = weight.Inputs;
+        int rowBytes = checked((int)weight.Type.RowBytes(inputs));
+        int count = rows.Length / rowBytes;
+        Shape.Require(
+            rows.Length % rowBytes == 0 && count <= weight.Outputs - firstRow && (count % T.Columns == 0 || firstRow + count == weight.Outputs),
+            "whole rows of the weight that fill panels");
+        float* values = (float*)NativeMemory.Alloc((nuint)count * (nuint)inputs, sizeof(float));
+        try
+        {
+            fixed (byte* source = rows)
+            {
+                WidenWork widen = new() { Values = values, Source = source, Type = weight.Type, Inputs = inputs, RowBytes = rowBytes };
+                team.Run(ref widen, count);
+            }
+
+            Matrix matrix = new(values, 1, inputs);
+            Pack<T>(team, Panels(weight.PackedForward), matrix, count, inputs, BlockSteps<T>(inputs), tiles: false, firstRow, weight.Outputs);
+        }
+        finally
+        {
+            NativeMemory.Free(values);
         }
     }
 
@@ -160,11 +193,14 @@ internal static unsafe class MatMul
 
     // For each block of k, panel after panel, or tile after tile of the left operand, whose rows are then the columns of
     // the source: far strides would meet in the same few lines of a cache.
-    private static void Pack<T>(ThreadTeam team, float* panels, Matrix source, int columns, int depth, int blockSteps, bool tiles)
+    // The columns may be some of more, from the first of a panel on.
+    private static void Pack<T>(
+        ThreadTeam team, float* panels, Matrix source, int columns, int depth, int blockSteps, bool tiles, int firstColumn = 0, int allColumns = 0)
         where T : struct, ITile
     {
         int width = tiles ? T.Rows : T.Columns;
         int panelCount = (columns + width - 1) / width;
+        int panelsPerBlock = (Math.Max(columns, allColumns) + width - 1) / width;
 
         // Columns side by side are read row by row, some rows a task; columns that are rows are read panel by panel.
         bool sideBySide = source.Column == 1;
@@ -180,7 +216,8 @@ internal static unsafe class MatMul
             Tiles = tiles,
             Width = width,
             PanelStep = tiles ? width * T.LeftDwords : width,
-            PanelCount = panelCount,
+            FirstPanel = firstColumn / width,
+            PanelsPerBlock = panelsPerBlock,
             StepsPerTask = stepsPerTask,
             BlockSteps = blockSteps,
             StepsAtOnce = sideBySide ? StepUnit : blockSteps,
@@ -248,6 +285,18 @@ internal static unsafe class MatMul
         public float* At(int row, int column) => First + (row * Row) + (column * Column);
     }
 
+    private struct WidenWork : IWork
+    {
+        public float* Values;
+        public byte* Source;
+        public DType Type;
+        public int Inputs;
+        public int RowBytes;
+
+        public readonly void Run(int task, int thread) =>
+            Copy.Widen(Values + ((nint)task * Inputs), Source + ((nint)task * RowBytes), Type, Inputs);
+    }
+
     private struct PackWork<T> : IWork
         where T : struct, ITile
     {
@@ -259,7 +308,8 @@ internal static unsafe class MatMul
         public bool Tiles;
         public int Width;
         public int PanelStep;
-        public int PanelCount;
+        public int FirstPanel;
+        public int PanelsPerBlock;
         public int BlockSteps;
         public int StepsPerTask;
         public int StepsAtOnce;
@@ -280,11 +330,11 @@ internal static unsafe class MatMul
                 int depth = Math.Min(steps * StepDepth<T>(), Depth - first);
                 int inBlock = step % BlockSteps;
                 int blockSteps = Math.Min(BlockSteps, Steps - (step - inBlock));
-                float* block = Panels + ((nint)(step - inBlock) * PanelCount * PanelStep);
+                float* block = Panels + ((nint)(step - inBlock) * PanelsPerBlock * PanelStep);
                 for (int panel = firstPanel; panel < firstPanel + PanelsPerTask; panel++)
                 {
                     int column = panel * Width;
-                    float* destination = block + ((((nint)panel * blockSteps) + inBlock) * PanelStep);
+                    float* destination = block + ((((nint)(FirstPanel + panel) * blockSteps) + inBlock) * PanelStep);
                     float* source = Source.At(first, column);
                     int columns = Math.Min(Width, Columns - column);
                     if (Tiles)

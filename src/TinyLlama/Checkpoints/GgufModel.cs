@@ -62,6 +62,27 @@ internal sealed class GgufModel : ModelSource
     }
 
     /// <inheritdoc/>
+    public override DType StorageOf(string name) => _entries[name].Type;
+
+    /// <inheritdoc/>
+    public override void ReadRows(Span<byte> destination, ModelTensor tensor, int firstRow)
+    {
+        GgufEntry entry = _entries[tensor.Name];
+        int rowBytes = checked((int)entry.Type.RowBytes(tensor.Columns));
+        if (!IsInterleaved(tensor.Name))
+        {
+            _file.Bytes(entry, (long)firstRow * rowBytes, destination.Length).CopyTo(destination);
+            return;
+        }
+
+        for (int row = firstRow; !destination.IsEmpty; row++)
+        {
+            _file.Bytes(entry, ModelTensors.InterleavedRow(row, Config.HeadDim) * rowBytes, rowBytes).CopyTo(destination);
+            destination = destination[rowBytes..];
+        }
+    }
+
+    /// <inheritdoc/>
     protected override void Dispose(bool disposing)
     {
         if (disposing)

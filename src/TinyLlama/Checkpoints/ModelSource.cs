@@ -1,3 +1,4 @@
+using System.Buffers;
 using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
@@ -11,6 +12,9 @@ namespace TinyLlama.Checkpoints;
 /// </summary>
 public abstract class ModelSource : IDisposable
 {
+    // Bytes that are copied at once: they stay in a cache until they are packed.
+    private const int PieceBytes = 1 << 20;
+
     private protected ModelSource(string path, ModelConfig config)
     {
         (Path, Config) = (path, config);
@@ -94,11 +98,11 @@ public abstract class ModelSource : IDisposable
                 throw new UserErrorException($"{Path}: has no tensor '{parameter.Name}', which the model needs");
             }
 
-            if ((tensor.Rows, tensor.Columns) != (parameter.Values.Rows, parameter.Values.Columns))
+            if ((tensor.Rows, tensor.Columns) != (parameter.Rows, parameter.Columns))
             {
                 throw new UserErrorException(
                     $"{Path}: tensor '{tensor.Name}' has the shape [{tensor.Rows}, {tensor.Columns}], "
-                    + $"[{parameter.Values.Rows}, {parameter.Values.Columns}] is needed");
+                    + $"[{parameter.Rows}, {parameter.Columns}] is needed");
             }
         }
 
@@ -108,16 +112,10 @@ public abstract class ModelSource : IDisposable
             throw new UserErrorException($"{Path}: has a tensor '{surplus}', for which the model has no place");
         }
 
-        float[] piece = new float[SafetensorsFile.PieceElements];
         foreach (Parameter parameter in parameters)
         {
-            for (long first = 0; first < parameter.Values.Count;)
-            {
-                int count = (int)Math.Min(piece.Length, parameter.Values.Count - first);
-                Read(piece.AsSpan(0, count), parameter.Name, first);
-                DeviceElements.Write(backend, parameter.Values.Elements(first, count), piece.AsSpan(0, count));
-                first += count;
-            }
+            CopyValues(backend, parameter);
+            CopyRows(backend, parameter);
         }
     }
 
@@ -126,6 +124,24 @@ public abstract class ModelSource : IDisposable
     /// <param name="name">One of <see cref="Tensors"/>.</param>
     /// <param name="first">The first element, in row-major order.</param>
     public abstract void Read(Span<float> destination, string name, long first);
+
+    /// <summary>What a tensor is stored in; F32 also where the file has F64.</summary>
+    /// <param name="name">One of <see cref="Tensors"/>.</param>
+    public virtual DType StorageOf(string name) => StoredType;
+
+    /// <summary>Reads whole rows of a tensor as they are stored.</summary>
+    /// <param name="destination">What is filled: bytes of the type that <see cref="StorageOf"/> says.</param>
+    /// <param name="tensor">One of <see cref="Tensors"/>.</param>
+    /// <param name="firstRow">The first row.</param>
+    public virtual void ReadRows(Span<byte> destination, ModelTensor tensor, int firstRow)
+    {
+        DType type = StorageOf(tensor.Name);
+        float[] values = ArrayPool<float>.Shared.Rent(destination.Length / type.ByteCount());
+        Span<float> used = values.AsSpan(0, destination.Length / type.ByteCount());
+        Read(used, tensor.Name, (long)firstRow * tensor.Columns);
+        ElementCodec.Encode(used, type, destination);
+        ArrayPool<float>.Shared.Return(values);
+    }
 
     /// <inheritdoc/>
     public void Dispose()
@@ -136,6 +152,41 @@ public abstract class ModelSource : IDisposable
 
     /// <summary>Closes the files.</summary>
     protected abstract void Dispose(bool disposing);
+
+    private void CopyValues(Backend backend, Parameter parameter)
+    {
+        float[] piece = ArrayPool<float>.Shared.Rent(SafetensorsFile.PieceElements);
+        for (long first = 0; first < parameter.Values.Count;)
+        {
+            int count = (int)Math.Min(piece.Length, parameter.Values.Count - first);
+            Read(piece.AsSpan(0, count), parameter.Name, first);
+            DeviceElements.Write(backend, parameter.Values.Elements(first, count), piece.AsSpan(0, count));
+            first += count;
+        }
+
+        ArrayPool<float>.Shared.Return(piece);
+    }
+
+    private void CopyRows(Backend backend, Parameter parameter)
+    {
+        if (parameter.Frozen.Weight is not { } weight)
+        {
+            return;
+        }
+
+        var tensor = new ModelTensor(parameter.Name, parameter.Rows, parameter.Columns);
+        int rowBytes = checked((int)weight.Type.RowBytes(weight.Inputs));
+        int rowsAtOnce = Math.Max(1, PieceBytes / rowBytes / Backend.PackedRows) * Backend.PackedRows;
+        byte[] bytes = ArrayPool<byte>.Shared.Rent(checked(Math.Min(rowsAtOnce, tensor.Rows) * rowBytes));
+        for (int row = 0; row < tensor.Rows; row += rowsAtOnce)
+        {
+            Span<byte> rows = bytes.AsSpan(0, Math.Min(rowsAtOnce, tensor.Rows - row) * rowBytes);
+            ReadRows(rows, tensor, row);
+            backend.WriteRows(weight, parameter.Frozen.First + row, rows);
+        }
+
+        ArrayPool<byte>.Shared.Return(bytes);
+    }
 
     private static string WhyNoModel(string path) => System.IO.Path.GetExtension(path) switch
     {

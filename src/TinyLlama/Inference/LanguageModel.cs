@@ -55,9 +55,8 @@ public sealed class LanguageModel : IDisposable
         LlamaModel? model = null;
         try
         {
-            model = LlamaModel.Allocate(source.Config, backend, trains: false);
+            model = LlamaModel.AllocateFrozen(source.Config, backend, source.StorageOf);
             source.CopyTo(backend, model.Parameters);
-            model.Pack();
             return new LanguageModel(backend, model, tokenizer, source.AddsBos, contextLength ?? source.Config.ContextLength);
         }
         catch

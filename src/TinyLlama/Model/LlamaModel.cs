@@ -16,6 +16,7 @@ public sealed class LlamaModel : IDisposable
 
     private readonly Backend _backend;
     private readonly Parameter _embedding;
+    private readonly Tensor _table;
     private readonly TransformerBlock[] _blocks;
     private readonly Parameter _norm;
     private readonly Linear _head;
@@ -28,7 +29,8 @@ public sealed class LlamaModel : IDisposable
     public LlamaModel(ModelConfig config, Backend backend, ModelArenas arenas)
     {
         (Config, _backend) = (config, backend);
-        _embedding = Matrix(EmbeddingName, arenas, config.VocabularySize, config.Channels);
+        _embedding = Embedding(arenas);
+        _table = _embedding.Values.IsEmpty ? _embedding.Frozen.Weight!.PackedForward : _embedding.Values;
         _blocks = new TransformerBlock[config.Layers];
         for (int l = 0; l < config.Layers; l++)
         {
@@ -38,7 +40,7 @@ public sealed class LlamaModel : IDisposable
         _norm = Norm("model.norm.weight", arenas, config.Channels);
         _head = config.TiedEmbeddings
             ? Linear.Tied(arenas, backend, _embedding)
-            : Linear.Dense(arenas, backend, config.Channels, new RowGroup(HeadName, config.VocabularySize));
+            : Linear.Take(arenas, backend, config.Channels, new RowGroup(HeadName, config.VocabularySize));
         Parameters = [_embedding, .. _blocks.SelectMany(block => block.Parameters), _norm, .. _head.Parameters];
     }
 
@@ -56,6 +58,19 @@ public sealed class LlamaModel : IDisposable
     public static LlamaModel Allocate(ModelConfig config, Backend backend, bool trains)
     {
         ModelArenas plan = ModelArenas.Plan(PackedForms.Both, trains);
+        _ = new LlamaModel(config, backend, plan);
+        ModelArenas arenas = ModelArenas.Allocate(backend, plan);
+        return new LlamaModel(config, backend, arenas) { _own = arenas };
+    }
+
+    /// <summary>A frozen model in memory of its own: it only runs forward, and its weights stay in the types that they are stored in.</summary>
+    /// <param name="config">The shape.</param>
+    /// <param name="backend">The device; dispose of the model before it.</param>
+    /// <param name="storage">What the parameter of a name is stored in.</param>
+    /// <exception cref="DeviceException">The device has not that much memory.</exception>
+    public static LlamaModel AllocateFrozen(ModelConfig config, Backend backend, Func<string, DType> storage)
+    {
+        ModelArenas plan = ModelArenas.PlanFrozen(storage);
         _ = new LlamaModel(config, backend, plan);
         ModelArenas arenas = ModelArenas.Allocate(backend, plan);
         return new LlamaModel(config, backend, arenas) { _own = arenas };
@@ -97,7 +112,7 @@ public sealed class LlamaModel : IDisposable
         int n = tokens.Rows;
         Tensor branch = w.Branch(n);
         BlockActivations a = w.Block(0, n);
-        _backend.Embedding(a.Input, _embedding.Values, tokens);
+        _backend.Embedding(a.Input, _table, tokens);
         Tensor residual = default;
         for (int l = 0; l < _blocks.Length; l++)
         {
@@ -168,6 +183,20 @@ public sealed class LlamaModel : IDisposable
 
     private static Parameter Matrix(string name, ModelArenas arenas, int rows, int columns) =>
         new(name, arenas.Weights.Take(rows, columns), arenas.Gradients?.Take(rows, columns) ?? default);
+
+    // A frozen table is read by rows: as it is stored, or from the packed form of a quantized one, which a tied head reads too.
+    private Parameter Embedding(ModelArenas arenas)
+    {
+        (int rows, int columns) = (Config.VocabularySize, Config.Channels);
+        if (arenas.Storage?.Invoke(EmbeddingName) is not { } type)
+        {
+            return Matrix(EmbeddingName, arenas, rows, columns);
+        }
+
+        Tensor values = type.IsQuantized() ? default : arenas.Weights.Take(rows, columns, type);
+        Weight? weight = type.IsQuantized() || Config.TiedEmbeddings ? Weight.Frozen(arenas.Weights, _backend, rows, columns, type) : null;
+        return new Parameter(EmbeddingName, values, default, new FrozenRows(weight, 0, rows));
+    }
 
     // Head, loss and their backward chunk by chunk: (N, V) never exists in full.
     private void Head(Workspace w, Tensor targets, Tensor scale)

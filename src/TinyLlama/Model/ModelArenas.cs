@@ -20,7 +20,12 @@ public enum PackedForms
 /// <param name="Packed">The device's packed forms of the matrices; null for <see cref="PackedForms.None"/>.</param>
 /// <param name="Gradients">Gradients of all parameters; null for a model that only runs forward.</param>
 /// <param name="Forms">Which packed forms are kept.</param>
-public sealed record ModelArenas(Arena Weights, Arena? Packed, Arena? Gradients, PackedForms Forms) : IDisposable
+/// <param name="Storage">
+/// What a parameter of some name is stored in, for a frozen model: one that only runs forward and keeps nothing of its
+/// matrices but what the device's products read. Null for one that can train.
+/// </param>
+public sealed record ModelArenas(
+    Arena Weights, Arena? Packed, Arena? Gradients, PackedForms Forms, Func<string, DType>? Storage = null) : IDisposable
 {
     /// <summary>Arenas that only count.</summary>
     /// <param name="forms">Which packed forms are kept.</param>
@@ -29,10 +34,14 @@ public sealed record ModelArenas(Arena Weights, Arena? Packed, Arena? Gradients,
         Arena.Plan("weights"), forms == PackedForms.None ? null : Arena.Plan("packed weights"),
         trains ? Arena.Plan("gradients") : null, forms);
 
+    /// <summary>Arenas of a frozen model that only count.</summary>
+    /// <param name="storage">What the parameter of a name is stored in.</param>
+    public static ModelArenas PlanFrozen(Func<string, DType> storage) => new(Arena.Plan("weights"), null, null, PackedForms.None, storage);
+
     /// <summary>Allocates what a plan counted.</summary>
     public static ModelArenas Allocate(Backend backend, ModelArenas plan) =>
         new(backend.AllocateAs(plan.Weights), plan.Packed is null ? null : backend.AllocateAs(plan.Packed),
-            plan.Gradients is null ? null : backend.AllocateAs(plan.Gradients), plan.Forms);
+            plan.Gradients is null ? null : backend.AllocateAs(plan.Gradients), plan.Forms, plan.Storage);
 
     /// <inheritdoc/>
     public void Dispose()

@@ -68,17 +68,17 @@ internal sealed class TransformerBlock
         (_config, _layer) = (c, layer);
         string name = $"model.layers.{layer}.";
         _norm1 = LlamaModel.Norm(name + "input_layernorm.weight", arenas, c.Channels);
-        _qkv = Linear.Dense(
+        _qkv = Linear.Take(
             arenas, backend, c.Channels,
             new RowGroup(name + "self_attn.q_proj.weight", c.Channels),
             new RowGroup(name + "self_attn.k_proj.weight", c.KeyValueChannels),
             new RowGroup(name + "self_attn.v_proj.weight", c.KeyValueChannels));
-        _output = Linear.Dense(arenas, backend, c.Channels, new RowGroup(name + "self_attn.o_proj.weight", c.Channels));
+        _output = Linear.Take(arenas, backend, c.Channels, new RowGroup(name + "self_attn.o_proj.weight", c.Channels));
         _norm2 = LlamaModel.Norm(name + "post_attention_layernorm.weight", arenas, c.Channels);
-        _gateUp = Linear.Dense(
+        _gateUp = Linear.Take(
             arenas, backend, c.Channels,
             new RowGroup(name + "mlp.gate_proj.weight", c.Hidden), new RowGroup(name + "mlp.up_proj.weight", c.Hidden));
-        _down = Linear.Dense(arenas, backend, c.Hidden, new RowGroup(name + "mlp.down_proj.weight", c.Channels));
+        _down = Linear.Take(arenas, backend, c.Hidden, new RowGroup(name + "mlp.down_proj.weight", c.Channels));
     }
 
     /// <summary>Gets the parameters in checkpoint order.</summary>

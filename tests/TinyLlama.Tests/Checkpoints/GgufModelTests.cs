@@ -11,13 +11,20 @@ namespace TinyLlama.Tests.Checkpoints;
 public sealed class GgufModelTests
 {
     [Theory]
-    [InlineData("tiny4-f32-kvf32", "tiny4-f32", 1e-4, 0)]
-    [InlineData("tiny4-f32", "tiny4-f32", 0.15, 0.3)]
-    [InlineData("tiny4-q8_0", "tiny4-q8_0", 0.15, 0.3)]
-    [InlineData("tiny4-q4_0", "tiny4-q4_0", 0.15, 0.3)]
-    [InlineData("tiny256-q4_k_m", "tiny256-q4_k_m", 0.15, 0.3)]
-    [InlineData("tiny256-q6_k", "tiny256-q6_k", 0.15, 0.3)]
-    public void Tokens_and_logits_are_those_of_the_program_the_format_comes_from(string golden, string file, double tolerance, double margin)
+    [InlineData("tiny4-f32-kvf32", "tiny4-f32", 1e-4, 0, false)]
+    [InlineData("tiny4-f32-kvf32", "tiny4-f32", 1e-4, 0, true)]
+    [InlineData("tiny4-f32", "tiny4-f32", 0.15, 0.3, false)]
+    [InlineData("tiny4-f32", "tiny4-f32", 0.15, 0.3, true)]
+    [InlineData("tiny4-q8_0", "tiny4-q8_0", 0.15, 0.3, false)]
+    [InlineData("tiny4-q8_0", "tiny4-q8_0", 0.15, 0.3, true)]
+    [InlineData("tiny4-q4_0", "tiny4-q4_0", 0.15, 0.3, false)]
+    [InlineData("tiny4-q4_0", "tiny4-q4_0", 0.15, 0.3, true)]
+    [InlineData("tiny256-q4_k_m", "tiny256-q4_k_m", 0.15, 0.3, false)]
+    [InlineData("tiny256-q4_k_m", "tiny256-q4_k_m", 0.15, 0.3, true)]
+    [InlineData("tiny256-q6_k", "tiny256-q6_k", 0.15, 0.3, false)]
+    [InlineData("tiny256-q6_k", "tiny256-q6_k", 0.15, 0.3, true)]
+    public void Tokens_and_logits_are_those_of_the_program_the_format_comes_from(
+        string golden, string file, double tolerance, double margin, bool frozen)
     {
         using JsonDocument json = JsonDocument.Parse(File.ReadAllText(SharedFiles.Require($"goldens/gguf/{golden}.json")));
         int[] prompt = [.. json.RootElement.GetProperty("prompt_tokens").EnumerateArray().Select(id => id.GetInt32())];
@@ -32,7 +39,7 @@ public sealed class GgufModelTests
         Assert.Equal(prompt, ids);
 
         int[] sequence = [.. prompt, .. greedy];
-        using var run = new ModelRun(source.Config, sequence.Length, Keep.Nothing);
+        using var run = new ModelRun(source.Config, sequence.Length, Keep.Nothing, storage: frozen ? source.StorageOf : null);
         source.CopyTo(run.Backend, run.Model.Parameters);
         run.Model.Pack();
         run.Forward(sequence);

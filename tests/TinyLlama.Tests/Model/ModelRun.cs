@@ -14,10 +14,14 @@ internal sealed class ModelRun : IDisposable
     private readonly TokenLayout _layout;
     private int _count;
 
-    public ModelRun(ModelConfig config, int capacity, Keep keep, CpuPath? path = null, int threads = 1, DType products = DType.F32)
+    public ModelRun(
+        ModelConfig config, int capacity, Keep keep, CpuPath? path = null, int threads = 1, DType products = DType.F32,
+        Func<string, DType>? storage = null)
     {
         Backend = CpuBackend.Create(threads, path, products);
-        Model = LlamaModel.Allocate(config, Backend, trains: keep != Keep.Nothing);
+        Model = storage is null
+            ? LlamaModel.Allocate(config, Backend, trains: keep != Keep.Nothing)
+            : LlamaModel.AllocateFrozen(config, Backend, storage);
         Workspace = Workspace.Allocate(Model, Backend, capacity, keep);
         _arena = Backend.Allocate("batch", ((long)capacity * 28) + 1024);
         _tokens = _arena.Take(capacity, 1, DType.I32);

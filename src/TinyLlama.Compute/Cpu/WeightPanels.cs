@@ -1,0 +1,133 @@
+namespace TinyLlama.Compute.Cpu;
+
+/// <summary>
+/// Quantized weights as kernels read them: panels of as many rows as a register has lanes, block after block along the
+/// inputs. In a panel a block is the rows' blocks of the file turned: first the 16-bit word that is no part of a dword, if
+/// the type has one, of each row, then dword after dword of each row. So a lane is a row, and each byte of the file is
+/// there once.
+/// </summary>
+internal static unsafe class WeightPanels
+{
+    /// <summary>Room for a weight: of its shape and type, with rows up to a whole panel behind it.</summary>
+    public static Tensor Take(Arena arena, int outputs, int inputs, DType type, int lanes)
+    {
+        Shape.Require(inputs % type.BlockElements() == 0, "rows of whole blocks");
+        return arena.Take((outputs + lanes - 1) / lanes * lanes, inputs, type) with { Rows = outputs };
+    }
+
+    /// <summary>Writes whole rows in the order of files to their places.</summary>
+    /// <param name="team">The threads.</param>
+    /// <param name="panels">All panels; its shape and type are the weight's.</param>
+    /// <param name="lanes">Rows of a panel.</param>
+    /// <param name="firstRow">The first row.</param>
+    /// <param name="rows">Their bytes.</param>
+    public static void Write(ThreadTeam team, Tensor panels, int lanes, int firstRow, ReadOnlySpan<byte> rows)
+    {
+        int rowBytes = checked((int)panels.Type.RowBytes(panels.Columns));
+        int count = rows.Length / rowBytes;
+        Shape.Require(rows.Length % rowBytes == 0 && firstRow >= 0 && count <= panels.Rows - firstRow, "whole rows of the weight");
+        if (count == 0)
+        {
+            return;
+        }
+
+        fixed (byte* source = rows)
+        {
+            int firstPanel = firstRow / lanes;
+            WriteWork work = new()
+            {
+                Panels = (byte*)panels.Address,
+                Source = source,
+                Lanes = lanes,
+                FirstRow = firstRow,
+                EndRow = firstRow + count,
+                FirstPanel = firstPanel,
+                RowBytes = rowBytes,
+                BlockBytes = panels.Type.BlockBytes(),
+                Word = Word(panels.Type),
+            };
+            team.Run(ref work, ((firstRow + count - 1) / lanes) - firstPanel + 1);
+        }
+    }
+
+    /// <summary>Widens one row.</summary>
+    public static void DecodeRow(float* destination, Tensor panels, int lanes, int row)
+    {
+        DType type = panels.Type;
+        int word = Word(type);
+        (int panel, int lane) = Math.DivRem(row, lanes);
+        byte* source = (byte*)panels.Address + ((nint)panel * lanes * (nint)type.RowBytes(panels.Columns));
+        byte* block = stackalloc byte[type.BlockBytes()];
+        for (int done = 0; done < panels.Columns; done += type.BlockElements())
+        {
+            byte* planes = source;
+            if (word >= 0)
+            {
+                *(ushort*)(block + word) = ((ushort*)source)[lane];
+                planes += sizeof(ushort) * lanes;
+            }
+
+            uint* dwords = (uint*)(block + (word == 0 ? sizeof(ushort) : 0));
+            for (int i = 0; i < type.BlockBytes() / sizeof(uint); i++)
+            {
+                dwords[i] = ((uint*)planes)[(i * lanes) + lane];
+            }
+
+            QuantizedBlocks.Decode(type, new ReadOnlySpan<byte>(block, type.BlockBytes()), new Span<float>(destination + done, type.BlockElements()));
+            source += type.BlockBytes() * lanes;
+        }
+    }
+
+    // Where in a block the odd word lies: a scale. -1 where there is none.
+    private static int Word(DType type) => type switch
+    {
+        DType.Q8_0 or DType.Q4_0 or DType.Q5_0 => 0,
+        DType.Q6_K => 208,
+        _ => -1,
+    };
+
+    private struct WriteWork : IWork
+    {
+        public byte* Panels;
+        public byte* Source;
+        public int Lanes;
+        public int FirstRow;
+        public int EndRow;
+        public int FirstPanel;
+        public int RowBytes;
+        public int BlockBytes;
+        public int Word;
+
+        public readonly void Run(int task, int thread)
+        {
+            int panelRow = (FirstPanel + task) * Lanes;
+            byte* panel = Panels + ((nint)panelRow * RowBytes);
+            int first = Math.Max(FirstRow, panelRow);
+            int end = Math.Min(EndRow, panelRow + Lanes);
+            int firstDword = Word == 0 ? sizeof(ushort) : 0;
+            int dwords = BlockBytes / sizeof(uint);
+            for (int offset = 0; offset < RowBytes; offset += BlockBytes)
+            {
+                byte* block = panel + ((nint)offset * Lanes);
+                byte* planes = block + (Word >= 0 ? sizeof(ushort) * Lanes : 0);
+                for (int row = first; row < end; row++)
+                {
+                    byte* source = Source + ((nint)(row - FirstRow) * RowBytes) + offset;
+                    int lane = row - panelRow;
+                    if (Word >= 0)
+                    {
+                        ((ushort*)block)[lane] = *(ushort*)(source + Word);
+                    }
+
+                    uint* plane = (uint*)planes + lane;
+                    uint* dword = (uint*)(source + firstDword);
+                    for (int i = 0; i < dwords; i++)
+                    {
+                        *plane = dword[i];
+                        plane += Lanes;
+                    }
+                }
+            }
+        }
+    }
+}

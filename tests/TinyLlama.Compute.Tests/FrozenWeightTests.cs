@@ -1,0 +1,237 @@
+using System.Runtime.InteropServices;
+using TinyLlama.Compute.Cpu;
+
+namespace TinyLlama.Compute.Tests;
+
+/// <summary>Products with weights that are kept only as kernels read them, against what their files decode to.</summary>
+public sealed class FrozenWeightTests
+{
+    private static readonly DType[] s_quantized =
+        [DType.Q8_0, DType.Q4_0, DType.Q4_1, DType.Q5_0, DType.Q5_1, DType.Q4_K, DType.Q5_K, DType.Q6_K];
+
+    private static readonly CpuPath[] s_paths = [CpuPath.Vector512, CpuPath.Vector256, CpuPath.Vector128, CpuPath.Scalar];
+
+    public static TheoryData<CpuPath, DType> Quantized =>
+        [.. s_paths.SelectMany(path => s_quantized.Select(type => (path, type)))];
+
+    public static TheoryData<CpuPath, DType> All =>
+        [.. s_paths.SelectMany(path => s_quantized.Concat([DType.F32, DType.BF16, DType.F16]).Select(type => (path, type)))];
+
+    [Theory]
+    [MemberData(nameof(All))]
+    public void A_product_equals_that_of_the_decoded_weight(CpuPath path, DType type)
+    {
+        using CpuBackend backend = CpuBackend.Create(2, path);
+        foreach ((int rows, int outputs, int blocks) in (ReadOnlySpan<(int, int, int)>)[(1, 1, 1), (1, 40, 3), (2, 16, 1), (5, 33, 2), (16, 8, 1), (19, 70, 2)])
+        {
+            int inputs = blocks * Math.Max(32, type.BlockElements());
+            using Operands operands = new(backend, type, rows, outputs, inputs);
+            foreach (bool accumulate in (bool[])[false, true])
+            {
+                float[] before = operands.Output.HostSpan<float>().ToArray();
+                backend.MatMul(operands.Output, operands.Input, operands.Weight, accumulate);
+                for (int n = 0; n < rows; n++)
+                {
+                    float[] input = operands.Rounded(n);
+                    for (int o = 0; o < outputs; o++)
+                    {
+                        (double sum, double size) = (accumulate ? before[(n * outputs) + o] : 0, 1);
+                        for (int i = 0; i < inputs; i++)
+                        {
+                            double product = (double)input[i] * operands.Values[(o * inputs) + i];
+                            sum += product;
+                            size += Math.Abs(product);
+                        }
+
+                        // Offsets of 4 and 5 bits cancel values of up to their own size.
+                        float actual = operands.Output.HostSpan<float>()[(n * outputs) + o];
+                        Assert.True(Math.Abs(sum - actual) <= 4e-6 * size, $"{type} {rows} x {outputs} x {inputs}: row {n}, output {o} is {actual}, not {sum}");
+                    }
+                }
+            }
+        }
+    }
+
+    [Theory]
+    [MemberData(nameof(All))]
+    public void A_row_gets_the_same_bits_alone_and_among_others(CpuPath path, DType type)
+    {
+        using CpuBackend one = CpuBackend.Create(1, path);
+        using CpuBackend three = CpuBackend.Create(3, path);
+        const int Rows = 37;
+        const int Outputs = 52;
+        using Operands together = new(three, type, Rows, Outputs, 512);
+        using Operands alone = new(one, type, Rows, Outputs, 512);
+        three.MatMul(together.Output, together.Input, together.Weight);
+        for (int n = 0; n < Rows; n++)
+        {
+            one.MatMul(alone.Output.RowRange(n, 1), alone.Input.RowRange(n, 1), alone.Weight);
+        }
+
+        Assert.Equal(alone.Output.HostSpan<float>(), together.Output.HostSpan<float>());
+    }
+
+    [Theory]
+    [MemberData(nameof(Quantized))]
+    public void An_input_that_is_not_finite_reaches_every_output_of_its_row_only(CpuPath path, DType type)
+    {
+        using CpuBackend backend = CpuBackend.Create(1, path);
+        foreach (float bad in (float[])[float.NaN, float.PositiveInfinity, float.NegativeInfinity])
+        {
+            using Operands operands = new(backend, type, 3, 20, 512);
+            operands.Input.HostSpan<float>()[512 + 300] = bad;
+            backend.MatMul(operands.Output, operands.Input, operands.Weight);
+            float[] output = operands.Output.HostSpan<float>().ToArray();
+            Assert.All(output[..20].Concat(output[40..]), value => Assert.True(float.IsFinite(value)));
+            Assert.All(output[20..40], value => Assert.False(float.IsFinite(value)));
+        }
+    }
+
+    [Theory]
+    [MemberData(nameof(Quantized))]
+    public void Inputs_of_zero_give_zero(CpuPath path, DType type)
+    {
+        using CpuBackend backend = CpuBackend.Create(1, path);
+        using Operands operands = new(backend, type, 2, 20, 256);
+        operands.Input.HostSpan<float>().Clear();
+        backend.MatMul(operands.Output, operands.Input, operands.Weight);
+        Assert.All(operands.Output.HostSpan<float>().ToArray(), value => Assert.Equal(0, value));
+    }
+
+    [Fact]
+    public void Rows_are_written_in_whole_panels()
+    {
+        using CpuBackend backend = CpuBackend.Create(1);
+        using Operands operands = new(backend, DType.Q8_0, 1, 128, 32);
+        Assert.Throws<ArgumentException>(() => backend.WriteRows(operands.Weight, 8, new byte[34]));
+        Assert.Throws<ArgumentException>(() => backend.WriteRows(operands.Weight, 64, new byte[34 * 65]));
+        Assert.Throws<ArgumentException>(() => backend.WriteRows(operands.Weight, 0, new byte[33]));
+    }
+
+    [Theory]
+    [InlineData(DType.F32)]
+    [InlineData(DType.BF16)]
+    [InlineData(DType.F16)]
+    [InlineData(DType.Q4_0)]
+    [InlineData(DType.Q6_K)]
+    public void An_embedding_is_the_decoded_row(DType type)
+    {
+        using CpuBackend backend = CpuBackend.Create(1);
+        using Operands operands = new(backend, type, 3, 9, 256);
+        using Arena arena = backend.Allocate("test", 1 << 16);
+        Tensor table = operands.Weight.PackedForward;
+        if (!type.IsQuantized())
+        {
+            table = arena.Take(9, 256, type);
+            Marshal.Copy(operands.Bytes, 0, table.Address, operands.Bytes.Length);
+        }
+
+        Tensor tokens = arena.Take(3, 1, DType.I32);
+        backend.Write<int>(tokens, [8, 0, 5]);
+        Tensor output = arena.Take(3, 256);
+        backend.Embedding(output, table, tokens);
+        Assert.Equal(operands.Values[(8 * 256)..(9 * 256)], output.RowRange(0, 1).HostSpan<float>());
+        Assert.Equal(operands.Values[..256], output.RowRange(1, 1).HostSpan<float>());
+        Assert.Equal(operands.Values[(5 * 256)..(6 * 256)], output.RowRange(2, 1).HostSpan<float>());
+    }
+
+    private sealed class Operands : IDisposable
+    {
+        private readonly Arena _arena;
+        private readonly bool _rounds;
+
+        public Operands(CpuBackend backend, DType type, int rows, int outputs, int inputs)
+        {
+            var random = new Random((rows * 31) + (outputs * 7) + inputs);
+            _rounds = type.IsQuantized();
+            _arena = backend.Allocate("test", 1 << 22);
+            Weight = Weight.Frozen(_arena, backend, outputs, inputs, type);
+            Input = _arena.Take(rows, inputs);
+            Output = _arena.Take(rows, outputs);
+            foreach (ref float value in Input.HostSpan<float>())
+            {
+                value = (random.NextSingle() - 0.5f) * (random.Next(20) == 0 ? 30 : 1);
+            }
+
+            (Bytes, Values) = Stored(random, type, outputs * inputs);
+            int rowBytes = (int)type.RowBytes(inputs);
+            for (int row = 0; row < outputs; row += Backend.PackedRows)
+            {
+                int count = Math.Min(Backend.PackedRows, outputs - row);
+                backend.WriteRows(Weight, row, Bytes.AsSpan(row * rowBytes, count * rowBytes));
+            }
+        }
+
+        public Weight Weight { get; }
+
+        public Tensor Input { get; }
+
+        public Tensor Output { get; }
+
+        public byte[] Bytes { get; }
+
+        public float[] Values { get; }
+
+        /// <summary>The input row as the product rounds it: 32 at a time, to whole multiples of the largest / 127.</summary>
+        public float[] Rounded(int row)
+        {
+            float[] values = Input.RowRange(row, 1).HostSpan<float>().ToArray();
+            for (int first = 0; _rounds && first < values.Length; first += 32)
+            {
+                Span<float> group = values.AsSpan(first, 32);
+                float scale = group.ToArray().Max(MathF.Abs) / 127;
+                foreach (ref float value in group)
+                {
+                    value = MathF.Round(value * (1 / scale), MidpointRounding.ToEven) * scale;
+                }
+            }
+
+            return values;
+        }
+
+        public void Dispose() => _arena.Dispose();
+
+        // Any bytes are a block; only its scales must be sensible halves.
+        private static (byte[] Bytes, float[] Values) Stored(Random random, DType type, int count)
+        {
+            byte[] bytes = new byte[type.RowBytes(count)];
+            float[] values = new float[count];
+            random.NextBytes(bytes);
+            for (int block = 0; block * type.BlockElements() < count; block++)
+            {
+                Span<byte> place = bytes.AsSpan(block * type.BlockBytes(), type.BlockBytes());
+                switch (type)
+                {
+                    case DType.F32:
+                        MemoryMarshal.Write(place, random.NextSingle() - 0.5f);
+                        values[block] = MemoryMarshal.Read<float>(place);
+                        continue;
+                    case DType.BF16:
+                        place[1] = (byte)(0x3E | (place[1] & 0x80));
+                        values[block] = BitConverter.UInt32BitsToSingle((uint)MemoryMarshal.Read<ushort>(place) << 16);
+                        continue;
+                    case DType.F16:
+                        MemoryMarshal.Write(place, (Half)(random.NextSingle() - 0.5f));
+                        values[block] = (float)MemoryMarshal.Read<Half>(place);
+                        continue;
+                    case DType.Q6_K:
+                        MemoryMarshal.Write(place[208..], (Half)(random.NextSingle() * 0.001f));
+                        break;
+                    default:
+                        MemoryMarshal.Write(place, (Half)((random.NextSingle() - 0.3f) * 0.01f));
+                        if (type is DType.Q4_1 or DType.Q5_1 or DType.Q4_K or DType.Q5_K)
+                        {
+                            // One in five is subnormal as a half.
+                            MemoryMarshal.Write(place[2..], (Half)(random.NextSingle() * (random.Next(5) == 0 ? 1e-6f : 0.01f)));
+                        }
+
+                        break;
+                }
+
+                QuantizedBlocks.Decode(type, place, values.AsSpan(block * type.BlockElements(), type.BlockElements()));
+            }
+
+            return (bytes, values);
+        }
+    }
+}
