@@ -6,7 +6,7 @@ namespace TinyLlama.Tests;
 public sealed partial class LayoutTests
 {
     /// <summary>The folders of src/TinyLlama, each of which may use those before it.</summary>
-    private static readonly string[] s_order = ["Model", "Checkpoints", "Inference", "Evaluation", "Training"];
+    private static readonly string[] s_order = ["Model", "Checkpoints", "Chat", "Inference", "Evaluation", "Training"];
 
     [Fact]
     public void The_folders_of_the_library_use_only_those_before_them()
@@ -50,7 +50,7 @@ public sealed partial class LayoutTests
 
     private static IEnumerable<string> Uses(string code) => Use().Matches(code).Select(match => match.Groups["folder"].Value);
 
-    [GeneratedRegex(@"\bTinyLlama\.(?<folder>Model|Checkpoints|Inference|Evaluation|Training)\b", RegexOptions.ExplicitCapture, 1000)]
+    [GeneratedRegex(@"\bTinyLlama\.(?<folder>Model|Checkpoints|Chat|Inference|Evaluation|Training)\b", RegexOptions.ExplicitCapture, 1000)]
     private static partial Regex Use();
 
     [GeneratedRegex(@"\bunsafe\s+[a-z{]|\[(DllImport|LibraryImport)\b", RegexOptions.ExplicitCapture, 1000)]

@@ -12,13 +12,17 @@ namespace TinyLlama.Data.Tokenizers;
 /// </summary>
 public sealed class BpeTokenizer : ITokenizer
 {
+    private static readonly SymbolMatcher s_none = new([]);
+
     private readonly BpeTables _tables;
     private readonly BpeNormalizer? _normalizer;
     private readonly SymbolMatcher _symbols;
     private readonly SymbolMatcher _controls;
+    private readonly SymbolMatcher _markers;
     private readonly byte[][] _bytes;
     private readonly bool[] _startsWithSpace;
     private readonly ConcurrentBag<BpeEncoder> _encoders = [];
+    private readonly ConcurrentBag<BpeEncoder> _plainEncoders = [];
 
     /// <summary>Makes a tokenizer of a model.</summary>
     /// <param name="model">What decides the ids.</param>
@@ -32,6 +36,7 @@ public sealed class BpeTokenizer : ITokenizer
         _symbols = new SymbolMatcher(Symbols(PieceKind.UserDefined, escaped: true));
         _controls = new SymbolMatcher(Symbols(PieceKind.Control, escaped: false)
             .Concat(model.SymbolsSplitText ? Symbols(PieceKind.UserDefined, escaped: true) : []));
+        _markers = new SymbolMatcher(Symbols(PieceKind.Control, escaped: false).Concat(Symbols(PieceKind.UserDefined, escaped: true)));
         if (model.RemoveExtraWhitespace || !model.CharacterMap.IsEmpty)
         {
             CharacterMap? map = model.CharacterMap.IsEmpty ? null : new CharacterMap(model.CharacterMap.Span, source);
@@ -100,7 +105,7 @@ public sealed class BpeTokenizer : ITokenizer
         ArgumentNullException.ThrowIfNull(tokens);
         if (Model.SymbolsSplitText && _symbols.Any)
         {
-            EncodeAround(_symbols, utf8, tokens);
+            EncodeAround(_symbols, utf8, [], tokens);
         }
         else
         {
@@ -117,7 +122,39 @@ public sealed class BpeTokenizer : ITokenizer
     public void EncodeWithControls(string text, List<int> tokens)
     {
         ArgumentNullException.ThrowIfNull(tokens);
-        EncodeAround(_controls, Encoding.UTF8.GetBytes(text), tokens);
+        EncodeAround(_controls, Encoding.UTF8.GetBytes(text), [], tokens);
+    }
+
+    /// <summary>
+    /// As <see cref="EncodeWithControls(string, List{int})"/>, for a text that a stranger wrote parts of: there, neither control
+    /// nor user-defined symbols are found.
+    /// </summary>
+    /// <param name="text">The text.</param>
+    /// <param name="isForeign">Of each character whether a stranger wrote it.</param>
+    /// <param name="tokens">Where ids are appended.</param>
+    public void EncodeWithControls(string text, ReadOnlySpan<bool> isForeign, List<int> tokens)
+    {
+        ArgumentNullException.ThrowIfNull(tokens);
+        ArgumentOutOfRangeException.ThrowIfNotEqual(isForeign.Length, text.Length);
+        byte[] utf8 = Encoding.UTF8.GetBytes(text);
+        bool[] isForeignByte = new bool[utf8.Length];
+        (int character, int first) = (0, 0);
+        foreach (Rune rune in text.EnumerateRunes())
+        {
+            isForeignByte.AsSpan(first, rune.Utf8SequenceLength).Fill(isForeign[character]);
+            character += rune.Utf16SequenceLength;
+            first += rune.Utf8SequenceLength;
+        }
+
+        EncodeAround(_markers, utf8, isForeignByte, tokens);
+    }
+
+    /// <summary>Whether a token is a control symbol: it stands for no text.</summary>
+    /// <exception cref="ArgumentOutOfRangeException">The id is outside the vocabulary.</exception>
+    public bool IsControl(int token)
+    {
+        ArgumentOutOfRangeException.ThrowIfGreaterThanOrEqual((uint)token, (uint)_bytes.Length, nameof(token));
+        return Model.Pieces[token].Kind == PieceKind.Control;
     }
 
     /// <inheritdoc/>
@@ -219,28 +256,30 @@ public sealed class BpeTokenizer : ITokenizer
         return encoder.QueuedCount;
     }
 
-    private void EncodeAround(SymbolMatcher symbols, ReadOnlySpan<byte> text, List<int> tokens)
+    // No symbol is found where a byte is foreign; where none is, isForeign may be empty.
+    private void EncodeAround(SymbolMatcher symbols, ReadOnlySpan<byte> text, ReadOnlySpan<bool> isForeign, List<int> tokens)
     {
         int start = 0;
         for (int position = 0; position < text.Length;)
         {
             int matched = symbols.Match(text[position..], out int id);
-            if (matched == 0)
+            if (matched == 0 || (!isForeign.IsEmpty && isForeign.Slice(position, matched).Contains(true)))
             {
                 position++;
                 continue;
             }
 
-            EncodeSection(text[start..position], tokens);
+            EncodeSection(text[start..position], tokens, !isForeign.IsEmpty);
             tokens.Add(id);
             position += matched;
             start = position;
         }
 
-        EncodeSection(text[start..], tokens);
+        EncodeSection(text[start..], tokens, !isForeign.IsEmpty);
     }
 
-    private void EncodeSection(ReadOnlySpan<byte> utf8, List<int> tokens)
+    // Plain: user-defined symbols are not found.
+    private void EncodeSection(ReadOnlySpan<byte> utf8, List<int> tokens, bool plain = false)
     {
         if (utf8.IsEmpty)
         {
@@ -249,11 +288,12 @@ public sealed class BpeTokenizer : ITokenizer
 
         int before = tokens.Count;
         byte[] buffer = Normalize(utf8, out int length);
-        BpeEncoder encoder = _encoders.TryTake(out BpeEncoder? kept) ? kept : new BpeEncoder(_tables, _symbols);
+        ConcurrentBag<BpeEncoder> encoders = plain ? _plainEncoders : _encoders;
+        BpeEncoder encoder = encoders.TryTake(out BpeEncoder? kept) ? kept : new BpeEncoder(_tables, plain ? s_none : _symbols);
         encoder.Encode(buffer, length, tokens);
         if (encoder.IsWorthKeeping)
         {
-            _encoders.Add(encoder);
+            encoders.Add(encoder);
         }
 
         ArrayPool<byte>.Shared.Return(buffer);

@@ -5,7 +5,7 @@ public static class Tokenizer
 {
     /// <summary>The files that belong to a tokenizer, wherever one lies: those that hold it, then those that say how it is used.</summary>
     public static readonly IReadOnlyList<string> FileNames =
-        ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+        ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
     /// <summary>Opens a tokenizer.</summary>
     /// <param name="path">

@@ -23,6 +23,9 @@ internal sealed class GgufModel : ModelSource
     /// <inheritdoc/>
     public override bool AddsBos => _file.Value("tokenizer.ggml.add_bos_token", absent: true);
 
+    /// <inheritdoc/>
+    public override string? ChatTemplate => _file.Value<string?>("tokenizer.chat_template", absent: null);
+
     /// <summary>Opens a file and checks that it holds the tensors of its metadata, and no others.</summary>
     /// <exception cref="UserErrorException">Something is missing, damaged, unexpected or not supported.</exception>
     public static GgufModel OpenFile(string path)

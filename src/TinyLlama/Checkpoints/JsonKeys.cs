@@ -134,6 +134,13 @@ internal sealed class JsonKeys
         { } value => throw Wrong(key, value, "an object"),
     };
 
+    /// <summary>An array of objects, or null where the key is absent or holds something else than an array.</summary>
+    public IReadOnlyList<JsonKeys>? Objects(string key) => Find(key) is { ValueKind: JsonValueKind.Array } array
+        ? [.. array.EnumerateArray().Select((item, i) => item.ValueKind == JsonValueKind.Object
+            ? new JsonKeys(Path, $"{_prefix}{key}[{i}].", item)
+            : throw Wrong($"{key}[{i}]", item, "an object"))]
+        : null;
+
     /// <summary>An array of texts, or null where the key is absent.</summary>
     public IReadOnlyList<string>? Texts(string key) => Find(key) switch
     {

@@ -41,11 +41,43 @@ public abstract class ModelSource : IDisposable
     {
         get
         {
-            string folder = Directory.Exists(TokenizerPath) ? TokenizerPath : System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(TokenizerPath ?? Path))!;
-            string settings = System.IO.Path.Combine(folder, "tokenizer_config.json");
+            string settings = System.IO.Path.Combine(TokenizerFolder, "tokenizer_config.json");
             return !File.Exists(settings) || JsonKeys.Read(settings).Boolean("add_bos_token", absent: true);
         }
     }
+
+    /// <summary>
+    /// Gets the Jinja template of the conversations that the model was taught, from <c>chat_template.jinja</c> or
+    /// <c>tokenizer_config.json</c>, or null where the files have none.
+    /// </summary>
+    /// <exception cref="UserErrorException">A file is damaged.</exception>
+    public virtual string? ChatTemplate
+    {
+        get
+        {
+            string file = System.IO.Path.Combine(TokenizerFolder, "chat_template.jinja");
+            if (File.Exists(file))
+            {
+                return ReadText(file);
+            }
+
+            string settings = System.IO.Path.Combine(TokenizerFolder, "tokenizer_config.json");
+            if (!File.Exists(settings))
+            {
+                return null;
+            }
+
+            const string Key = "chat_template";
+            JsonKeys keys = JsonKeys.Read(settings);
+            return keys.Objects(Key) is { } named
+                ? named.FirstOrDefault(template => template.Text("name") == "default")?.Text("template")
+                : keys.Text(Key);
+        }
+    }
+
+    private string TokenizerFolder => Directory.Exists(TokenizerPath)
+        ? TokenizerPath
+        : System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(TokenizerPath ?? Path))!;
 
     /// <summary>Opens a model.</summary>
     /// <param name="path">
@@ -186,6 +218,18 @@ public abstract class ModelSource : IDisposable
         }
 
         ArrayPool<byte>.Shared.Return(bytes);
+    }
+
+    private static string ReadText(string file)
+    {
+        try
+        {
+            return File.ReadAllText(file);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new UserErrorException($"{file}: cannot be read: {e.Message}", e);
+        }
     }
 
     private static string WhyNoModel(string path) => System.IO.Path.GetExtension(path) switch

@@ -1,3 +1,4 @@
+using TinyLlama.Chat;
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
@@ -20,11 +21,13 @@ namespace TinyLlama.Inference;
 public sealed class LanguageModel : IDisposable
 {
     private readonly int _contextLength;
+    private readonly Lazy<ChatTemplate?> _chatTemplate;
     private TextGenerator? _generator;
 
-    private LanguageModel(Backend backend, LlamaModel model, ITokenizer tokenizer, bool addsBos, int contextLength)
+    private LanguageModel(Backend backend, LlamaModel model, BpeTokenizer tokenizer, bool addsBos, Func<ChatTemplate?> chatTemplate, int contextLength)
     {
         (Backend, Model, Tokenizer, AddsBos, _contextLength) = (backend, model, tokenizer, addsBos, contextLength);
+        _chatTemplate = new Lazy<ChatTemplate?>(chatTemplate);
     }
 
     /// <summary>Gets the device.</summary>
@@ -34,10 +37,14 @@ public sealed class LanguageModel : IDisposable
     public LlamaModel Model { get; }
 
     /// <summary>Gets the tokenizer that came with the model.</summary>
-    public ITokenizer Tokenizer { get; }
+    public BpeTokenizer Tokenizer { get; }
 
     /// <summary>Gets a value indicating whether a text begins with BOS, where the vocabulary has one.</summary>
     public bool AddsBos { get; }
+
+    /// <summary>Gets the chat template that came with the model, or null where none did.</summary>
+    /// <exception cref="UserErrorException">It uses what is not supported; the message names it.</exception>
+    public ChatTemplate? ChatTemplate => _chatTemplate.Value;
 
     /// <summary>Loads a model and its tokenizer.</summary>
     /// <param name="path">A run (its newest checkpoint), a checkpoint, a Hugging Face folder, a <c>.gguf</c> file, or a <c>.bin</c> file of llama2.c.</param>
@@ -49,7 +56,7 @@ public sealed class LanguageModel : IDisposable
     public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null)
     {
         using ModelSource source = ModelSource.Open(path, warn ?? (static _ => { }));
-        ITokenizer tokenizer = source.LoadTokenizer()
+        BpeTokenizer tokenizer = source.LoadTokenizer()
             ?? throw new UserErrorException($"{source.Path}: has no tokenizer; put its tokenizer.model or tokenizer.json beside the weights");
         CpuBackend backend = CpuBackend.Create(threads);
         LlamaModel? model = null;
@@ -57,7 +64,14 @@ public sealed class LanguageModel : IDisposable
         {
             model = LlamaModel.AllocateFrozen(source.Config, backend, source.StorageOf);
             source.CopyTo(backend, model.Parameters);
-            return new LanguageModel(backend, model, tokenizer, source.AddsBos, contextLength ?? source.Config.ContextLength);
+            (string? template, string origin) = (source.ChatTemplate, source.Path);
+            return new LanguageModel(
+                backend,
+                model,
+                tokenizer,
+                source.AddsBos,
+                () => template is null ? null : Chat.ChatTemplate.Parse(template, origin),
+                contextLength ?? source.Config.ContextLength);
         }
         catch
         {

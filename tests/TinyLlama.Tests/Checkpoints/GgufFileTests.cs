@@ -28,11 +28,19 @@ public sealed class GgufFileTests : IDisposable
     public void Dispose() => _folder.Dispose();
 
     [Fact]
+    public void The_chat_template_is_that_of_the_metadata()
+    {
+        using ModelSource source = ModelSource.Open(Write(new Builder().Text("tokenizer.chat_template", "{{ bos_token }}").Bytes()), Assert.Fail);
+        Assert.Equal("{{ bos_token }}", source.ChatTemplate);
+    }
+
+    [Fact]
     public void Shape_values_and_tokenizer_are_those_of_the_file()
     {
         using ModelSource source = ModelSource.Open(Write(new Builder().Bytes()), Assert.Fail);
         Assert.Equal(s_tiny, source.Config);
         Assert.True(source.AddsBos);
+        Assert.Null(source.ChatTemplate);
         BpeTokenizer tokenizer = source.LoadTokenizer()!;
         Assert.Equal((1, 2, 262), (tokenizer.Bos, tokenizer.Eos, tokenizer.VocabularySize));
         List<int> ids = [];

@@ -58,6 +58,32 @@ public sealed class ModelSourceTests : IDisposable
         }
     }
 
+    [Fact]
+    public void The_chat_template_is_that_of_the_files()
+    {
+        using LlamaModel model = Random(s_tiny);
+        WriteSharded(model, DType.F32);
+        File.WriteAllText(_folder["tokenizer.model"], "");
+        string? Template()
+        {
+            using ModelSource source = ModelSource.Open(_folder.Path, Fail);
+            return source.ChatTemplate;
+        }
+
+        Assert.Null(Template());
+        File.WriteAllText(_folder["tokenizer_config.json"], """{"chat_template": "one"}""");
+        Assert.Equal("one", Template());
+        File.WriteAllText(
+            _folder["tokenizer_config.json"],
+            """{"chat_template": [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]}""");
+        Assert.Equal("three", Template());
+        File.WriteAllText(_folder["chat_template.jinja"], "four\n");
+        Assert.Equal("four\n", Template());
+        File.Delete(_folder["chat_template.jinja"]);
+        File.WriteAllText(_folder["tokenizer_config.json"], """{"chat_template": 5}""");
+        Assert.Contains("'chat_template' is 5", Assert.Throws<UserErrorException>(Template).Message, StringComparison.Ordinal);
+    }
+
     [Theory]
     [InlineData(DType.F32)]
     [InlineData(DType.BF16)]
