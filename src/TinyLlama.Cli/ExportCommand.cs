@@ -1,4 +1,5 @@
 using System.CommandLine;
+using System.Globalization;
 using System.Text.Json.Nodes;
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
@@ -7,48 +8,60 @@ using TinyLlama.Data.Tokenizers;
 
 namespace TinyLlama.Cli;
 
-/// <summary><c>tinyllama export</c>: a model as a Hugging Face folder.</summary>
+/// <summary><c>tinyllama export</c>: a model as a Hugging Face folder or a GGUF file.</summary>
 internal static class ExportCommand
 {
     /// <summary>What a model may be named by.</summary>
     public const string ModelHelp = "A run, a checkpoint, a Hugging Face folder, a .gguf file, or a .bin file of llama2.c";
 
+    private const string FolderFormat = "hf";
+    private const string FileFormat = "gguf";
+
+    private static readonly string[] s_folderTypes = ["f32", "bf16", "f16"];
+
     /// <summary>The verb.</summary>
     public static Command Create()
     {
         var model = new Argument<string>("MODEL") { Description = ModelHelp };
-        var to = new Option<string>("--out") { Description = "The folder to write", HelpName = "PATH", Required = true };
-        Option<string?> type = Type();
+        var to = new Option<string>("--out") { Description = "The folder or the .gguf file to write", HelpName = "PATH", Required = true };
+        Option<string?> format = new Option<string?>("--format")
+        {
+            Description = "A Hugging Face folder or a GGUF file [default: gguf where PATH ends in .gguf]",
+        }.AcceptOnlyFromAmong(FolderFormat, FileFormat);
+        Option<string?> type = Type([.. GgufMix.All.Select(static mix => mix.Name)]);
         Option<string?> tokenizer = TokenizerPath();
-        var force = new Option<bool>("--force") { Description = "Replace files in a folder that is not empty" };
+        var force = new Option<bool>("--force") { Description = "Replace files that are there" };
         Option<bool> json = CommonOptions.Json();
-        var command = new Command("export", "Write a model as a Hugging Face folder") { model, to, type, tokenizer, force, json };
+        var command = new Command("export", "Write a model as a Hugging Face folder or a GGUF file")
+        {
+            model, to, format, type, tokenizer, force, json,
+        };
         command.SetAction(parse =>
         {
             using ModelSource source = ModelSource.Open(parse.GetRequiredValue(model), Warn);
-            DType stored = StoredType(parse.GetValue(type), source);
-            string? tokenizerPath = parse.GetValue(tokenizer) ?? source.TokenizerPath;
-            string folder = parse.GetRequiredValue(to);
-            ModelExport.RequirePlace(folder, parse.GetValue(force));
-            IReadOnlyList<ListedFile> files;
-            using (ProgressDisplay progress = ProgressDisplay.Start("export", source.Tensors.Sum(static tensor => tensor.Count), "elements"))
+            var request = new Request(
+                parse.GetRequiredValue(to), parse.GetValue(type), parse.GetValue(tokenizer), parse.GetValue(force), parse.GetValue(json));
+            bool isFile = (parse.GetValue(format) ?? (request.Path.EndsWith(".gguf", StringComparison.Ordinal) ? FileFormat : FolderFormat)) == FileFormat;
+            if (isFile)
             {
-                files = ModelExport.Write(
-                    folder, source, stored, LoadTokenizer(tokenizerPath, source), Originals(tokenizerPath), parse.GetValue(force),
-                    done => progress.Report(done));
+                WriteFile(parse.InvocationConfiguration.Output, source, request);
+            }
+            else
+            {
+                WriteFolder(parse, source, request);
             }
 
-            Report(parse, parse.GetValue(json), folder, stored, files);
             return ExitCode.Success;
         });
         return command;
     }
 
-    /// <summary><c>--dtype</c>.</summary>
-    public static Option<string?> Type()
+    /// <summary><c>--type</c>, also <c>--dtype</c>.</summary>
+    /// <param name="names">The types; by default those that a Hugging Face folder holds.</param>
+    public static Option<string?> Type(params string[] names)
     {
-        var option = new Option<string?>("--dtype") { Description = "What the weights are stored in [default: as in MODEL]" };
-        return option.AcceptOnlyFromAmong("f32", "bf16", "f16");
+        var option = new Option<string?>("--type", "--dtype") { Description = "What the weights are stored in [default: as in MODEL]" };
+        return option.AcceptOnlyFromAmong(names.Length > 0 ? names : s_folderTypes);
     }
 
     /// <summary><c>--tokenizer PATH</c>.</summary>
@@ -110,4 +123,64 @@ internal static class ExportCommand
 
     /// <summary>Writes a warning.</summary>
     public static void Warn(string message) => Console.Error.WriteLine($"warning: {message}");
+
+    private static void WriteFolder(ParseResult parse, ModelSource source, Request request)
+    {
+        if (request.Type is { } name && !s_folderTypes.Contains(name, StringComparer.Ordinal))
+        {
+            throw new UserErrorException($"--type {name}: a Hugging Face folder holds {string.Join(", ", s_folderTypes)}; quantized types need --format gguf");
+        }
+
+        DType type = StoredType(request.Type, source);
+        ModelExport.RequirePlace(request.Path, request.Force);
+        string? tokenizerPath = request.Tokenizer ?? source.TokenizerPath;
+        IReadOnlyList<ListedFile> files;
+        using (ProgressDisplay progress = Progress(source))
+        {
+            files = ModelExport.Write(
+                request.Path, source, type, LoadTokenizer(tokenizerPath, source), Originals(tokenizerPath), request.Force,
+                done => progress.Report(done));
+        }
+
+        Report(parse, request.Json, request.Path, type, files);
+    }
+
+    private static void WriteFile(TextWriter output, ModelSource source, Request request)
+    {
+        GgufMix mix = GgufMix.Find(request.Type ?? source.StoredType.ToString().ToLowerInvariant());
+        GgufExport.RequirePlace(request.Path, request.Force);
+        BpeTokenizer? tokenizer = LoadTokenizer(request.Tokenizer ?? source.TokenizerPath, source);
+        GgufExported exported;
+        using (ProgressDisplay progress = Progress(source))
+        {
+            exported = GgufExport.Write(request.Path, source, mix, tokenizer, request.Force, done => progress.Report(done));
+        }
+
+        foreach (string note in exported.Notes)
+        {
+            Warn(note);
+        }
+
+        if (request.Json)
+        {
+            var result = new JsonObject
+            {
+                ["path"] = request.Path,
+                ["dtype"] = mix.Name,
+                ["bytes"] = exported.ByteCount,
+                ["bits_per_weight"] = exported.BitsPerWeight,
+            };
+            output.WriteLine(result.ToJsonString(JsonOutput.Options));
+        }
+        else
+        {
+            output.WriteLine(string.Create(
+                CultureInfo.InvariantCulture, $"{request.Path}: {exported.ByteCount:N0} bytes, {mix.Name}, {exported.BitsPerWeight:0.00} bits per weight"));
+        }
+    }
+
+    private static ProgressDisplay Progress(ModelSource source) =>
+        ProgressDisplay.Start("export", source.Tensors.Sum(static tensor => tensor.Count), "elements");
+
+    private sealed record Request(string Path, string? Type, string? Tokenizer, bool Force, bool Json);
 }

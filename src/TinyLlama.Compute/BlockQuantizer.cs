@@ -4,7 +4,7 @@ using System.Runtime.Intrinsics;
 namespace TinyLlama.Compute;
 
 /// <summary>
-/// Rounds singles to ggml's quantized blocks. Q8_0 and Q4_0 have the bytes of ggml's reference; the types of 256 elements are
+/// Rounds singles to ggml's quantized blocks. The types of 32 elements have the bytes of ggml's reference; those of 256 are
 /// searched for the least squared error.
 /// </summary>
 /// <remarks>The same bits on every machine: sums have one order, and no multiplication is fused with an addition.</remarks>
@@ -20,10 +20,10 @@ public static class BlockQuantizer
     private const int Refinements = 3;
 
     /// <summary>Whether <see cref="Encode"/> makes blocks of this type.</summary>
-    public static bool CanEncode(DType type) => type is DType.Q8_0 or DType.Q4_0 or DType.Q4_K or DType.Q5_K or DType.Q6_K;
+    public static bool CanEncode(DType type) => type.IsQuantized() && type != DType.Q4_1;
 
     /// <summary>Rounds the elements of one block.</summary>
-    /// <param name="type">Q8_0, Q4_0, Q4_K, Q5_K or Q6_K.</param>
+    /// <param name="type">A quantized type other than Q4_1.</param>
     /// <param name="values"><see cref="DTypes.BlockElements"/> finite values, in the range of a half.</param>
     /// <param name="block">Receives <see cref="DTypes.BlockBytes"/> bytes.</param>
     public static void Encode(DType type, ReadOnlySpan<float> values, Span<byte> block)
@@ -35,6 +35,12 @@ public static class BlockQuantizer
                 break;
             case DType.Q4_0:
                 EncodeQ4(values, block);
+                break;
+            case DType.Q5_0:
+                EncodeQ5(values, block);
+                break;
+            case DType.Q5_1:
+                EncodeQ51(values, block);
                 break;
             case DType.Q4_K:
                 EncodeAffine(values, block, largest: 15);
@@ -79,6 +85,58 @@ public static class BlockQuantizer
         }
 
         int Level(float value) => Math.Min(15, (int)((value * inverse) + 8.5f));
+    }
+
+    private static void EncodeQ5(ReadOnlySpan<float> values, Span<byte> block)
+    {
+        float scale = Extreme(values[..32]) / -16;
+        float inverse = scale == 0 ? 0 : 1 / scale;
+        BinaryPrimitives.WriteHalfLittleEndian(block, (Half)scale);
+        Span<byte> quants = stackalloc byte[32];
+        for (int i = 0; i < 32; i++)
+        {
+            quants[i] = (byte)Math.Min(31, (int)((values[i] * inverse) + 16.5f));
+        }
+
+        PackFiveBits(block[2..], quants);
+    }
+
+    private static void EncodeQ51(ReadOnlySpan<float> values, Span<byte> block)
+    {
+        (float low, float high) = (values[0], values[0]);
+        for (int i = 1; i < 32; i++)
+        {
+            low = Math.Min(low, values[i]);
+            high = Math.Max(high, values[i]);
+        }
+
+        float scale = (high - low) / 31;
+        float inverse = scale == 0 ? 0 : 1 / scale;
+        BinaryPrimitives.WriteHalfLittleEndian(block, (Half)scale);
+        BinaryPrimitives.WriteHalfLittleEndian(block[2..], (Half)low);
+        Span<byte> quants = stackalloc byte[32];
+        for (int i = 0; i < 32; i++)
+        {
+            quants[i] = (byte)(((values[i] - low) * inverse) + 0.5f);
+        }
+
+        PackFiveBits(block[4..], quants);
+    }
+
+    // The fifth bits of all 32 in one word, then the nibbles: of the first half low, of the second high.
+    private static void PackFiveBits(Span<byte> packed, ReadOnlySpan<byte> quants)
+    {
+        uint highBits = 0;
+        for (int i = 0; i < 32; i++)
+        {
+            highBits |= (uint)(quants[i] >> 4) << i;
+        }
+
+        BinaryPrimitives.WriteUInt32LittleEndian(packed, highBits);
+        for (int i = 0; i < 16; i++)
+        {
+            packed[4 + i] = (byte)((quants[i] & 15) | (quants[16 + i] << 4));
+        }
     }
 
     // Q4_K and Q5_K: value = unit · scale · quant - minimumUnit · minimum, scale and minimum of 6 bits for 32 elements.

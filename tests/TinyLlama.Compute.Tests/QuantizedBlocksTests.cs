@@ -38,6 +38,8 @@ public sealed class QuantizedBlocksTests
     [Theory]
     [InlineData(DType.Q8_0)]
     [InlineData(DType.Q4_0)]
+    [InlineData(DType.Q5_0)]
+    [InlineData(DType.Q5_1)]
     public void Simple_types_are_encoded_to_the_bytes_of_ggml(DType type)
     {
         foreach (float[] values in Samples(256 * 64))
@@ -64,6 +66,8 @@ public sealed class QuantizedBlocksTests
     [Theory]
     [InlineData(DType.Q8_0, 32, 254, 1.01)]
     [InlineData(DType.Q4_0, 32, 16, 2.01)]
+    [InlineData(DType.Q5_0, 32, 32, 1.3)]
+    [InlineData(DType.Q5_1, 32, 31, 1.02)]
     [InlineData(DType.Q4_K, 32, 15, 1)]
     [InlineData(DType.Q5_K, 32, 31, 1)]
     [InlineData(DType.Q6_K, 16, 63, 1)]
@@ -73,7 +77,7 @@ public sealed class QuantizedBlocksTests
         double bound = 0;
         foreach (float[] part in values.Chunk(group))
         {
-            double range = type is DType.Q4_K or DType.Q5_K ? part.Max() - part.Min() : 2 * part.Max(Math.Abs);
+            double range = type is DType.Q5_1 or DType.Q4_K or DType.Q5_K ? part.Max() - part.Min() : 2 * part.Max(Math.Abs);
             bound += range / levels * (range / levels) / 12 * part.Length;
         }
 

@@ -4,7 +4,7 @@ using TinyLlama.Data;
 
 namespace TinyLlama.Checkpoints;
 
-/// <summary>Floating-point elements as little-endian bytes in files, and as singles in memory.</summary>
+/// <summary>Elements as little-endian bytes in files, and as singles in memory.</summary>
 internal static class ElementCodec
 {
     /// <summary>Whether elements of this type convert to and from singles.</summary>
@@ -47,7 +47,8 @@ internal static class ElementCodec
         }
     }
 
-    /// <summary>Narrows singles to stored elements: round to nearest, ties to even.</summary>
+    /// <summary>Narrows singles to stored elements: round to nearest, ties to even; quantized types by <see cref="BlockQuantizer"/>.</summary>
+    /// <exception cref="UserErrorException">A value is beyond the type.</exception>
     public static void Encode(ReadOnlySpan<float> source, DType type, Span<byte> destination)
     {
         switch (type)
@@ -84,7 +85,26 @@ internal static class ElementCodec
 
                 break;
             default:
-                throw new ArgumentOutOfRangeException(nameof(type), type, "not a floating-point type");
+                EncodeBlocks(source, type, destination);
+                break;
+        }
+    }
+
+    private static void EncodeBlocks(ReadOnlySpan<float> source, DType type, Span<byte> destination)
+    {
+        foreach (float value in source)
+        {
+            // Scales are halves. A weight that is no number fails the comparison too.
+            if (!(Math.Abs(value) <= (float)Half.MaxValue))
+            {
+                throw new UserErrorException($"a weight of {value} is beyond {type}; store it as bf16 or f32");
+            }
+        }
+
+        (int elements, int bytes) = (type.BlockElements(), type.BlockBytes());
+        for (int block = 0; block < source.Length / elements; block++)
+        {
+            BlockQuantizer.Encode(type, source.Slice(block * elements, elements), destination.Slice(block * bytes, bytes));
         }
     }
 

@@ -47,23 +47,6 @@ internal sealed class GgufFile : IDisposable
         _metadata = metadata.ToFrozenDictionary(StringComparer.Ordinal);
     }
 
-    private enum ValueType
-    {
-        UInt8,
-        Int8,
-        UInt16,
-        Int16,
-        UInt32,
-        Int32,
-        Float32,
-        Bool,
-        String,
-        Array,
-        UInt64,
-        Int64,
-        Float64,
-    }
-
     /// <summary>Gets the path the file was opened by.</summary>
     public string Path => _file.Path;
 
@@ -150,7 +133,7 @@ internal sealed class GgufFile : IDisposable
         for (ulong i = 0; i < count; i++)
         {
             string key = reader.Text(MaximumNameBytes);
-            if (!metadata.TryAdd(key, ReadValue(ref reader, (ValueType)reader.UInt32(), key)))
+            if (!metadata.TryAdd(key, ReadValue(ref reader, (GgufValueType)reader.UInt32(), key)))
             {
                 throw reader.Error($"the metadata has '{key}' twice");
             }
@@ -159,20 +142,20 @@ internal sealed class GgufFile : IDisposable
         return metadata;
     }
 
-    private static object ReadValue(ref Reader reader, ValueType type, string key) => type switch
+    private static object ReadValue(ref Reader reader, GgufValueType type, string key) => type switch
     {
-        ValueType.Float32 or ValueType.Float64 => reader.Real(type),
-        ValueType.Bool => reader.Bool(),
-        ValueType.String => reader.Text(int.MaxValue),
-        ValueType.Array => ReadArray(ref reader, key),
+        GgufValueType.Float32 or GgufValueType.Float64 => reader.Real(type),
+        GgufValueType.Bool => reader.Bool(),
+        GgufValueType.String => reader.Text(int.MaxValue),
+        GgufValueType.Array => ReadArray(ref reader, key),
         _ => reader.Integer(type, key),
     };
 
     private static object ReadArray(ref Reader reader, string key)
     {
-        var type = (ValueType)reader.UInt32();
+        var type = (GgufValueType)reader.UInt32();
         ulong count = reader.UInt64();
-        if (type == ValueType.Array)
+        if (type == GgufValueType.Array)
         {
             throw reader.Error($"'{key}' is an array of arrays, which is not supported");
         }
@@ -180,7 +163,7 @@ internal sealed class GgufFile : IDisposable
         reader.RequireRoom(count, Reader.LeastBytes(type), $"elements of '{key}'");
         switch (type)
         {
-            case ValueType.String:
+            case GgufValueType.String:
                 string[] texts = new string[count];
                 for (int i = 0; i < texts.Length; i++)
                 {
@@ -188,7 +171,7 @@ internal sealed class GgufFile : IDisposable
                 }
 
                 return texts;
-            case ValueType.Float32 or ValueType.Float64:
+            case GgufValueType.Float32 or GgufValueType.Float64:
                 double[] reals = new double[count];
                 for (int i = 0; i < reals.Length; i++)
                 {
@@ -196,7 +179,7 @@ internal sealed class GgufFile : IDisposable
                 }
 
                 return reals;
-            case ValueType.Bool:
+            case GgufValueType.Bool:
                 bool[] flags = new bool[count];
                 for (int i = 0; i < flags.Length; i++)
                 {
@@ -300,11 +283,11 @@ internal sealed class GgufFile : IDisposable
 
         public readonly long Left => file.Length - Position;
 
-        public static int LeastBytes(ValueType type) => type switch
+        public static int LeastBytes(GgufValueType type) => type switch
         {
-            ValueType.UInt8 or ValueType.Int8 or ValueType.Bool => 1,
-            ValueType.UInt16 or ValueType.Int16 => 2,
-            ValueType.UInt32 or ValueType.Int32 or ValueType.Float32 => 4,
+            GgufValueType.UInt8 or GgufValueType.Int8 or GgufValueType.Bool => 1,
+            GgufValueType.UInt16 or GgufValueType.Int16 => 2,
+            GgufValueType.UInt32 or GgufValueType.Int32 or GgufValueType.Float32 => 4,
             _ => 8,
         };
 
@@ -336,30 +319,30 @@ internal sealed class GgufFile : IDisposable
 
         public bool Bool() => Take(1)[0] != 0;
 
-        public double Real(ValueType type) => type == ValueType.Float32
+        public double Real(GgufValueType type) => type == GgufValueType.Float32
             ? BinaryPrimitives.ReadSingleLittleEndian(Take(4))
             : BinaryPrimitives.ReadDoubleLittleEndian(Take(8));
 
-        public long Integer(ValueType type, string key)
+        public long Integer(GgufValueType type, string key)
         {
             switch (type)
             {
-                case ValueType.UInt8:
+                case GgufValueType.UInt8:
                     return Take(1)[0];
-                case ValueType.Int8:
+                case GgufValueType.Int8:
                     return (sbyte)Take(1)[0];
-                case ValueType.UInt16:
+                case GgufValueType.UInt16:
                     return BinaryPrimitives.ReadUInt16LittleEndian(Take(2));
-                case ValueType.Int16:
+                case GgufValueType.Int16:
                     return BinaryPrimitives.ReadInt16LittleEndian(Take(2));
-                case ValueType.UInt32:
+                case GgufValueType.UInt32:
                     return UInt32();
-                case ValueType.Int32:
+                case GgufValueType.Int32:
                     return (int)UInt32();
-                case ValueType.UInt64:
+                case GgufValueType.UInt64:
                     ulong value = UInt64();
                     return value <= long.MaxValue ? (long)value : throw Error($"'{key}' is {value}, which is too large");
-                case ValueType.Int64:
+                case GgufValueType.Int64:
                     return (long)UInt64();
                 default:
                     throw Error($"'{key}' is of the unknown type {(uint)type}: damaged");

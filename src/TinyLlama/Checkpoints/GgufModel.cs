@@ -52,7 +52,7 @@ internal sealed class GgufModel : ModelSource
     {
         GgufEntry entry = _entries[name];
         long columns = entry.Shape[^1];
-        bool interleaved = IsInterleaved(name);
+        bool interleaved = GgufNames.IsInterleaved(name);
         while (!destination.IsEmpty)
         {
             (long row, long column) = Math.DivRem(first, columns);
@@ -72,7 +72,7 @@ internal sealed class GgufModel : ModelSource
     {
         GgufEntry entry = _entries[tensor.Name];
         int rowBytes = checked((int)entry.Type.RowBytes(tensor.Columns));
-        if (!IsInterleaved(tensor.Name))
+        if (!GgufNames.IsInterleaved(tensor.Name))
         {
             _file.Bytes(entry, (long)firstRow * rowBytes, destination.Length).CopyTo(destination);
             return;
@@ -93,9 +93,6 @@ internal sealed class GgufModel : ModelSource
             _file.Dispose();
         }
     }
-
-    private static bool IsInterleaved(string name) =>
-        name.EndsWith("self_attn.q_proj.weight", StringComparison.Ordinal) || name.EndsWith("self_attn.k_proj.weight", StringComparison.Ordinal);
 
     private static ModelConfig ReadConfig(GgufFile file, Dictionary<string, GgufEntry> stored)
     {
@@ -168,7 +165,7 @@ internal sealed class GgufModel : ModelSource
         var entries = new Dictionary<string, GgufEntry>(StringComparer.Ordinal);
         foreach (ModelTensor tensor in ModelTensors.Of(config))
         {
-            string name = StoredName(tensor.Name);
+            string name = GgufNames.Of(tensor.Name);
             if (!stored.Remove(name, out GgufEntry? entry))
             {
                 throw new UserErrorException($"{file.Path}: has no tensor '{name}'");
@@ -184,36 +181,6 @@ internal sealed class GgufModel : ModelSource
             : stored.Keys.Order(StringComparer.Ordinal).FirstOrDefault() is { } unknown
             ? throw new UserErrorException($"{file.Path}: tensor '{unknown}' is unknown; a Llama of this metadata has no such tensor")
             : entries;
-    }
-
-    private static string StoredName(string name)
-    {
-        switch (name)
-        {
-            case ModelTensors.Embedding:
-                return "token_embd.weight";
-            case ModelTensors.Norm:
-                return "output_norm.weight";
-            case ModelTensors.Head:
-                return "output.weight";
-        }
-
-        // model.layers.N.PART.weight
-        string[] parts = name.Split('.', 4);
-        string part = parts[3][..^".weight".Length] switch
-        {
-            "input_layernorm" => "attn_norm",
-            "self_attn.q_proj" => "attn_q",
-            "self_attn.k_proj" => "attn_k",
-            "self_attn.v_proj" => "attn_v",
-            "self_attn.o_proj" => "attn_output",
-            "post_attention_layernorm" => "ffn_norm",
-            "mlp.gate_proj" => "ffn_gate",
-            "mlp.up_proj" => "ffn_up",
-            "mlp.down_proj" => "ffn_down",
-            _ => throw new ArgumentException($"not a tensor of a Llama: {name}", nameof(name)),
-        };
-        return $"blk.{parts[2]}.{part}.weight";
     }
 
     private void ReadRange(GgufEntry entry, long first, Span<float> destination)

@@ -22,6 +22,18 @@ internal static class GgufType
         _ => null,
     };
 
+    /// <summary>ggml's number of a type.</summary>
+    public static uint NumberOf(DType type)
+    {
+        uint number = 0;
+        while (Find(number) != type)
+        {
+            number++;
+        }
+
+        return number;
+    }
+
     /// <summary>ggml's name of a number, for messages.</summary>
     public static string NameOf(uint number) => Find(number)?.ToString() ?? number switch
     {
@@ -48,4 +60,22 @@ internal static class GgufType
         39 => "MXFP4",
         _ => $"number {number}",
     };
+}
+
+/// <summary>The types of metadata, by the numbers that GGUF files store.</summary>
+internal enum GgufValueType
+{
+    UInt8,
+    Int8,
+    UInt16,
+    Int16,
+    UInt32,
+    Int32,
+    Float32,
+    Bool,
+    String,
+    Array,
+    UInt64,
+    Int64,
+    Float64,
 }

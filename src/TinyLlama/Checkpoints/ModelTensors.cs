@@ -1,3 +1,4 @@
+using System.Globalization;
 using TinyLlama.Model;
 
 namespace TinyLlama.Checkpoints;
@@ -59,6 +60,9 @@ internal static class ModelTensors
     /// <summary>The full name of a layer's tensor.</summary>
     public static string InLayer(int layer, string name) => $"model.layers.{layer}.{name}.weight";
 
+    /// <summary>The layer in a name that <see cref="InLayer"/> made.</summary>
+    public static int LayerOf(string name) => int.Parse(name.Split('.', 4)[2], CultureInfo.InvariantCulture);
+
     /// <summary>
     /// The row of a q or k weight in files that rotate the pairs (2i, 2i + 1) of a head, where ours rotates (i, i + D/2):
     /// of a head's D rows first the even ones, then the odd ones.
@@ -70,5 +74,12 @@ internal static class ModelTensors
         (long head, long i) = Math.DivRem(row, headDim);
         int half = headDim / 2;
         return (head * headDim) + (i < half ? 2 * i : (2 * (i - half)) + 1);
+    }
+
+    /// <summary>The row here of a row there: the inverse of <see cref="InterleavedRow"/>.</summary>
+    public static long HalfSplitRow(long row, int headDim)
+    {
+        (long head, long i) = Math.DivRem(row, headDim);
+        return (head * headDim) + (i / 2) + (i % 2 * (headDim / 2));
     }
 }

@@ -1,0 +1,190 @@
+using TinyLlama.Compute;
+using TinyLlama.Compute.Native;
+using TinyLlama.Data;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Model;
+
+namespace TinyLlama.Checkpoints;
+
+/// <summary>What has been written.</summary>
+/// <param name="ByteCount">The size of the file.</param>
+/// <param name="BitsPerWeight">The size of the tensors in bits, for each of the model's parameters.</param>
+/// <param name="Notes">What is otherwise than asked for, a line each.</param>
+public sealed record GgufExported(long ByteCount, double BitsPerWeight, IReadOnlyList<string> Notes);
+
+/// <summary>Writes a model as a GGUF file, which llama.cpp and programs built on it load.</summary>
+public static class GgufExport
+{
+    // Elements on their way from the source to the file: 4 MiB of singles, whatever the model's size.
+    private const int PieceElements = 1 << 20;
+    private const int ElementsPerTask = 1 << 14;
+
+    /// <summary>Writes the file beside its place and renames it, so that it is never seen half written.</summary>
+    /// <param name="path">Where to; nothing may be there, unless <paramref name="force"/>.</param>
+    /// <param name="source">The model.</param>
+    /// <param name="mix">What its tensors are stored in.</param>
+    /// <param name="tokenizer">The tokenizer; null where the model comes without one.</param>
+    /// <param name="force">Whether a file of that name is replaced.</param>
+    /// <param name="progress">Is told the number of elements written so far.</param>
+    /// <exception cref="UserErrorException">
+    /// The place is taken, GGUF cannot express the tokenizer, or a weight is beyond its type.
+    /// </exception>
+    /// <exception cref="IOException">The disk is full or gone; what was begun is removed.</exception>
+    public static GgufExported Write(
+        string path, ModelSource source, GgufMix mix, BpeTokenizer? tokenizer, bool force = false, Action<long>? progress = null)
+    {
+        path = Path.GetFullPath(path);
+        RequirePlace(path, force);
+        string folder = Path.GetDirectoryName(path)!;
+        Directory.CreateDirectory(folder);
+        string unfinished = $"{path}.{Path.GetRandomFileName()}.tmp";
+        try
+        {
+            using (var file = new FileStream(unfinished, FileMode.CreateNew, FileAccess.Write, FileShare.None, bufferSize: 0))
+            {
+                Write(file, source, mix, tokenizer, progress);
+                file.Flush(flushToDisk: true);
+            }
+
+            File.Move(unfinished, path, overwrite: force);
+            DirectoryFlush.Flush(folder);
+        }
+        finally
+        {
+            File.Delete(unfinished);
+        }
+
+        ModelConfig config = source.Config;
+        long bytes = source.Tensors.Sum(tensor => tensor.Rows * mix.TypeOf(tensor, config).RowBytes(tensor.Columns));
+        return new GgufExported(new FileInfo(path).Length, 8.0 * bytes / config.ParameterCount, Notes(source, mix));
+    }
+
+    /// <summary>Throws unless a file may be written: before the work, to say so early.</summary>
+    /// <param name="path">The file.</param>
+    /// <param name="force">Whether one that is there is replaced.</param>
+    /// <exception cref="UserErrorException">It is a folder, or it is there.</exception>
+    public static void RequirePlace(string path, bool force)
+    {
+        if (Directory.Exists(path))
+        {
+            throw new UserErrorException($"{path}: is a folder; name a file");
+        }
+
+        if (!force && File.Exists(path))
+        {
+            throw new UserErrorException($"{path}: is there already; name another file");
+        }
+    }
+
+    private static void Write(Stream file, ModelSource source, GgufMix mix, BpeTokenizer? tokenizer, Action<long>? progress)
+    {
+        var writer = new GgufWriter();
+        AddShape(writer, source.Config, mix);
+        GgufTokenizer.Write(writer, tokenizer, source);
+        long done = 0;
+        var pieces = new TensorPieces(source, count => progress?.Invoke(done += count));
+        writer.Write(file, [.. source.Tensors.Select(tensor =>
+        {
+            DType type = mix.TypeOf(tensor, source.Config);
+            long[] shape = tensor.IsVector ? [tensor.Columns] : [tensor.Rows, tensor.Columns];
+            return new GgufTensor(GgufNames.Of(tensor.Name), shape, type, stream => pieces.Write(stream, tensor, type));
+        })]);
+    }
+
+    private static void AddShape(GgufWriter writer, ModelConfig config, GgufMix mix)
+    {
+        writer.Add("general.architecture", "llama");
+        writer.Add("general.type", "model");
+        writer.Add("general.file_type", mix.FileType);
+        writer.Add("general.quantization_version", 2);
+        writer.Add("llama.vocab_size", config.VocabularySize);
+        writer.Add("llama.context_length", config.ContextLength);
+        writer.Add("llama.embedding_length", config.Channels);
+        writer.Add("llama.block_count", config.Layers);
+        writer.Add("llama.feed_forward_length", config.Hidden);
+        writer.Add("llama.attention.head_count", config.Heads);
+        writer.Add("llama.attention.head_count_kv", config.KeyValueHeads);
+        writer.Add("llama.attention.layer_norm_rms_epsilon", config.NormEpsilon);
+        writer.Add("llama.rope.dimension_count", config.HeadDim);
+        writer.Add("llama.rope.freq_base", config.RopeTheta);
+        if (config.RopeFactor != 1)
+        {
+            writer.Add("llama.rope.scaling.type", "linear");
+            writer.Add("llama.rope.scaling.factor", config.RopeFactor);
+        }
+    }
+
+    // One line for each type that does not fit the rows of some tensors.
+    private static string[] Notes(ModelSource source, GgufMix mix) =>
+    [
+        .. source.Tensors
+            .Select(tensor => (tensor.Columns, Due: mix.DueTypeOf(tensor, source.Config), Type: mix.TypeOf(tensor, source.Config)))
+            .Where(static tensor => tensor.Due != tensor.Type)
+            .GroupBy(static tensor => tensor)
+            .Select(static group =>
+                $"rows of {group.Key.Columns} elements are no multiple of {group.Key.Due.BlockElements()}: stored in {group.Key.Type} instead of "
+                + $"{group.Key.Due} (tensors: {group.Count()})"),
+    ];
+
+    /// <summary>Copies tensors to a stream piece by piece, in the order and the type of the file.</summary>
+    private sealed class TensorPieces(ModelSource source, Action<int> wrote)
+    {
+        private float[] _values = [];
+        private byte[] _bytes = [];
+
+        public void Write(Stream destination, ModelTensor tensor, DType type)
+        {
+            int columns = tensor.Columns;
+            int most = Math.Min(tensor.Rows, Math.Max(1, PieceElements / columns));
+            Reserve(most * columns, most * (int)type.RowBytes(columns));
+            bool interleaved = GgufNames.IsInterleaved(tensor.Name);
+            for (int row = 0; row < tensor.Rows; row += most)
+            {
+                int rows = Math.Min(most, tensor.Rows - row);
+                if (interleaved)
+                {
+                    for (int r = 0; r < rows; r++)
+                    {
+                        long from = ModelTensors.HalfSplitRow(row + r, source.Config.HeadDim);
+                        source.Read(_values.AsSpan(r * columns, columns), tensor.Name, from * columns);
+                    }
+                }
+                else
+                {
+                    source.Read(_values.AsSpan(0, rows * columns), tensor.Name, (long)row * columns);
+                }
+
+                Encode(tensor.Name, type, rows * columns);
+                destination.Write(_bytes.AsSpan(0, rows * (int)type.RowBytes(columns)));
+                wrote(rows * columns);
+            }
+        }
+
+        private void Reserve(int elements, int bytes)
+        {
+            _values = _values.Length < elements ? new float[elements] : _values;
+            _bytes = _bytes.Length < bytes ? new byte[bytes] : _bytes;
+        }
+
+        // Blocks are independent: the bytes are the same for any number of threads.
+        private void Encode(string name, DType type, int count)
+        {
+            try
+            {
+                Parallel.For(0, (count + ElementsPerTask - 1) / ElementsPerTask, task =>
+                {
+                    int first = task * ElementsPerTask;
+                    int length = Math.Min(ElementsPerTask, count - first);
+                    ElementCodec.Encode(
+                        _values.AsSpan(first, length),
+                        type,
+                        _bytes.AsSpan((int)type.RowBytes(first), (int)type.RowBytes(length)));
+                });
+            }
+            catch (AggregateException e) when (e.InnerExceptions[0] is UserErrorException inner)
+            {
+                throw new UserErrorException($"{source.Path}: tensor '{name}': {inner.Message}", inner);
+            }
+        }
+    }
+}
