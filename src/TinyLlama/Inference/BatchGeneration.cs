@@ -24,11 +24,18 @@ public sealed class BatchGeneration : IAsyncEnumerable<GeneratedToken>
     /// <summary>Gets the time from its submission to its first token; null before.</summary>
     public TimeSpan? FirstTokenTime { get; private set; }
 
+    /// <summary>Gets the number of tokens of the prompt whose keys and values were in the cache; known with the first token.</summary>
+    public int CachedPromptTokens { get; internal set; }
+
     internal GenerationState State { get; }
 
     internal CancellationToken Stop { get; }
 
+    /// <summary>Gets or sets the sequence while the text has a place.</summary>
     internal CachedSequence? Sequence { get; set; }
+
+    /// <summary>Gets or sets the text that computes this one's prompt, while it does.</summary>
+    internal BatchGeneration? Leader { get; set; }
 
     /// <summary>Gets the tokens that the model must see before the next one is chosen.</summary>
     internal ReadOnlyMemory<int> Pending => State.Input[Sequence!.Length..];

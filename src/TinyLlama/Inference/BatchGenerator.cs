@@ -15,6 +15,8 @@ namespace TinyLlama.Inference;
 /// </remarks>
 public sealed class BatchGenerator : IDisposable
 {
+    private const long DefaultCacheBytes = 1L << 30;
+
     private readonly InferenceEngine _engine;
     private readonly PromptReader _prompts;
     private readonly Lock _lock = new();
@@ -27,7 +29,10 @@ public sealed class BatchGenerator : IDisposable
     private readonly int _queue;
     private long _promptTokens;
     private long _newTokens;
+    private long _cachedPromptTokens;
+    private long _preemptions;
     private int _runningCount;
+    private int _usedBlocks;
     private Exception? _ended;
 
     /// <summary>Takes the memory for all places and starts the thread.</summary>
@@ -38,15 +43,19 @@ public sealed class BatchGenerator : IDisposable
     /// <param name="contextLength">Most tokens of prompt and continuation; by default what the model is trained for.</param>
     /// <param name="places">Texts that run together.</param>
     /// <param name="queue">Texts that may wait for a place.</param>
-    /// <exception cref="UserErrorException">The tokenizer is not of the model.</exception>
+    /// <param name="cacheBytes">
+    /// Memory for keys and values of all texts; by default 1 GiB, or less where all places need less. At least one context.
+    /// </param>
+    /// <exception cref="UserErrorException">The tokenizer is not of the model, or one context does not fit the cache.</exception>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public BatchGenerator(
-        LlamaModel model, Backend backend, ITokenizer tokenizer, bool addBos = true, int? contextLength = null, int places = 16, int queue = 256)
+        LlamaModel model, Backend backend, ITokenizer tokenizer, bool addBos = true, int? contextLength = null, int places = 16, int queue = 256,
+        long? cacheBytes = null)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(queue, 1);
         int context = contextLength ?? model.Config.ContextLength;
         _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);
-        _engine = new InferenceEngine(model, backend, context, places);
+        _engine = new InferenceEngine(model, backend, context, places, cacheBlocks: BlocksFor(model.Config, context, places, cacheBytes));
         (_places, _queue) = (places, queue);
         _logits = new float[places * _engine.VocabularySize];
         _thread = new Thread(Work) { IsBackground = true, Name = "batch generator" };
@@ -76,6 +85,18 @@ public sealed class BatchGenerator : IDisposable
 
     /// <summary>Gets the number of prompt tokens computed so far.</summary>
     public long PromptTokens => Interlocked.Read(ref _promptTokens);
+
+    /// <summary>Gets the number of prompt tokens that were in the cache already, so far.</summary>
+    public long CachedPromptTokens => Interlocked.Read(ref _cachedPromptTokens);
+
+    /// <summary>Gets how often a text lost its place because the cache was full, so far.</summary>
+    public long Preemptions => Interlocked.Read(ref _preemptions);
+
+    /// <summary>Gets the number of blocks of the cache, of <see cref="TokenLayout.KeyBlock"/> tokens each.</summary>
+    public int CacheBlocks => _engine.Cache.BlockCount;
+
+    /// <summary>Gets the number of those that texts have which run.</summary>
+    public int UsedCacheBlocks => Volatile.Read(ref _usedBlocks);
 
     /// <summary>Gets the number of tokens generated so far.</summary>
     public long NewTokens => Interlocked.Read(ref _newTokens);
@@ -108,7 +129,7 @@ public sealed class BatchGenerator : IDisposable
         for (int i = 0; i < completions; i++)
         {
             GenerationOptions own = options with { Seed = options.Seed + (ulong)i };
-            texts[i] = new BatchGeneration(prompt.Length, new GenerationState(Tokenizer, prompt, own, ContextLength), stop);
+            texts[i] = new BatchGeneration(prompt.Length, new GenerationState(Tokenizer, prompt, own, ContextLength), stop) { Leader = i == 0 ? null : texts[0] };
         }
 
         lock (_lock)
@@ -210,15 +231,16 @@ public sealed class BatchGenerator : IDisposable
                 }
 
                 RemoveCancelled();
-                while (_running.Count < _places && _waiting.First is { Value: BatchGeneration text })
+                while (_running.Count < _places && _waiting.First is { Value: BatchGeneration text } && TryEnter(text))
                 {
                     _waiting.RemoveFirst();
-                    text.Sequence = _engine.Begin();
                     _running.Add(text);
                 }
             }
 
+            Grow();
             Volatile.Write(ref _runningCount, _running.Count);
+            Volatile.Write(ref _usedBlocks, _engine.Cache.BlockCount - _engine.Cache.FreeBlocks);
             if (_running.Count > 0)
             {
                 return true;
@@ -242,12 +264,57 @@ public sealed class BatchGenerator : IDisposable
         }
     }
 
+    // A text begins where the cache has room for all that it must see so far. Of completions of one prompt only the first
+    // computes it; the others wait in their places.
+    private bool TryEnter(BatchGeneration text)
+    {
+        if (text.Leader is { } leader && !(_running.Contains(leader) && leader.State.Tokens.IsEmpty))
+        {
+            text.Leader = null;
+        }
+
+        text.Sequence = _engine.Begin(text.Leader is null ? text.State.Input.Span : []);
+        if (text.Leader is null && !_engine.TryReserve(text.Sequence, text.State.Input.Length))
+        {
+            _engine.End(text.Sequence);
+            return false;
+        }
+
+        if (text.State.Tokens.IsEmpty)
+        {
+            CountCached(text);
+        }
+
+        return true;
+    }
+
+    // Every text gets the blocks that it grows into, the oldest first; where none is free, the youngest text gives its own
+    // back and computes them again later. One text alone always has room.
+    private void Grow()
+    {
+        for (int i = 0; i < _running.Count; i++)
+        {
+            while (i < _running.Count && _running[i].Leader is null
+                && !_engine.TryReserve(_running[i].Sequence!, _running[i].State.Input.Length))
+            {
+                BatchGeneration youngest = _running[^1];
+                Vacate(youngest);
+                lock (_lock)
+                {
+                    _waiting.AddFirst(youngest);
+                }
+
+                Interlocked.Increment(ref _preemptions);
+            }
+        }
+    }
+
     // Texts with one token to feed come first, so that a long prompt delays nobody by more than one forward.
     private void Step()
     {
         var parts = new List<(BatchGeneration Text, ReadOnlyMemory<int> Tokens)>(_running.Count);
         int room = _engine.Capacity;
-        foreach (BatchGeneration text in _running.OrderBy(text => text.Pending.Length > 1))
+        foreach (BatchGeneration text in _running.Where(text => text.Leader is null).OrderBy(text => text.Pending.Length > 1))
         {
             int count = Math.Min(text.Pending.Length, room);
             if (count > 0)
@@ -273,9 +340,30 @@ public sealed class BatchGenerator : IDisposable
 
             if (text.Pending.IsEmpty)
             {
-                Accept(text, _logits.AsSpan(i * _engine.VocabularySize, _engine.VocabularySize));
+                Span<float> logits = _logits.AsSpan(i * _engine.VocabularySize, _engine.VocabularySize);
+                Follow(text, logits);
+                Accept(text, logits);
             }
         }
+    }
+
+    // The prompt is computed: those who waited for it go on from it.
+    private void Follow(BatchGeneration leader, ReadOnlySpan<float> logits)
+    {
+        foreach (BatchGeneration text in _running.Where(text => text.Leader == leader).ToArray())
+        {
+            _engine.End(text.Sequence!);
+            text.Sequence = _engine.Fork(leader.Sequence!);
+            text.Leader = null;
+            CountCached(text);
+            Accept(text, logits.ToArray());
+        }
+    }
+
+    private void CountCached(BatchGeneration text)
+    {
+        text.CachedPromptTokens = text.Sequence!.Length;
+        Interlocked.Add(ref _cachedPromptTokens, text.Sequence.Length);
     }
 
     private void Accept(BatchGeneration text, Span<float> logits)
@@ -297,14 +385,35 @@ public sealed class BatchGenerator : IDisposable
         }
         else if (text.State.Slid)
         {
-            _engine.Clear(text.Sequence!);
+            _engine.Truncate(text.Sequence!, 0);
         }
     }
 
     private void Leave(BatchGeneration text, Exception? error = null)
     {
-        _engine.End(text.Sequence!);
-        _running.Remove(text);
+        Vacate(text);
         text.Complete(error);
+    }
+
+    private void Vacate(BatchGeneration text)
+    {
+        _engine.End(text.Sequence!);
+        text.Sequence = null;
+        text.Leader = null;
+        _running.Remove(text);
+        _running.ForEach(other => other.Leader = other.Leader == text ? null : other.Leader);
+    }
+
+    private static int BlocksFor(ModelConfig config, int contextLength, int places, long? cacheBytes)
+    {
+        long block = KeyValueCache.BlockBytes(config);
+        int context = KeyValueCache.BlocksFor(contextLength);
+        if (cacheBytes < context * block)
+        {
+            throw new UserErrorException(
+                $"a cache of {cacheBytes / 1048576.0:N1} MiB is too small for one context of {contextLength} tokens, which needs {context * block / 1048576.0:N1} MiB");
+        }
+
+        return (int)Math.Clamp((cacheBytes ?? DefaultCacheBytes) / block, context, (long)places * context);
     }
 }

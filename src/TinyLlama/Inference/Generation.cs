@@ -101,7 +101,7 @@ public sealed class Generation : IEnumerable<string>
             long start = Stopwatch.GetTimestamp();
             if (state.Slid)
             {
-                engine.Clear(sequence);
+                engine.Truncate(sequence, 0);
             }
 
             engine.Feed(sequence, state.Input[sequence.Length..], _stop);

@@ -37,11 +37,16 @@ public sealed class InferenceEngine : IDisposable
     /// <param name="model">The model; it outlives the engine.</param>
     /// <param name="backend">The device.</param>
     /// <param name="contextLength">Most tokens of a sequence; by default what the model is trained for.</param>
-    /// <param name="sequences">Most sequences at a time; each can reach the whole context.</param>
+    /// <param name="sequences">Most sequences at a time.</param>
     /// <param name="tokensPerForward">Most packed tokens of a forward.</param>
+    /// <param name="cacheBlocks">
+    /// Blocks of <see cref="TokenLayout.KeyBlock"/> positions that the sequences share, at least those of one context; by
+    /// default so many that each sequence can reach the whole context.
+    /// </param>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public InferenceEngine(
-        LlamaModel model, Backend backend, int? contextLength = null, int sequences = 1, int tokensPerForward = PrefillTokens)
+        LlamaModel model, Backend backend, int? contextLength = null, int sequences = 1, int tokensPerForward = PrefillTokens,
+        int? cacheBlocks = null)
     {
         (_model, _backend) = (model, backend);
         ContextLength = contextLength ?? model.Config.ContextLength;
@@ -49,10 +54,12 @@ public sealed class InferenceEngine : IDisposable
         ArgumentOutOfRangeException.ThrowIfLessThan(sequences, 1);
         Capacity = Math.Max(sequences, Math.Min(tokensPerForward, checked(sequences * ContextLength)));
         int blocksPerSequence = KeyValueCache.BlocksFor(ContextLength);
-        int blocks = checked(sequences * blocksPerSequence);
+        int tableEntries = checked(sequences * blocksPerSequence);
+        int blocks = cacheBlocks ?? tableEntries;
+        ArgumentOutOfRangeException.ThrowIfLessThan(blocks, blocksPerSequence, nameof(cacheBlocks));
         _hostTokens = new int[Capacity];
         _hostRows = new int[sequences];
-        _blockTable = new int[blocks];
+        _blockTable = new int[tableEntries];
         _segments = new Segment[sequences];
 
         Arena plan = Arena.Plan("key-value cache");
@@ -63,7 +70,7 @@ public sealed class InferenceEngine : IDisposable
 
         (KeyValueCache, TokenLayout, Tensor, Tensor, Tensor) Take(Arena arena) => (
             new KeyValueCache(arena, model.Config, blocks),
-            new TokenLayout(arena, Capacity, sequences, blocks),
+            new TokenLayout(arena, Capacity, sequences, tableEntries),
             arena.Take(Capacity, 1, DType.I32),
             arena.Take(sequences, 1, DType.I32),
             arena.Take(sequences, model.Config.Channels));
@@ -81,31 +88,53 @@ public sealed class InferenceEngine : IDisposable
     /// <summary>Gets the cache.</summary>
     public KeyValueCache Cache => _cache;
 
-    /// <summary>Begins a sequence without tokens.</summary>
+    /// <summary>Begins a sequence without tokens, whose keys and values nobody else gets.</summary>
     /// <exception cref="InvalidOperationException">As many sequences are open as the engine is made for.</exception>
-    public CachedSequence Begin()
-    {
-        if (_openSequences == _segments.Length)
-        {
-            throw new InvalidOperationException($"the engine is made for {_segments.Length} sequences at a time, and all are open");
-        }
+    public CachedSequence Begin() => Open(publishes: false);
 
-        _openSequences++;
-        return new CachedSequence(KeyValueCache.BlocksFor(ContextLength));
+    /// <summary>
+    /// Begins a sequence with those first tokens of a text whose keys and values are in the cache, and lets others find its
+    /// own. The weights must be those of all sequences before that were begun so.
+    /// </summary>
+    /// <param name="text">The tokens; at least the last one is not fed, so that its logits can be computed.</param>
+    /// <exception cref="InvalidOperationException">As many sequences are open as the engine is made for.</exception>
+    public CachedSequence Begin(ReadOnlySpan<int> text)
+    {
+        CachedSequence sequence = Open(publishes: true);
+        _cache.Find(sequence, text);
+        return sequence;
     }
 
-    /// <summary>Ends a sequence that <see cref="Begin"/> began; its cache blocks are free again.</summary>
+    /// <summary>Begins a sequence with the tokens of another one, with which it shares their keys and values.</summary>
+    /// <exception cref="InvalidOperationException">As many sequences are open as the engine is made for.</exception>
+    public CachedSequence Fork(CachedSequence source)
+    {
+        CachedSequence sequence = Open(source.Publishes);
+        _cache.Fork(sequence, source);
+        return sequence;
+    }
+
+    /// <summary>Ends a sequence that <see cref="Begin()"/> or <see cref="Fork"/> began; its cache blocks are free again.</summary>
     public void End(CachedSequence sequence)
     {
-        _cache.Release(sequence);
+        _cache.Truncate(sequence, 0);
         _openSequences--;
     }
 
-    /// <summary>Forgets a sequence's tokens, so that it begins anew.</summary>
-    public void Clear(CachedSequence sequence) => _cache.Release(sequence);
+    /// <summary>Forgets a sequence's tokens from a length on: 0 to begin anew.</summary>
+    public void Truncate(CachedSequence sequence, int length)
+    {
+        ArgumentOutOfRangeException.ThrowIfGreaterThan((uint)length, (uint)sequence.Length, nameof(length));
+        _cache.Truncate(sequence, length);
+    }
+
+    /// <summary>Takes the cache blocks that a sequence needs to grow to a length. <see cref="Forward"/> does too, but must not fail.</summary>
+    /// <returns>False, and nothing is changed, where too few are free.</returns>
+    public bool TryReserve(CachedSequence sequence, int length) => _cache.TryReserve(_backend, sequence, length);
 
     /// <summary>One forward over some sequences' next tokens: prefill, decode, or both together.</summary>
     /// <param name="parts">At most <see cref="Capacity"/> tokens together; a sequence stays within the context length.</param>
+    /// <exception cref="InvalidOperationException">Too few blocks of the cache are free.</exception>
     public void Forward(params ReadOnlySpan<Continuation> parts)
     {
         (int row, int table) = (0, 0);
@@ -119,11 +148,15 @@ public sealed class InferenceEngine : IDisposable
                     $"part {p} has {tokens.Length} tokens after {sequence.Length} of its sequence and {row} of the forward; a sequence holds {ContextLength}, a forward {Capacity}");
             }
 
-            _cache.Reserve(sequence, length);
+            if (!TryReserve(sequence, length))
+            {
+                throw new InvalidOperationException("every block of the key-value cache is taken");
+            }
+
             _segments[p] = new Segment(row, tokens.Length, sequence.Length, table);
             sequence.Blocks.AsSpan(0, sequence.BlockCount).CopyTo(_blockTable.AsSpan(table));
             tokens.Span.CopyTo(_hostTokens.AsSpan(row));
-            sequence.Length = length;
+            _cache.Extend(sequence, tokens.Span);
             row += tokens.Length;
             table += sequence.BlockCount;
             _hostRows[p] = row - 1;
@@ -134,6 +167,10 @@ public sealed class InferenceEngine : IDisposable
         Tensor device = _tokens.RowRange(0, row);
         _backend.Write<int>(device, _hostTokens.AsSpan(0, row));
         _model.Forward(_workspace, device, _layout, _cache);
+        foreach ((CachedSequence sequence, _) in parts)
+        {
+            _cache.Publish(sequence);
+        }
 
         Tensor rows = _lastRows.RowRange(0, _parts);
         _backend.Write<int>(rows, _hostRows.AsSpan(0, _parts));
@@ -165,6 +202,17 @@ public sealed class InferenceEngine : IDisposable
             _model.Logits(chunk, _lastHidden.RowRange(part, count));
             _backend.Read(logits.Slice(part * v, count * v), chunk);
         }
+    }
+
+    private CachedSequence Open(bool publishes)
+    {
+        if (_openSequences == _segments.Length)
+        {
+            throw new InvalidOperationException($"the engine is made for {_segments.Length} sequences at a time, and all are open");
+        }
+
+        _openSequences++;
+        return new CachedSequence(KeyValueCache.BlocksFor(ContextLength), publishes);
     }
 
     /// <inheritdoc/>

@@ -6,7 +6,7 @@ namespace TinyLlama.Inference;
 /// <summary>A sequence whose keys and values lie in a <see cref="KeyValueCache"/>.</summary>
 public sealed class CachedSequence
 {
-    internal CachedSequence(int blockCapacity) => Blocks = new int[blockCapacity];
+    internal CachedSequence(int blockCapacity, bool publishes) => (Blocks, Publishes) = (new int[blockCapacity], publishes);
 
     /// <summary>Gets the number of tokens fed so far: the position of the next one.</summary>
     public int Length { get; internal set; }
@@ -15,18 +15,25 @@ public sealed class CachedSequence
     internal int[] Blocks { get; }
 
     internal int BlockCount { get; set; }
+
+    /// <summary>Gets a value indicating whether others may find its full blocks.</summary>
+    internal bool Publishes { get; }
+
+    /// <summary>Gets or sets the number of its blocks that were published.</summary>
+    internal int PublishedBlocks { get; set; }
 }
 
 /// <summary>
 /// Keys and values of many sequences in blocks of <see cref="TokenLayout.KeyBlock"/> rows: a sequence takes a free block
-/// when it grows into one, so that sequences of any lengths share the rows.
+/// when it grows into one, so that sequences of any lengths share the rows, and those that begin with the same tokens
+/// share blocks.
 /// </summary>
 /// <remarks>Kwon et al. 2023 (PagedAttention). Cache row of position p: <c>Blocks[p / 64] · 64 + p mod 64</c>.</remarks>
 public sealed class KeyValueCache : KeyValueSource
 {
     private readonly Tensor[] _keys;
     private readonly Tensor[] _values;
-    private readonly Stack<int> _free;
+    private readonly CacheBlocks _blocks;
 
     /// <summary>Takes the rows of all layers.</summary>
     /// <param name="arena">Their owner.</param>
@@ -42,18 +49,24 @@ public sealed class KeyValueCache : KeyValueSource
             _values[l] = arena.Take(rows, config.KeyValueChannels);
         }
 
-        _free = new Stack<int>(blocks);
-        for (int block = blocks - 1; block >= 0; block--)
-        {
-            _free.Push(block);
-        }
+        _blocks = new CacheBlocks(blocks);
     }
 
+    /// <summary>Gets the number of blocks.</summary>
+    public int BlockCount => _blocks.Count;
+
     /// <summary>Gets the number of blocks that no sequence has.</summary>
-    public int FreeBlocks => _free.Count;
+    public int FreeBlocks => _blocks.Unused;
+
+    /// <summary>Gets the number of blocks that can be found by their tokens.</summary>
+    public int PublishedBlocks => _blocks.Published;
 
     /// <summary>The number of blocks that hold so many tokens.</summary>
     public static int BlocksFor(int tokens) => (tokens + TokenLayout.KeyBlock - 1) / TokenLayout.KeyBlock;
+
+    /// <summary>The memory of a block in bytes: keys and values of its rows in all layers.</summary>
+    public static long BlockBytes(ModelConfig config) =>
+        2L * config.Layers * TokenLayout.KeyBlock * config.KeyValueChannels * sizeof(float);
 
     /// <inheritdoc/>
     public override (Tensor Keys, Tensor Values) Append(Backend backend, int layer, Tensor keys, Tensor values, TokenLayout layout)
@@ -62,29 +75,121 @@ public sealed class KeyValueCache : KeyValueSource
         return (_keys[layer], _values[layer]);
     }
 
-    /// <summary>Gives a sequence the blocks it needs to grow to a length.</summary>
-    /// <exception cref="InvalidOperationException">No block is free.</exception>
-    internal void Reserve(CachedSequence sequence, int length)
+    /// <summary>Gives a new sequence the published blocks that a text begins with, all but its last token at most.</summary>
+    internal void Find(CachedSequence sequence, ReadOnlySpan<int> text)
     {
-        for (int needed = BlocksFor(length); sequence.BlockCount < needed; sequence.BlockCount++)
+        int? before = null;
+        while (sequence.Length + TokenLayout.KeyBlock < text.Length
+            && _blocks.TryFind(before, text.Slice(sequence.Length, TokenLayout.KeyBlock), out int block))
         {
-            if (!_free.TryPop(out int block))
-            {
-                throw new InvalidOperationException("every block of the key-value cache is taken");
-            }
+            _blocks.Share(block);
+            sequence.Blocks[sequence.BlockCount++] = block;
+            sequence.Length += TokenLayout.KeyBlock;
+            before = block;
+        }
 
-            sequence.Blocks[sequence.BlockCount] = block;
+        sequence.PublishedBlocks = sequence.BlockCount;
+    }
+
+    /// <summary>Gives a new sequence what another one has.</summary>
+    internal void Fork(CachedSequence sequence, CachedSequence source)
+    {
+        sequence.BlockCount = BlocksFor(source.Length);
+        for (int i = 0; i < sequence.BlockCount; i++)
+        {
+            sequence.Blocks[i] = source.Blocks[i];
+            _blocks.Share(source.Blocks[i]);
+        }
+
+        (sequence.Length, sequence.PublishedBlocks) = (source.Length, source.PublishedBlocks);
+    }
+
+    /// <summary>
+    /// Gives a sequence the blocks it needs to grow to a length, and a copy of the one it grows in where others have it
+    /// too.
+    /// </summary>
+    /// <returns>False, and nothing is changed, where too few blocks are free.</returns>
+    internal bool TryReserve(Backend backend, CachedSequence sequence, int length)
+    {
+        int last = sequence.Length / TokenLayout.KeyBlock;
+        bool growsInBlock = length > sequence.Length && sequence.Length % TokenLayout.KeyBlock > 0;
+        bool copies = growsInBlock && _blocks.IsShared(sequence.Blocks[last]);
+        int needed = BlocksFor(length);
+        if (needed - sequence.BlockCount + (copies ? 1 : 0) > _blocks.Unused)
+        {
+            return false;
+        }
+
+        if (copies)
+        {
+            int copy = _blocks.Take();
+            Copy(backend, copy, sequence.Blocks[last]);
+            _blocks.Release(sequence.Blocks[last]);
+            sequence.Blocks[last] = copy;
+        }
+        else if (growsInBlock)
+        {
+            _blocks.Forget(sequence.Blocks[last]);
+        }
+
+        while (sequence.BlockCount < needed)
+        {
+            sequence.Blocks[sequence.BlockCount++] = _blocks.Take();
+        }
+
+        return true;
+    }
+
+    /// <summary>Notes the tokens that a sequence grows by; there is room for them.</summary>
+    internal void Extend(CachedSequence sequence, ReadOnlySpan<int> tokens)
+    {
+        while (!tokens.IsEmpty)
+        {
+            Span<int> room = _blocks.Tokens(sequence.Blocks[sequence.Length / TokenLayout.KeyBlock])[(sequence.Length % TokenLayout.KeyBlock)..];
+            int count = Math.Min(room.Length, tokens.Length);
+            tokens[..count].CopyTo(room);
+            tokens = tokens[count..];
+            sequence.Length += count;
         }
     }
 
-    /// <summary>Takes a sequence's blocks back; its length is 0 then.</summary>
-    internal void Release(CachedSequence sequence)
+    /// <summary>Lets others find the full blocks of a sequence. Where one is there already, the sequence takes that one.</summary>
+    internal void Publish(CachedSequence sequence)
     {
-        while (sequence.BlockCount > 0)
+        while (sequence.Publishes && (sequence.PublishedBlocks + 1) * TokenLayout.KeyBlock <= sequence.Length)
         {
-            _free.Push(sequence.Blocks[--sequence.BlockCount]);
+            int i = sequence.PublishedBlocks++;
+            int block = sequence.Blocks[i];
+            int published = _blocks.Publish(block, i == 0 ? null : sequence.Blocks[i - 1]);
+            if (published != block)
+            {
+                _blocks.Share(published);
+                _blocks.Release(block);
+                sequence.Blocks[i] = published;
+            }
+        }
+    }
+
+    /// <summary>Forgets a sequence's tokens from a length on, with the blocks that it has for more.</summary>
+    internal void Truncate(CachedSequence sequence, int length)
+    {
+        for (int kept = BlocksFor(length); sequence.BlockCount > kept;)
+        {
+            _blocks.Release(sequence.Blocks[--sequence.BlockCount]);
         }
 
-        sequence.Length = 0;
+        sequence.Length = length;
+        sequence.PublishedBlocks = Math.Min(sequence.PublishedBlocks, length / TokenLayout.KeyBlock);
+    }
+
+    private void Copy(Backend backend, int destination, int source)
+    {
+        _blocks.Tokens(source).CopyTo(_blocks.Tokens(destination));
+        foreach (Tensor rows in (ReadOnlySpan<Tensor>)[.. _keys, .. _values])
+        {
+            backend.Copy(
+                rows.RowRange(destination * TokenLayout.KeyBlock, TokenLayout.KeyBlock),
+                rows.RowRange(source * TokenLayout.KeyBlock, TokenLayout.KeyBlock));
+        }
     }
 }

@@ -97,7 +97,7 @@ public sealed class InferenceEngineTests : IDisposable
         CachedSequence third = engine.Begin();
         engine.Feed(third, tokens);
         AssertRow(expected, 149, engine, part: 0, parts: 1);
-        engine.Clear(third);
+        engine.Truncate(third, 0);
         engine.End(second);
         engine.Feed(third, tokens.AsMemory(0, 20));
         AssertRow(expected, 19, engine, part: 0, parts: 1);

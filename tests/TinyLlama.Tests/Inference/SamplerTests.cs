@@ -114,6 +114,7 @@ public sealed class SamplerTests
         Assert.Equal(5, actual.Chosen.Token);
         Assert.Equal(expected[5], actual.Chosen.LogProbability, 1e-12);
         Assert.Equal([2], actual.Top[2].Bytes.ToArray());
+        Assert.Equal(1, LogProbabilities.Of(s_logits, 5, 1, new ByteTokenizer()).Top[0].Token);
         Assert.Empty(LogProbabilities.Of(s_logits, 5, 0, new ByteTokenizer()).Top);
     }
 
