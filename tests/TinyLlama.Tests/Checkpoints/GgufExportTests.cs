@@ -24,6 +24,7 @@ public sealed class GgufExportTests : IDisposable
         Channels = 256,
         Hidden = 256,
         RopeTheta = 5000,
+        RopeFactor = 2,
     };
 
     private readonly TemporaryFolder _folder = new();

@@ -1,0 +1,146 @@
+using System.Diagnostics;
+using System.Text.Json;
+using TinyLlama.Checkpoints;
+using TinyLlama.Data.Documents;
+using TinyLlama.Data.Shards;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Inference;
+using TinyLlama.Tests.Cli;
+using TinyLlama.Tests.Common;
+using TinyLlama.Training;
+
+namespace TinyLlama.Tests.Checkpoints;
+
+/// <summary>A model that is trained here, exported, in llama.cpp itself: the same tokens, the same greedy continuation.</summary>
+public sealed class LlamaCppTests : IDisposable
+{
+    private const int NewTokens = 24;
+
+    private static readonly string s_document = new SeededText(9).Document();
+
+    // The first is the one that is continued.
+    private static readonly string[] s_texts =
+    [
+        s_document[..(s_document.IndexOf('.', StringComparison.Ordinal) + 1)],
+        " A  bird\tsees\n\nthe boats. ", "Ünïcode \u65e5\u672c \U0001F999", "The", "", "x<s></s>y\u2581z",
+    ];
+
+    private readonly TemporaryFolder _folder = new();
+
+    public void Dispose() => _folder.Dispose();
+
+    [Fact]
+    public void A_trained_model_gives_the_same_tokens_and_the_same_greedy_continuation()
+    {
+        string package = NodePackages.Require("node-llama-cpp");
+        string run = Train();
+        using (ModelSource source = ModelSource.Open(run, Assert.Fail))
+        {
+            foreach (GgufMix mix in GgufMix.All)
+            {
+                GgufExport.Write(File(mix), source, mix, source.LoadTokenizer());
+            }
+        }
+
+        JsonElement[] answers = Ask(package);
+        using LanguageModel model = LanguageModel.Load(run);
+        int[] greedy = Greedy(model);
+        for (int i = 0; i < answers.Length; i++)
+        {
+            Assert.Equal(s_texts.Select(text => Encode(model.Tokenizer, text)), answers[i].GetProperty("tokens").EnumerateArray().Select(Ids));
+            Assert.Equal(model.Tokenizer.Bos, answers[i].GetProperty("bos").GetInt32());
+            Assert.Equal(model.Tokenizer.Eos, answers[i].GetProperty("eos").GetInt32());
+            Assert.True(answers[i].GetProperty("addsBos").GetBoolean());
+            Assert.Equal(greedy, Ids(answers[i].GetProperty("greedy")));
+            using LanguageModel exported = LanguageModel.Load(File(GgufMix.All[i]));
+            Assert.Equal(greedy, Greedy(exported));
+        }
+    }
+
+    private static int[] Greedy(LanguageModel model)
+    {
+        Generation generation = model.Generate(s_texts[0], new() { Temperature = 0, MaxTokens = NewTokens });
+        Assert.All(generation, piece => Assert.NotNull(piece));
+        return [.. generation.Tokens];
+    }
+
+    private static int[] Encode(ITokenizer tokenizer, string text)
+    {
+        List<int> tokens = [];
+        tokenizer.Encode(text, tokens);
+        return [.. tokens];
+    }
+
+    private static int[] Ids(JsonElement list) => [.. list.EnumerateArray().Select(id => id.GetInt32())];
+
+    private string File(GgufMix mix) => _folder[mix.Name + ".gguf"];
+
+    // One document, learned by heart, so that no greedy token is a close call; a row is as long as the largest block.
+    private string Train()
+    {
+        Directory.CreateDirectory(_folder["text"]);
+        string[] documents = [.. Enumerable.Repeat(s_document, 60)];
+        System.IO.File.WriteAllLines(Path.Combine(_folder["text"], "all.txt"), documents);
+        var tokenizer = new BpeTokenizer(BpeTrainer.Train(documents, new BpeTrainingOptions { VocabularySize = 350, CharacterCoverage = 1 }));
+        DataPreparation.Run(_folder["data"], TextFiles.Find([_folder["text"]], new TextFileOptions()), tokenizer, new PreparationOptions());
+        tokenizer.Save(_folder["data"]);
+        Recipe recipe = RecipeFile.Parse(
+            $$"""
+            model: { vocabulary: 350, context: 64, layers: 2, heads: 4, key_value_heads: 2, channels: 256, hidden: 512, rope_theta: 5000, rope_factor: 2 }
+            seed: 7
+            data: { path: '{{_folder["data"]}}' }
+            batch: { global_tokens: 512, micro_sequences: 4 }
+            budget: { steps: 100 }
+            optimizer: { learning_rate: 3e-3 }
+            schedule: { warmup: 5 }
+            """,
+            "small.yaml",
+            null,
+            []);
+        using TrainingRun training = TrainingRun.Open(recipe, _folder["run"], new Silent());
+        training.Trainer.Run(CancellationToken.None);
+        return _folder["run"];
+    }
+
+    // One answer for each file, from one process.
+    private JsonElement[] Ask(string package)
+    {
+        string script = _folder["ask.mjs"];
+        System.IO.File.WriteAllText(script, $$"""
+            import { getLlama, LlamaLogLevel } from '{{Path.Combine(package, "dist", "index.js")}}';
+            const llama = await getLlama({ gpu: false, build: 'never', logLevel: LlamaLogLevel.error });
+            for (const path of {{JsonSerializer.Serialize(GgufMix.All.Select(File))}}) {
+                const model = await llama.loadModel({ modelPath: path, gpuLayers: 0 });
+                const context = await model.createContext({ contextSize: 64, threads: 2 });
+                const texts = {{JsonSerializer.Serialize(s_texts)}};
+                const greedy = [];
+                const prompt = [model.tokens.bos, ...model.tokenize(texts[0], false)];
+                for await (const token of context.getSequence().evaluate(prompt, { temperature: 0, yieldEogToken: true })) {
+                    if (greedy.push(token) == {{NewTokens}} || token == model.tokens.eos) break;
+                }
+                console.log(JSON.stringify({ tokens: texts.map(text => model.tokenize(text, false)), greedy,
+                    bos: model.tokens.bos, eos: model.tokens.eos, addsBos: model.tokens.shouldPrependBosToken }));
+                await model.dispose();
+            }
+            process.exit(0);
+            """);
+        var start = new ProcessStartInfo("node", [script]) { RedirectStandardOutput = true, RedirectStandardError = true };
+        using Process process = Process.Start(start)!;
+        Task<string> errors = process.StandardError.ReadToEndAsync();
+        string[] lines = process.StandardOutput.ReadToEnd().Split('\n', StringSplitOptions.RemoveEmptyEntries);
+        process.WaitForExit();
+        Assert.True(lines.Length == GgufMix.All.Count, errors.Result);
+        return [.. lines.Select(line => JsonDocument.Parse(line).RootElement)];
+    }
+
+    private sealed class Silent : ITrainingObserver
+    {
+        public void Measured(Metrics metrics)
+        {
+        }
+
+        public void Warn(string message)
+        {
+        }
+    }
+}
