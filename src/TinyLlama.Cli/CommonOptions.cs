@@ -9,6 +9,13 @@ internal static class CommonOptions
     public static Argument<string> Model() =>
         new("RUN") { Description = "A run, a checkpoint, a Hugging Face folder, a .gguf file, or a .bin file of llama2.c" };
 
+    /// <summary><c>--chat-template NAME</c>: how conversations become prompts.</summary>
+    public static Option<string?> ChatTemplate() => new("--chat-template")
+    {
+        Description = "human-assistant, chatml, zephyr, or a file with a Jinja template [default: the model's own, else zephyr]",
+        HelpName = "NAME",
+    };
+
     /// <summary><c>--json</c>: the result as one JSON document on standard output; progress stays on standard error.</summary>
     public static Option<bool> Json() => new("--json") { Description = "Write the result as JSON" };
 

@@ -26,6 +26,7 @@ internal static class Program
             ExportCommand.Create(),
             RunsCommand.Create(),
             GenerateCommand.Create(),
+            ServeCommand.Create(),
             EvalCommand.Create(),
             PretrainCommand.Create(),
             PresetsCommand.Create(),

@@ -20,13 +20,12 @@ namespace TinyLlama.Inference;
 /// </example>
 public sealed class LanguageModel : IDisposable
 {
-    private readonly int _contextLength;
     private readonly Lazy<ChatTemplate?> _chatTemplate;
     private TextGenerator? _generator;
 
     private LanguageModel(Backend backend, LlamaModel model, BpeTokenizer tokenizer, bool addsBos, Func<ChatTemplate?> chatTemplate, int contextLength)
     {
-        (Backend, Model, Tokenizer, AddsBos, _contextLength) = (backend, model, tokenizer, addsBos, contextLength);
+        (Backend, Model, Tokenizer, AddsBos, ContextLength) = (backend, model, tokenizer, addsBos, contextLength);
         _chatTemplate = new Lazy<ChatTemplate?>(chatTemplate);
     }
 
@@ -41,6 +40,9 @@ public sealed class LanguageModel : IDisposable
 
     /// <summary>Gets a value indicating whether a text begins with BOS, where the vocabulary has one.</summary>
     public bool AddsBos { get; }
+
+    /// <summary>Gets the most tokens of a text.</summary>
+    public int ContextLength { get; }
 
     /// <summary>Gets the chat template that came with the model, or null where none did.</summary>
     /// <exception cref="UserErrorException">It uses what is not supported; the message names it.</exception>
@@ -88,9 +90,19 @@ public sealed class LanguageModel : IDisposable
     /// <exception cref="UserErrorException">An option is out of range, or prompt and new tokens do not fit the context.</exception>
     public Generation Generate(string prompt, GenerationOptions? options = null, CancellationToken stop = default)
     {
-        _generator ??= new TextGenerator(Model, Backend, Tokenizer, AddsBos, _contextLength);
+        _generator ??= new TextGenerator(Model, Backend, Tokenizer, AddsBos, ContextLength);
         return _generator.Generate(prompt, options, stop);
     }
+
+    /// <summary>
+    /// Makes what continues many texts together. Nothing else may use the model until it is disposed of, which is before the
+    /// model.
+    /// </summary>
+    /// <param name="places">Texts that run together.</param>
+    /// <param name="queue">Texts that may wait for a place.</param>
+    /// <exception cref="UserErrorException">The tokenizer is not of the model.</exception>
+    /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
+    public BatchGenerator CreateBatch(int places = 16, int queue = 256) => new(Model, Backend, Tokenizer, AddsBos, ContextLength, places, queue);
 
     /// <inheritdoc/>
     public void Dispose()

@@ -1,0 +1,106 @@
+using System.Globalization;
+using System.Security.Cryptography;
+using TinyLlama.Data;
+using TinyLlama.Inference;
+
+namespace TinyLlama.Server;
+
+/// <summary>From a request's keys to what the generator is told.</summary>
+internal static class GenerationSettings
+{
+    private const int MostStops = 16;
+
+    /// <summary>Most replies to one prompt.</summary>
+    public const int MostCompletions = 16;
+
+    /// <summary>The options of a request.</summary>
+    /// <param name="request">The request.</param>
+    /// <param name="maxTokens">The most new tokens it asks for, or null.</param>
+    /// <param name="limit">The most that the server gives, or null.</param>
+    /// <param name="logProbabilities">How many likeliest tokens it asks the log-probabilities of, or null for none.</param>
+    /// <exception cref="ApiException">A value has no meaning.</exception>
+    public static GenerationOptions Read(GenerationRequest request, int? maxTokens, int? limit, int? logProbabilities)
+    {
+        IReadOnlyList<string> stops = RequestReader.Strings(request.Stop, "stop");
+        if (stops.Count > MostStops)
+        {
+            throw ApiException.Invalid($"'stop' has {stops.Count} strings, at most {MostStops} are allowed", "stop");
+        }
+
+        if (request.N is < 1 or > MostCompletions)
+        {
+            throw ApiException.Invalid($"'n' is {request.N}, it must be from 1 to {MostCompletions}", "n");
+        }
+
+        if (request.ResponseFormat is { Type: not "text" } format)
+        {
+            throw ApiException.Invalid($"'response_format' of the type '{format.Type}' is not supported", "response_format");
+        }
+
+        var options = new GenerationOptions
+        {
+            MaxTokens = maxTokens is { } asked ? Math.Min(asked, limit ?? asked) : limit,
+            Temperature = request.Temperature ?? 1,
+            TopK = request.TopK ?? 0,
+            TopP = request.TopP ?? 1,
+            MinP = request.MinP ?? 0,
+            RepetitionPenalty = request.RepetitionPenalty ?? 1,
+            PresencePenalty = request.PresencePenalty ?? 0,
+            FrequencyPenalty = request.FrequencyPenalty ?? 0,
+            LogitBias = Biases(request.LogitBias),
+            Seed = unchecked((ulong)(request.Seed ?? RandomNumberGenerator.GetInt32(int.MaxValue))),
+            StopStrings = stops,
+            LogProbabilities = logProbabilities,
+        };
+        try
+        {
+            options.Validate();
+            return options;
+        }
+        catch (UserErrorException e)
+        {
+            throw ApiException.Invalid(e.Message);
+        }
+    }
+
+    /// <summary>Fits the number of new tokens to the room that a prompt leaves.</summary>
+    /// <exception cref="ApiException">The prompt leaves none, or not as much as is asked for.</exception>
+    public static GenerationOptions Fit(GenerationOptions options, int promptTokens, int contextLength, int? limit)
+    {
+        int room = contextLength - promptTokens;
+        if (room <= 0)
+        {
+            throw TooLong($"the prompt has {promptTokens} tokens, the context {contextLength}: shorten the prompt", "messages");
+        }
+
+        if (options.MaxTokens > room)
+        {
+            // The server's own limit is not what the client asked for.
+            return options.MaxTokens == limit
+                ? options with { MaxTokens = null }
+                : throw TooLong(
+                    $"{promptTokens} tokens of the prompt and {options.MaxTokens} new ones are more than the context of {contextLength}; ask for {room} at most",
+                    "max_tokens");
+        }
+
+        return options;
+
+        static ApiException TooLong(string message, string param) => ApiException.Invalid(message, param, "context_length_exceeded");
+    }
+
+    private static Dictionary<int, double> Biases(Dictionary<string, double>? biases)
+    {
+        var byToken = new Dictionary<int, double>();
+        foreach ((string key, double bias) in biases ?? [])
+        {
+            if (!int.TryParse(key, NumberStyles.None, CultureInfo.InvariantCulture, out int token) || bias is not (>= -100 and <= 100))
+            {
+                throw ApiException.Invalid($"'logit_bias' has '{key}': {bias.ToString(CultureInfo.InvariantCulture)}; it goes from token ids to numbers from -100 to 100", "logit_bias");
+            }
+
+            byToken[token] = bias;
+        }
+
+        return byToken;
+    }
+}

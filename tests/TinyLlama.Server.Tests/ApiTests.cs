@@ -1,0 +1,298 @@
+using System.Net;
+using System.Net.Http.Headers;
+using System.Net.Http.Json;
+using System.Net.Sockets;
+using System.Text;
+using System.Text.Json.Nodes;
+
+namespace TinyLlama.Server.Tests;
+
+/// <summary>What goes over the wire, and what a client can do wrong.</summary>
+public sealed class ApiTests
+{
+    private const string Chat = "/v1/chat/completions";
+    private const string Text = "/v1/completions";
+
+    private static CancellationToken Stop => TestContext.Current.CancellationToken;
+
+    [Fact]
+    public async Task Events_are_those_of_the_protocol_to_the_byte()
+    {
+        await using RunningServer server = await RunningServer.StartAsync();
+        const string Request = """{"model":"random","messages":[{"role":"user","content":"hi"}],"max_tokens":2,"temperature":0,"stream":true,"stream_options":{"include_usage":true}}""";
+        using var content = new StringContent(Request, Encoding.UTF8, "application/json");
+        using HttpResponseMessage response = await server.Http.PostAsync(new Uri(Chat, UriKind.Relative), content, Stop);
+        Assert.Equal("text/event-stream", response.Content.Headers.ContentType!.MediaType);
+        string[] events = (await response.Content.ReadAsStringAsync(Stop)).Split("\n\n");
+        Assert.Equal("", events[^1]);
+        Assert.Equal("data: [DONE]", events[^2]);
+        JsonNode[] chunks = [.. events[..^2].Select(line => JsonNode.Parse(line["data: ".Length..])!)];
+        Assert.All(chunks, chunk => Assert.Equal("chat.completion.chunk", (string)chunk["object"]!));
+        Assert.Equal("""{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}""", chunks[0]["choices"]![0]!.ToJsonString());
+        Assert.Equal("""{"index":0,"delta":{},"finish_reason":"length"}""", chunks[^2]["choices"]![0]!.ToJsonString());
+        Assert.Empty(chunks[^1]["choices"]!.AsArray());
+        Assert.Equal(2, (int)chunks[^1]["usage"]!["completion_tokens"]!);
+        Assert.Single(chunks.Select(chunk => (string)chunk["id"]!).Distinct());
+    }
+
+    [Fact]
+    public async Task Completions_take_texts_and_tokens_and_can_echo()
+    {
+        await using RunningServer server = await RunningServer.StartAsync();
+        (_, JsonNode tokens) = await server.PostAsync("/tokenize", """{"content":"the weather","add_special":true}""");
+        string ids = tokens["tokens"]!.ToJsonString();
+        (_, JsonNode text) = await server.PostAsync("/detokenize", $$"""{"tokens":{{ids}}}""");
+        Assert.Equal("the weather", (string)text["content"]!);
+        async Task<string[]> Complete(string prompt, string more = "") =>
+            [.. (await server.PostAsync(Text, $$"""{"prompt":{{prompt}},"max_tokens":8,"temperature":0{{more}}}""")).Body["choices"]!.AsArray().Select(choice => (string)choice!["text"]!)];
+        string[] reply = await Complete("\"the weather\"");
+        Assert.Single(reply);
+        Assert.Equal(reply, await Complete(ids));
+        Assert.Equal(["the weather" + reply[0]], await Complete(ids, ",\"echo\":true"));
+        string[] both = await Complete("[\"the weather\", \"today\"]", ",\"n\":2");
+        Assert.Equal([reply[0], reply[0]], both[..2]);
+        Assert.Equal(4, both.Length);
+        Assert.Equal(both[2], both[3]);
+        Assert.NotEqual(both[0], both[2]);
+    }
+
+    [Fact]
+    public async Task Completions_tell_log_probabilities_by_token_and_place()
+    {
+        await using RunningServer server = await RunningServer.StartAsync();
+        (_, JsonNode reply) = await server.PostAsync(Text, """{"prompt":"the","max_tokens":10,"temperature":0,"logprobs":2}""");
+        JsonNode choice = reply["choices"]![0]!;
+        JsonNode logprobs = choice["logprobs"]!;
+        Assert.Equal([10, 10, 10, 10], (int[])[.. ((string[])["tokens", "token_logprobs", "top_logprobs", "text_offset"]).Select(key => logprobs[key]!.AsArray().Count)]);
+        Assert.Equal(0, (int)logprobs["text_offset"]![0]!);
+        Assert.InRange((int)logprobs["text_offset"]![9]!, 0, ((string)choice["text"]!).Length);
+        double largest = logprobs["top_logprobs"]![3]!.AsObject().Max(pair => (double)pair.Value!);
+        Assert.Equal(largest, (double)logprobs["token_logprobs"]![3]!);
+    }
+
+    [Fact]
+    public async Task Several_replies_have_seeds_of_their_own()
+    {
+        await using RunningServer server = await RunningServer.StartAsync();
+        (_, JsonNode reply) = await server.PostAsync(Chat, """{"messages":[{"role":"user","content":"hi"}],"max_completion_tokens":12,"n":3,"seed":7}""");
+        string[] texts = [.. reply["choices"]!.AsArray().Select(choice => (string)choice!["message"]!["content"]!)];
+        Assert.Equal(3, texts.Distinct().Count());
+        Assert.Equal([0, 1, 2], reply["choices"]!.AsArray().Select(choice => (int)choice!["index"]!));
+        Assert.Equal(36, (int)reply["usage"]!["completion_tokens"]!);
+        (_, JsonNode second) = await server.PostAsync(Chat, """{"messages":[{"role":"user","content":"hi"}],"max_completion_tokens":12,"seed":8}""");
+        Assert.Equal(texts[1], (string)second["choices"]![0]!["message"]!["content"]!);
+    }
+
+    [Theory]
+    [InlineData(Chat, "{", 400, "line 1", null)]
+    [InlineData(Chat, "[]", 400, "no JSON object", null)]
+    [InlineData(Chat, "null", 400, "null", null)]
+    [InlineData(Chat, "{}", 400, "'messages' is missing", "messages")]
+    [InlineData(Chat, """{"messages":[]}""", 400, "'messages' is missing or empty", "messages")]
+    [InlineData(Chat, """{"messages":[null]}""", 400, "role' is missing", "messages[0].role")]
+    [InlineData(Chat, """{"messages":"hi"}""", 400, "'messages' is of the wrong type", "messages")]
+    [InlineData(Chat, """{"messages":[{"role":"robot","content":"x"}]}""", 400, "'robot'", "messages[0].role")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":5}]}""", 400, "must be a string", "messages[0].content")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"\ud800"}]}""", 400, "not sound Unicode", "messages[0].content")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}""", 400, "only text", "messages[0].content")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"temperature":"hot"}""", 400, "'temperature' is of the wrong type", "temperature")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"temperature":-1}""", 400, "temperature is -1", null)]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"top_p":0}""", 400, "top-p is 0", null)]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"n":1000}""", 400, "'n' is 1000", "n")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"stop":[1]}""", 400, "'stop' must be", "stop")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"stop":""}""", 400, "a stop string is empty", null)]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"logit_bias":{"a":1}}""", 400, "'logit_bias' has 'a'", "logit_bias")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"logit_bias":{"99999":1}}""", 400, "token 99999", null)]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"top_logprobs":2}""", 400, "'top_logprobs'", "top_logprobs")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":-1}""", 400, "max tokens is -1", null)]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":9999999999}""", 400, "'max_tokens' is of the wrong type", "max_tokens")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function"}]}""", 400, "tools are not supported", "tools")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"xml"}}""", 400, "'xml' is not supported", "response_format")]
+    [InlineData(Chat, """{"model":"other","messages":[{"role":"user","content":"x"}]}""", 404, "'random' is served", "model")]
+    [InlineData(Text, """{"prompt":[]}""", 400, "'prompt' must be", "prompt")]
+    [InlineData(Text, """{"prompt":[1,"a"]}""", 400, "what is no token", "prompt")]
+    [InlineData(Text, """{"prompt":[[1],[99999]]}""", 400, "what is no token", "prompt")]
+    [InlineData(Text, """{"prompt":"x","suffix":"y"}""", 400, "'suffix' is not supported", "suffix")]
+    [InlineData("/detokenize", """{"tokens":[-1]}""", 400, "what is no token", "tokens")]
+    [InlineData("/tokenize", "{}", 400, "'content' is missing", "content")]
+    [InlineData("/v1/audio", "{}", 404, "nothing at POST /v1/audio", null)]
+    public async Task Mistakes_are_told_with_their_key(string route, string json, int status, string message, string? param)
+    {
+        await using RunningServer server = await RunningServer.StartAsync();
+        (HttpStatusCode code, JsonNode body) = await server.PostAsync(route, json);
+        Assert.Equal(status, (int)code);
+        Assert.Contains(message, (string)body["error"]!["message"]!, StringComparison.Ordinal);
+        Assert.Equal("invalid_request_error", (string)body["error"]!["type"]!);
+        Assert.Equal(param, (string?)body["error"]!["param"]);
+    }
+
+    [Fact]
+    public async Task Too_long_and_too_large_and_undecodable_requests_are_refused()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options => options.MaxBodyBytes = 100_000);
+        string Long(int characters) => $$"""{"messages":[{"role":"user","content":"{{new string('x', characters)}}"}]}""";
+        (HttpStatusCode code, JsonNode body) = await server.PostAsync(Chat, Long(50_000));
+        Assert.Equal((HttpStatusCode.BadRequest, "context_length_exceeded"), (code, (string)body["error"]!["code"]!));
+        (code, body) = await server.PostAsync(Chat, Long(200_000));
+        Assert.Equal((HttpStatusCode.RequestEntityTooLarge, "request_too_large"), (code, (string)body["error"]!["code"]!));
+
+        using var bytes = new ByteArrayContent([.. """{"messages":[{"role":"user","content":"""u8, (byte)'"', 0xFF, 0xFE, .. "\"}]}"u8]);
+        bytes.Headers.ContentType = new MediaTypeHeaderValue("application/json");
+        using HttpResponseMessage undecodable = await server.Http.PostAsync(new Uri(Chat, UriKind.Relative), bytes, Stop);
+        Assert.Equal(HttpStatusCode.BadRequest, undecodable.StatusCode);
+
+        using var form = new StringContent(Long(1), Encoding.UTF8, "text/plain");
+        using HttpResponseMessage plain = await server.Http.PostAsync(new Uri(Chat, UriKind.Relative), form, Stop);
+        Assert.Contains("application/json", await plain.Content.ReadAsStringAsync(Stop), StringComparison.Ordinal);
+        Assert.Equal(HttpStatusCode.BadRequest, plain.StatusCode);
+    }
+
+    [Fact]
+    public async Task A_full_queue_answers_429_and_the_end_of_the_wait_503()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options =>
+            (options.Places, options.Queue, options.ContextLength, options.Timeout) = (1, 1, 16_384, TimeSpan.FromSeconds(2)));
+        const string Endless = """{"messages":[{"role":"user","content":"x"}],"max_tokens":16000,"temperature":0}""";
+        Task<(HttpStatusCode Status, JsonNode Body)> running = server.PostAsync(Chat, Endless);
+        while (server.Model.Generator.Running == 0)
+        {
+            await Task.Delay(1, Stop);
+        }
+
+        Task<(HttpStatusCode Status, JsonNode Body)> waiting = server.PostAsync(Chat, Endless);
+        while (server.Model.Generator.Waiting == 0)
+        {
+            await Task.Delay(1, Stop);
+        }
+
+        (HttpStatusCode code, JsonNode body) = await server.PostAsync(Chat, Endless);
+        Assert.Equal((HttpStatusCode.TooManyRequests, "queue_full"), (code, (string)body["error"]!["code"]!));
+        (code, body) = await running;
+        Assert.Equal((HttpStatusCode.ServiceUnavailable, "timeout"), (code, (string)body["error"]!["code"]!));
+        Assert.Equal(HttpStatusCode.ServiceUnavailable, (await waiting).Status);
+        await server.UntilIdleAsync();
+    }
+
+    [Fact]
+    public async Task An_ending_server_finishes_what_runs_and_refuses_the_rest()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options => options.ContextLength = 4096);
+        Task<(HttpStatusCode Status, JsonNode Body)> running = server.PostAsync(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":3000,"temperature":0}""");
+        while (server.Model.Generator.NewTokens == 0)
+        {
+            await Task.Delay(1, Stop);
+        }
+
+        // A connection that is open already can still ask.
+        using var late = new TcpClient();
+        await late.ConnectAsync("127.0.0.1", server.Address.Port, Stop);
+        NetworkStream stream = late.GetStream();
+        await stream.WriteAsync("GET /health HTTP/1.1\r\nHost: localhost\r\n"u8.ToArray(), Stop);
+        await Task.Delay(50, Stop);
+        Task stopping = server.App.StopAsync(Stop);
+        await stream.WriteAsync("\r\n"u8.ToArray(), Stop);
+        using var reader = new StreamReader(stream);
+        string? status = await reader.ReadLineAsync(Stop);
+        Assert.True(status is null or "HTTP/1.1 503 Service Unavailable", status);
+        (HttpStatusCode code, JsonNode body) = await running;
+        Assert.Equal(HttpStatusCode.OK, code);
+        Assert.Equal(3000, (int)body["usage"]!["completion_tokens"]!);
+        await stopping;
+        await Assert.ThrowsAsync<HttpRequestException>(() => server.PostAsync(Chat, "{}"));
+    }
+
+    [Fact]
+    public async Task Metrics_and_health_tell_how_it_goes()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options => options.ApiKeys.Add("secret"));
+        Assert.Equal("ok", (string)(await server.Http.GetFromJsonAsync<JsonNode>("/health", Stop))!["status"]!);
+        Assert.Equal(HttpStatusCode.Unauthorized, (await server.Http.GetAsync(new Uri("/metrics", UriKind.Relative), Stop)).StatusCode);
+        server.Http.DefaultRequestHeaders.Authorization = new AuthenticationHeaderValue("Bearer", "secret");
+        await server.PostAsync(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":5,"temperature":0}""");
+        string metrics = await server.Http.GetStringAsync(new Uri("/metrics", UriKind.Relative), Stop);
+        Assert.Contains("\ntinyllama_requests_total{route=\"/metrics\",code=\"401\"} 1\n", metrics, StringComparison.Ordinal);
+        Assert.Contains("\ntinyllama_requests_total{route=\"/v1/chat/completions\",code=\"200\"} 1\n", metrics, StringComparison.Ordinal);
+        Assert.Contains("\ntinyllama_generated_tokens_total 5\n", metrics, StringComparison.Ordinal);
+        Assert.Contains("\ntinyllama_time_to_first_token_seconds_count 1\n", metrics, StringComparison.Ordinal);
+        Assert.Contains("_bucket{le=\"+Inf\"} 1\n", metrics, StringComparison.Ordinal);
+        Assert.Contains("\ntinyllama_requests_running 0\n", metrics, StringComparison.Ordinal);
+        Assert.All(metrics.TrimEnd('\n').Split('\n'), line => Assert.Matches("^(# (HELP|TYPE) tinyllama_[a-z_]+ .+|tinyllama_[a-z_]+(\\{[^}]+\\})? [0-9.E+-]+)$", line));
+    }
+
+    [Fact]
+    public async Task Other_origins_are_let_in_only_where_they_are_named()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options => options.CorsOrigins.Add("https://app.example"));
+        async Task<string?> Allowed(string origin)
+        {
+            using var request = new HttpRequestMessage(HttpMethod.Get, "/v1/models");
+            request.Headers.Add("Origin", origin);
+            using HttpResponseMessage response = await server.Http.SendAsync(request, Stop);
+            return response.Headers.TryGetValues("Access-Control-Allow-Origin", out IEnumerable<string>? values) ? values.Single() : null;
+        }
+
+        Assert.Equal("https://app.example", await Allowed("https://app.example"));
+        Assert.Null(await Allowed("https://evil.example"));
+        using var rebound = new HttpRequestMessage(HttpMethod.Get, "/v1/models");
+        rebound.Headers.Host = "evil.example";
+        Assert.Equal(HttpStatusCode.BadRequest, (await server.Http.SendAsync(rebound, Stop)).StatusCode);
+        await using RunningServer closed = await RunningServer.StartAsync();
+        using var preflight = new HttpRequestMessage(HttpMethod.Options, new Uri(closed.Address, Chat));
+        preflight.Headers.Add("Origin", "https://evil.example");
+        preflight.Headers.Add("Access-Control-Request-Method", "POST");
+        using HttpResponseMessage answer = await closed.Http.SendAsync(preflight, Stop);
+        Assert.False(answer.Headers.Contains("Access-Control-Allow-Origin"));
+    }
+
+    [Fact]
+    public async Task Clients_that_vanish_leave_nothing_behind()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options => (options.Places, options.Queue, options.ContextLength) = (2, 1000, 16_384));
+        const string Body = """{"messages":[{"role":"user","content":"x"}],"max_tokens":16000,"temperature":0,"stream":true}""";
+        byte[] request = Encoding.ASCII.GetBytes(
+            $"POST {Chat} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {Body.Length}\r\n\r\n{Body}");
+        async Task VanishAsync(int i)
+        {
+            using var client = new TcpClient();
+            await client.ConnectAsync("127.0.0.1", server.Address.Port, Stop);
+
+            // Some inside the request, some as soon as it is sent, some after the first bytes of the reply.
+            await client.GetStream().WriteAsync(request.AsMemory(0, i % 3 == 0 ? request.Length / 2 : request.Length), Stop);
+            if (i % 3 == 1)
+            {
+                await client.GetStream().ReadExactlyAsync(new byte[100], Stop);
+            }
+
+            client.LingerState = new LingerOption(enable: i % 2 == 0, seconds: 0);
+        }
+
+        for (int i = 0; i < 200; i += 20)
+        {
+            await Task.WhenAll(Enumerable.Range(i, 20).Select(VanishAsync));
+        }
+
+        await server.UntilIdleAsync();
+        (HttpStatusCode code, _) = await server.PostAsync(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":2}""");
+        Assert.Equal(HttpStatusCode.OK, code);
+    }
+
+    [Fact]
+    public async Task A_slow_reader_delays_nobody_else()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options => (options.Places, options.ContextLength) = (2, 16_384));
+        const string Body = """{"messages":[{"role":"user","content":"x"}],"max_tokens":8000,"temperature":0,"stream":true,"logprobs":true,"top_logprobs":20}""";
+        using var slow = new TcpClient { ReceiveBufferSize = 4096 };
+        await slow.ConnectAsync("127.0.0.1", server.Address.Port, Stop);
+        await slow.GetStream().WriteAsync(Encoding.ASCII.GetBytes(
+            $"POST {Chat} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {Body.Length}\r\n\r\n{Body}"), Stop);
+        await slow.GetStream().ReadExactlyAsync(new byte[10], Stop);
+        for (int i = 0; i < 5; i++)
+        {
+            (HttpStatusCode code, _) = await server.PostAsync(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":20}""");
+            Assert.Equal(HttpStatusCode.OK, code);
+        }
+
+        // It has not read, and its text is computed all the same: it holds no place.
+        await server.UntilIdleAsync();
+    }
+}
