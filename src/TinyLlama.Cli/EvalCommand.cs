@@ -70,21 +70,7 @@ internal sealed class EvalCommand
             run, parse.GetValue(_threads) ?? 0, warn: line => error.WriteLine("warning: " + line));
         EvaluationTokens tokens = ReadTokens(parse, data, model);
         int context = parse.GetValue(_context) ?? model.Model.Config.ContextLength;
-        int perForward = Math.Max(1, TokensPerForward / context) * context;
-        using Workspace workspace = Workspace.Allocate(
-            model.Model, model.Backend, Math.Max(context, Math.Min(perForward, tokens.TargetCount)), Keep.Nothing, context);
-        Score score;
-        using (ProgressDisplay progress = ProgressDisplay.Start("perplexity", tokens.TargetCount, "tokens"))
-        {
-            score = Perplexity.Measure(
-                model.Model, model.Backend, workspace, tokens, recipe?.Data.MaskedDocuments ?? false, context, done => progress.Report(done), stop);
-        }
-
-        if (!double.IsFinite(score.TotalNats))
-        {
-            throw new UserErrorException($"{run}: the loss is {score.TotalNats}: the model's weights are damaged, or its training diverged");
-        }
-
+        Score score = Measure(run, model, tokens, recipe?.Data.MaskedDocuments ?? false, context, stop);
         if (parse.GetValue(_json))
         {
             var report = new JsonObject
@@ -113,6 +99,46 @@ internal sealed class EvalCommand
         return ExitCode.Success;
     }
 
+    /// <summary>Scores tokens.</summary>
+    /// <param name="name">What the model is called, for error messages.</param>
+    /// <param name="model">The model.</param>
+    /// <param name="tokens">What is scored.</param>
+    /// <param name="maskedDocuments">Whether attention stops at document boundaries.</param>
+    /// <param name="context">T, the tokens of a window.</param>
+    /// <param name="stop">Ends it between two forwards.</param>
+    /// <exception cref="UserErrorException">The loss is no finite number.</exception>
+    internal static Score Measure(
+        string name, LanguageModel model, EvaluationTokens tokens, bool maskedDocuments, int context, CancellationToken stop)
+    {
+        int perForward = Math.Max(1, TokensPerForward / context) * context;
+        using Workspace workspace = Workspace.Allocate(
+            model.Model, model.Backend, Math.Max(context, Math.Min(perForward, tokens.TargetCount)), Keep.Nothing, context);
+        using ProgressDisplay progress = ProgressDisplay.Start("perplexity", tokens.TargetCount, "tokens");
+        Score score = Perplexity.Measure(
+            model.Model, model.Backend, workspace, tokens, maskedDocuments, context, done => progress.Report(done), stop);
+        return double.IsFinite(score.TotalNats)
+            ? score
+            : throw new UserErrorException($"{name}: the loss is {score.TotalNats}: the model's weights are damaged, or its training diverged");
+    }
+
+    /// <summary>Reads a UTF-8 text.</summary>
+    /// <exception cref="UserErrorException">It is not there, or not UTF-8.</exception>
+    internal static string ReadText(string path)
+    {
+        try
+        {
+            return File.ReadAllText(path, new UTF8Encoding(false, throwOnInvalidBytes: true));
+        }
+        catch (DecoderFallbackException e)
+        {
+            throw new UserErrorException($"{path}: not UTF-8 text at byte {e.Index}; convert it first", e);
+        }
+        catch (Exception e) when (e is FileNotFoundException or DirectoryNotFoundException)
+        {
+            throw new UserErrorException($"{path}: not found", e);
+        }
+    }
+
     // What a run was trained on, and how, where the model is a run's.
     private static Recipe? RecipeOf(string run)
     {
@@ -131,21 +157,5 @@ internal sealed class EvalCommand
 
         string path = parse.GetValue(_text)!;
         return EvaluationTokens.FromText(ReadText(path), model.Tokenizer, path, model.AddsBos, most);
-    }
-
-    private static string ReadText(string path)
-    {
-        try
-        {
-            return File.ReadAllText(path, new UTF8Encoding(false, throwOnInvalidBytes: true));
-        }
-        catch (DecoderFallbackException e)
-        {
-            throw new UserErrorException($"{path}: not UTF-8 text at byte {e.Index}; convert it first", e);
-        }
-        catch (Exception e) when (e is FileNotFoundException or DirectoryNotFoundException)
-        {
-            throw new UserErrorException($"{path}: not found", e);
-        }
     }
 }

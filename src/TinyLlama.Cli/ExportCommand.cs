@@ -124,6 +124,10 @@ internal static class ExportCommand
     /// <summary>Writes a warning.</summary>
     public static void Warn(string message) => Console.Error.WriteLine($"warning: {message}");
 
+    /// <summary>Shows how much of a model is written.</summary>
+    public static ProgressDisplay Progress(ModelSource source) =>
+        ProgressDisplay.Start("export", source.Tensors.Sum(static tensor => tensor.Count), "elements");
+
     private static void WriteFolder(ParseResult parse, ModelSource source, Request request)
     {
         if (request.Type is { } name && !s_folderTypes.Contains(name, StringComparer.Ordinal))
@@ -178,9 +182,6 @@ internal static class ExportCommand
                 CultureInfo.InvariantCulture, $"{request.Path}: {exported.ByteCount:N0} bytes, {mix.Name}, {exported.BitsPerWeight:0.00} bits per weight"));
         }
     }
-
-    private static ProgressDisplay Progress(ModelSource source) =>
-        ProgressDisplay.Start("export", source.Tensors.Sum(static tensor => tensor.Count), "elements");
 
     private sealed record Request(string Path, string? Type, string? Tokenizer, bool Force, bool Json);
 }

@@ -24,6 +24,7 @@ internal static class Program
             DataCommand.Create(),
             ImportCommand.Create(),
             ExportCommand.Create(),
+            QuantizeCommand.Create(),
             RunsCommand.Create(),
             GenerateCommand.Create(),
             ServeCommand.Create(),

@@ -30,6 +30,9 @@ public abstract class ModelSource : IDisposable
     /// <summary>Gets the tensors, in the order of <see cref="LlamaModel.Parameters"/>.</summary>
     public IReadOnlyList<ModelTensor> Tensors { get; }
 
+    /// <summary>Gets the size of all tensors as they are stored, in bytes.</summary>
+    public long WeightBytes => Tensors.Sum(tensor => tensor.Rows * StorageOf(tensor.Name).RowBytes(tensor.Columns));
+
     /// <summary>Gets the file or folder of the tokenizer that came beside the model, or null where none did.</summary>
     public abstract string? TokenizerPath { get; }
 

@@ -44,10 +44,11 @@ public sealed class LlamaCppTests : IDisposable
 
         JsonElement[] answers = Ask(package);
         using LanguageModel model = LanguageModel.Load(run);
+        var tokenizer = (BpeTokenizer)model.Tokenizer;
         int[] greedy = Greedy(model);
         for (int i = 0; i < answers.Length; i++)
         {
-            Assert.Equal(s_texts.Select(text => Encode(model.Tokenizer, text)), answers[i].GetProperty("tokens").EnumerateArray().Select(Ids));
+            Assert.Equal(s_texts.Select(text => Encode(tokenizer, text)), answers[i].GetProperty("tokens").EnumerateArray().Select(Ids));
             Assert.Equal(model.Tokenizer.Bos, answers[i].GetProperty("bos").GetInt32());
             Assert.Equal(model.Tokenizer.Eos, answers[i].GetProperty("eos").GetInt32());
             Assert.True(answers[i].GetProperty("addsBos").GetBoolean());
@@ -64,7 +65,7 @@ public sealed class LlamaCppTests : IDisposable
         return [.. generation.Tokens];
     }
 
-    private static int[] Encode(ITokenizer tokenizer, string text)
+    private static int[] Encode(BpeTokenizer tokenizer, string text)
     {
         List<int> tokens = [];
         tokenizer.Encode(text, tokens);
@@ -124,7 +125,7 @@ public sealed class LlamaCppTests : IDisposable
             }
             process.exit(0);
             """);
-        var start = new ProcessStartInfo("node", [script]) { RedirectStandardOutput = true, RedirectStandardError = true };
+        var start = new ProcessStartInfo("node", [script]) { RedirectStandardOutput = true, RedirectStandardError = true, UseShellExecute = false };
         using Process process = Process.Start(start)!;
         Task<string> errors = process.StandardError.ReadToEndAsync();
         string[] lines = process.StandardOutput.ReadToEnd().Split('\n', StringSplitOptions.RemoveEmptyEntries);
