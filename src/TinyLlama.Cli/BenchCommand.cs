@@ -33,13 +33,16 @@ internal sealed class BenchCommand
         new Option<double?>("--seconds") { Description = secondsDescription, HelpName = "X" }, 0);
 
     /// <summary>The verb.</summary>
-    public static Command Create() => new("bench", "Measure training and its operations beside what this machine can do at best")
+    public static Command Create() => new("bench", "Measure training, inference and operations beside what this machine can do at best")
     {
         new BenchCommand("How long to measure [default: 20]").Train(),
         new BenchCommand("How long to measure each operation [default: 0.5]").Operations(
             "matmul", "Measure matrix products: a model's, those of decoding, square ones", MatMulBench.Run),
         new BenchCommand("How long to measure each operation [default: 0.5]").Operations(
             "kernels", "Measure the other operations of a training step", KernelBench.Run),
+        new BenchCommand("How long to measure [default: 10]").Inference(
+            "decode", "Decode random tokens, one forward a token", tokens: 128, decode: true),
+        new BenchCommand("How long to measure [default: 10]").Inference("prefill", "Prefill random tokens", tokens: 512, decode: false),
     };
 
     private Command Train()
@@ -93,6 +96,38 @@ internal sealed class BenchCommand
             {
                 BenchOutput.Write(output, device, bench.Ceiling);
                 BenchOutput.Write(output, bench.Measurements);
+            }
+
+            return Task.FromResult(ExitCode.Success);
+        });
+        return command;
+    }
+
+    private Command Inference(string name, string description, int tokens, bool decode)
+    {
+        Argument<string> model = CommonOptions.Model();
+        Option<int?> tokensOption = CommonOptions.AtLeast(
+            new Option<int?>("--tokens") { Description = $"Tokens of a sequence in a round [default: {tokens}]", HelpName = "N" }, 1);
+        Option<int?> depth = CommonOptions.AtLeast(
+            new Option<int?>("--depth") { Description = "Tokens that a sequence has before a round [default: 0]", HelpName = "N" }, 0);
+        Option<int?> sequences = CommonOptions.AtLeast(
+            new Option<int?>("--sequences") { Description = "Sequences that run together [default: 1]", HelpName = "N" }, 1);
+        var command = new Command(name, description) { model, tokensOption, depth, sequences, _precision, _seconds, _threads, _json };
+        command.SetAction((parse, stop) =>
+        {
+            var round = new InferenceRound(
+                parse.GetValue(sequences) ?? 1, parse.GetValue(depth) ?? 0, parse.GetValue(tokensOption) ?? tokens, decode);
+            using CpuBackend device = Device(parse);
+            InferenceBench bench = InferenceBench.Run(device, parse.GetRequiredValue(model), round, parse.GetValue(_seconds) ?? 10, stop);
+            TextWriter output = parse.InvocationConfiguration.Output;
+            if (parse.GetValue(_json))
+            {
+                output.WriteLine(bench.ToJson().ToJsonString(JsonOutput.Options));
+            }
+            else
+            {
+                BenchOutput.Write(output, device, bench.Ceiling);
+                bench.Write(output);
             }
 
             return Task.FromResult(ExitCode.Success);

@@ -16,7 +16,7 @@ internal readonly record struct Operation(string Name, int Tokens = 0, int Outpu
 internal sealed class OperationTimes(Operation operation)
 {
     private readonly List<double> _rounds = [];
-    private double _seconds;
+    private (double Seconds, int Calls, long Bytes, long Flops) _round;
     private int _calls;
     private long _bytes;
     private long _flops;
@@ -37,18 +37,19 @@ internal sealed class OperationTimes(Operation operation)
     public IReadOnlyList<double> Rounds => _rounds;
 
     /// <summary>Adds a call to the round.</summary>
-    public void Add(double seconds, long bytes, long flops)
-    {
-        _seconds += seconds;
-        _calls++;
-        _bytes += bytes;
-        _flops += flops;
-    }
+    public void Add(double seconds, long bytes, long flops) =>
+        _round = (_round.Seconds + seconds, _round.Calls + 1, _round.Bytes + bytes, _round.Flops + flops);
 
     /// <summary>Ends the round.</summary>
     public void EndRound()
     {
-        _rounds.Add(_seconds);
-        _seconds = 0;
+        _rounds.Add(_round.Seconds);
+        _calls += _round.Calls;
+        _bytes += _round.Bytes;
+        _flops += _round.Flops;
+        _round = default;
     }
+
+    /// <summary>Forgets the calls since the last round ended.</summary>
+    public void ForgetRound() => _round = default;
 }

@@ -39,6 +39,15 @@ internal sealed class TimedBackend(Backend inner) : Backend
         }
     }
 
+    /// <summary>Forgets what was measured since the last round ended: what prepared the next one.</summary>
+    public void ForgetRound()
+    {
+        foreach (OperationTimes times in _times.Values)
+        {
+            times.ForgetRound();
+        }
+    }
+
     /// <inheritdoc/>
     public override Arena Allocate(string name, long byteCount) => inner.Allocate(name, byteCount);
 
@@ -151,7 +160,7 @@ internal sealed class TimedBackend(Backend inner) : Backend
         inner.MatMul(output, input, weight, accumulate);
         Tensor form = weight.PackedForward.IsEmpty ? weight.Values : weight.PackedForward;
         RecordProduct(
-            nameof(MatMul), start, input.Rows, weight.Values, Bytes(input, form) + (Bytes(output) * (accumulate ? 2 : 1)));
+            nameof(MatMul), start, input.Rows, weight.Outputs, weight.Inputs, Bytes(input, form) + (Bytes(output) * (accumulate ? 2 : 1)));
     }
 
     /// <inheritdoc/>
@@ -161,7 +170,7 @@ internal sealed class TimedBackend(Backend inner) : Backend
         inner.MatMulBackwardInput(dInput, dOutput, weight, accumulate);
         Tensor form = weight.PackedBackward.IsEmpty ? weight.Values : weight.PackedBackward;
         RecordProduct(
-            nameof(MatMulBackwardInput), start, dOutput.Rows, weight.Values, Bytes(dOutput, form) + (Bytes(dInput) * (accumulate ? 2 : 1)));
+            nameof(MatMulBackwardInput), start, dOutput.Rows, weight.Outputs, weight.Inputs, Bytes(dOutput, form) + (Bytes(dInput) * (accumulate ? 2 : 1)));
     }
 
     /// <inheritdoc/>
@@ -169,7 +178,7 @@ internal sealed class TimedBackend(Backend inner) : Backend
     {
         long start = Stopwatch.GetTimestamp();
         inner.MatMulBackwardWeight(dWeight, dOutput, input);
-        RecordProduct(nameof(MatMulBackwardWeight), start, input.Rows, dWeight, (2 * Bytes(dWeight)) + Bytes(dOutput, input));
+        RecordProduct(nameof(MatMulBackwardWeight), start, input.Rows, dWeight.Rows, dWeight.Columns, (2 * Bytes(dWeight)) + Bytes(dOutput, input));
     }
 
     /// <inheritdoc/>
@@ -187,8 +196,11 @@ internal sealed class TimedBackend(Backend inner) : Backend
         long start = Stopwatch.GetTimestamp();
         inner.Attention(output, logSumExp, query, keys, values, layout, headDim);
 
-        // Scores, and their sum of values.
-        Record(nameof(Attention), start, Bytes(output, logSumExp, query, keys, values), 4 * query.Columns * Pairs(layout));
+        // Scores, and their sum of values. Of a cache, the rows that are seen.
+        double seconds = SecondsSince(start);
+        (long pairs, long seen) = Pairs(layout);
+        long keyBytes = 2 * seen * keys.Type.RowBytes(keys.Columns);
+        Record(new Operation(nameof(Attention)), seconds, Bytes(output, logSumExp, query) + keyBytes, 4 * query.Columns * pairs);
     }
 
     /// <inheritdoc/>
@@ -202,7 +214,7 @@ internal sealed class TimedBackend(Backend inner) : Backend
         long bytes = Bytes(dQuery, dKeys, dValues, dOutput, output, logSumExp, query, keys, values) + (2 * Bytes(delta));
 
         // Scores again, the gradients of probabilities, of queries, of keys and of values.
-        Record(nameof(AttentionBackward), start, bytes, 10 * query.Columns * Pairs(layout));
+        Record(nameof(AttentionBackward), start, bytes, 10 * query.Columns * Pairs(layout).Pairs);
     }
 
     /// <inheritdoc/>
@@ -265,10 +277,10 @@ internal sealed class TimedBackend(Backend inner) : Backend
     private void Record(string name, long start, long bytes, long flops = 0) =>
         Record(new Operation(name), SecondsSince(start), bytes, flops);
 
-    private void RecordProduct(string name, long start, int tokens, Tensor weight, long bytes)
+    private void RecordProduct(string name, long start, int tokens, int outputs, int inputs, long bytes)
     {
         double seconds = SecondsSince(start);
-        Record(new Operation(name, tokens, weight.Rows, weight.Columns), seconds, bytes, 2 * tokens * weight.Count);
+        Record(new Operation(name, tokens, outputs, inputs), seconds, bytes, 2L * tokens * outputs * inputs);
     }
 
     private void Record(Operation operation, double seconds, long bytes, long flops)
@@ -287,24 +299,25 @@ internal sealed class TimedBackend(Backend inner) : Backend
         long bytes = 0;
         foreach (Tensor tensor in tensors)
         {
-            bytes += tensor.Count * tensor.Type.ByteCount();
+            bytes += tensor.Rows * tensor.Type.RowBytes(tensor.Columns);
         }
 
         return bytes;
     }
 
-    // Pairs of a query and a key that it sees.
-    private long Pairs(TokenLayout layout)
+    // Pairs of a query and a key that it sees, and keys that are seen at all.
+    private (long Pairs, long Keys) Pairs(TokenLayout layout)
     {
         int[] fields = new int[4 * layout.SegmentCount];
         inner.Read<int>(fields, layout.Segments.RowRange(0, layout.SegmentCount));
-        long pairs = 0;
+        (long pairs, long keys) = (0, 0);
         for (int s = 0; s < fields.Length; s += 4)
         {
             (long rows, long before) = (fields[s + 1], fields[s + 2]);
             pairs += (rows * before) + (rows * (rows + 1) / 2);
+            keys += before + rows;
         }
 
-        return pairs;
+        return (pairs, keys);
     }
 }

@@ -10,11 +10,17 @@ namespace TinyLlama.Compute.Cpu;
 internal unsafe interface IBlockFormat<V>
     where V : struct, ILanes<V>
 {
-    /// <summary>Gets the storage type.</summary>
-    static abstract DType Type { get; }
+    /// <summary>Gets the bytes of a row's block.</summary>
+    static abstract int BlockBytes { get; }
 
-    /// <summary>Gets how many <see cref="ILanes{TSelf}.ByteProducts"/> fit one int16; 0 where bytes are signed.</summary>
-    static abstract int ProductsPerWord { get; }
+    /// <summary>Gets the groups of a block.</summary>
+    static abstract int Groups { get; }
+
+    /// <summary>Gets a value indicating whether bytes are signed; else they are 0 … 63.</summary>
+    static abstract bool IsSigned { get; }
+
+    /// <summary>Gets a value indicating whether the products of a group add up in int16: bytes are 0 … 15.</summary>
+    static abstract bool FitsWords { get; }
 
     /// <summary>Gets a value indicating whether a scale is of 16 elements, not of 32.</summary>
     static abstract bool HasHalfScales { get; }
@@ -22,14 +28,14 @@ internal unsafe interface IBlockFormat<V>
     /// <summary>Gets a value indicating whether there is an offset.</summary>
     static abstract bool HasOffsets { get; }
 
-    /// <summary>The elements of a group.</summary>
-    static abstract void Load(byte* block, int group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7);
+    /// <summary>Elements 4i … 4i + 3 of a group.</summary>
+    static abstract V Bytes(byte* block, int group, int i);
 
-    /// <summary>The scales of a group, or of one of its halves.</summary>
-    static abstract V Scale(byte* block, int group, int half);
+    /// <summary>What scales and offsets of all groups of a block are multiples of.</summary>
+    static abstract void Units(byte* block, out V scale, out V offset);
 
-    /// <summary>What is added after scaling.</summary>
-    static abstract V Offset(byte* block, int group, int half);
+    /// <summary>The scales and offsets of a group, or of one of its halves: in units, out values.</summary>
+    static abstract void Scale(byte* block, int group, int half, ref V scale, ref V offset);
 }
 
 /// <summary>What the formats share.</summary>
@@ -37,38 +43,42 @@ internal unsafe interface IBlockFormat<V>
 internal static unsafe class BlockFormat<V>
     where V : struct, ILanes<V>
 {
-    /// <summary>The float that a half in the low bits of each dword is; the high bits do not matter. Only of finite ones.</summary>
+    /// <summary>The float that a half in the high bits of each dword is; the low bits do not matter. Only of finite ones.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V FromHalf(V bits)
     {
-        // Exponent and mantissa at the places that they have in a float, whose exponent counts from 127, not from 15.
-        V magnitude = V.ShiftLeft(V.And(bits, V.CreateDword(0x7FFF)), 13) * V.Create(5.192296858534828e33f);
-        return V.Or(magnitude, V.ShiftLeft(V.And(bits, V.CreateDword(0x8000)), 16));
+        // Sign, exponent and mantissa at the places that they have in a float, whose exponent counts from 127, not from 15.
+        return V.And(V.ShiftRightSigned(bits, 3), V.CreateDword(0x8FFFE000)) * V.Create(5.192296858534828e33f);
     }
 
     /// <summary>The halves at p, one a lane.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Halves(byte* p) => FromHalf(V.LoadWords(p));
+    public static V Halves(byte* p) => FromHalf(V.ShiftLeft(V.LoadWords(p), 16));
+
+    /// <summary>The two halves of each lane at p.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void HalfPairs(byte* p, out V first, out V second)
+    {
+        V pairs = V.LoadDwords(p);
+        (first, second) = (FromHalf(V.ShiftLeft(pairs, 16)), FromHalf(pairs));
+    }
 
     /// <summary>Dword plane i after some bytes of each lane.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V Plane(byte* block, int bytesBefore, int i) => V.LoadDwords(block + (((nint)bytesBefore + (4 * i)) * V.Count));
 
-    /// <summary>The low four bits of each byte.</summary>
+    /// <summary>Elements 4i … 4i + 3 of a group of 32 nibbles: those of the first half lie in the low bits, of the second in the high ones.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Low(V bytes) => V.And(bytes, V.CreateDword(0x0F0F0F0F));
+    public static V Nibbles(byte* block, int bytesBefore, int i) =>
+        V.LoadNibbles(block + ((bytesBefore + (4 * (i % 4))) * (nint)V.Count), i / 4 * 4);
 
-    /// <summary>The high four bits of each byte.</summary>
+    /// <summary>Bits 4i … 4i + 3 of each dword, each as bit 4 of a byte.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V High(V bytes) => Low(V.ShiftRight(bytes, 4));
-
-    /// <summary>Four dwords of nibbles as a group: first the low ones, then the high ones.</summary>
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Nibbles(byte* block, int bytesBefore, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7)
+    public static V FifthBits(V bits, int i)
     {
-        (V a, V b, V c, V d) = (Plane(block, bytesBefore, 0), Plane(block, bytesBefore, 1), Plane(block, bytesBefore, 2), Plane(block, bytesBefore, 3));
-        (w0, w1, w2, w3) = (Low(a), Low(b), Low(c), Low(d));
-        (w4, w5, w6, w7) = (High(a), High(b), High(c), High(d));
+        V four = V.ShiftRight(bits, 4 * i);
+        V low = V.Or(V.ShiftLeft(V.And(four, V.CreateDword(1)), 4), V.ShiftLeft(V.And(four, V.CreateDword(2)), 11));
+        return V.Or(low, V.Or(V.ShiftLeft(V.And(four, V.CreateDword(4)), 18), V.ShiftLeft(V.And(four, V.CreateDword(8)), 25)));
     }
 
     /// <summary>Byte number <paramref name="index"/> of each dword, as a dword.</summary>
@@ -94,25 +104,28 @@ internal static unsafe class BlockFormat<V>
 internal readonly unsafe struct Q8Format<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
-    public static DType Type => DType.Q8_0;
+    public static int BlockBytes => 34;
 
-    public static int ProductsPerWord => 0;
+    public static int Groups => 1;
+
+    public static bool IsSigned => true;
+
+    public static bool FitsWords => false;
 
     public static bool HasHalfScales => false;
 
     public static bool HasOffsets => false;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Load(byte* block, int group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7)
-    {
-        (w0, w1, w2, w3) = (BlockFormat<V>.Plane(block, 2, 0), BlockFormat<V>.Plane(block, 2, 1), BlockFormat<V>.Plane(block, 2, 2), BlockFormat<V>.Plane(block, 2, 3));
-        (w4, w5, w6, w7) = (BlockFormat<V>.Plane(block, 2, 4), BlockFormat<V>.Plane(block, 2, 5), BlockFormat<V>.Plane(block, 2, 6), BlockFormat<V>.Plane(block, 2, 7));
-    }
+    public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Plane(block, 2, i);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Scale(byte* block, int group, int half) => BlockFormat<V>.Halves(block);
+    public static void Units(byte* block, out V scale, out V offset) =>
+        (scale, offset) = (BlockFormat<V>.Halves(block), default);
 
-    public static V Offset(byte* block, int group, int half) => default;
+    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    {
+    }
 }
 
 /// <summary>A scale, then 32 nibbles, each 8 too large.</summary>
@@ -120,23 +133,31 @@ internal readonly unsafe struct Q8Format<V> : IBlockFormat<V>
 internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
-    public static DType Type => DType.Q4_0;
+    public static int BlockBytes => 18;
 
-    public static int ProductsPerWord => 8;
+    public static int Groups => 1;
+
+    public static bool IsSigned => false;
+
+    public static bool FitsWords => true;
 
     public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Load(byte* block, int group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7) =>
-        BlockFormat<V>.Nibbles(block, 2, out w0, out w1, out w2, out w3, out w4, out w5, out w6, out w7);
+    public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Nibbles(block, 2, i);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Scale(byte* block, int group, int half) => BlockFormat<V>.Halves(block);
+    public static void Units(byte* block, out V scale, out V offset)
+    {
+        scale = BlockFormat<V>.Halves(block);
+        offset = scale * V.Create(-8);
+    }
 
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Offset(byte* block, int group, int half) => BlockFormat<V>.Halves(block) * V.Create(-8);
+    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    {
+    }
 }
 
 /// <summary>A scale and an offset, then 32 nibbles.</summary>
@@ -144,23 +165,28 @@ internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
 internal readonly unsafe struct Q41Format<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
-    public static DType Type => DType.Q4_1;
+    public static int BlockBytes => 20;
 
-    public static int ProductsPerWord => 8;
+    public static int Groups => 1;
+
+    public static bool IsSigned => false;
+
+    public static bool FitsWords => true;
 
     public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Load(byte* block, int group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7) =>
-        BlockFormat<V>.Nibbles(block, 4, out w0, out w1, out w2, out w3, out w4, out w5, out w6, out w7);
+    public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Nibbles(block, 4, i);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Scale(byte* block, int group, int half) => BlockFormat<V>.FromHalf(V.LoadDwords(block));
+    public static void Units(byte* block, out V scale, out V offset) =>
+        BlockFormat<V>.HalfPairs(block, out scale, out offset);
 
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Offset(byte* block, int group, int half) => BlockFormat<V>.FromHalf(V.ShiftRight(V.LoadDwords(block), 16));
+    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    {
+    }
 }
 
 /// <summary>A scale, 32 fifth bits, 32 nibbles; values 16 too large.</summary>
@@ -168,26 +194,32 @@ internal readonly unsafe struct Q41Format<V> : IBlockFormat<V>
 internal readonly unsafe struct Q5Format<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
-    public static DType Type => DType.Q5_0;
+    public static int BlockBytes => 22;
 
-    public static int ProductsPerWord => 4;
+    public static int Groups => 1;
+
+    public static bool IsSigned => false;
+
+    public static bool FitsWords => false;
 
     public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Load(byte* block, int group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7)
+    public static V Bytes(byte* block, int group, int i) =>
+        V.Or(BlockFormat<V>.Nibbles(block, 6, i), BlockFormat<V>.FifthBits(BlockFormat<V>.Plane(block, 2, 0), i));
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Units(byte* block, out V scale, out V offset)
     {
-        BlockFormat<V>.Nibbles(block, 6, out w0, out w1, out w2, out w3, out w4, out w5, out w6, out w7);
-        FifthBits.Add(BlockFormat<V>.Plane(block, 2, 0), ref w0, ref w1, ref w2, ref w3, ref w4, ref w5, ref w6, ref w7);
+        scale = BlockFormat<V>.Halves(block);
+        offset = scale * V.Create(-16);
     }
 
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Scale(byte* block, int group, int half) => BlockFormat<V>.Halves(block);
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Offset(byte* block, int group, int half) => BlockFormat<V>.Halves(block) * V.Create(-16);
+    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    {
+    }
 }
 
 /// <summary>A scale and an offset, 32 fifth bits, 32 nibbles.</summary>
@@ -195,47 +227,28 @@ internal readonly unsafe struct Q5Format<V> : IBlockFormat<V>
 internal readonly unsafe struct Q51Format<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
-    public static DType Type => DType.Q5_1;
+    public static int BlockBytes => 24;
 
-    public static int ProductsPerWord => 4;
+    public static int Groups => 1;
+
+    public static bool IsSigned => false;
+
+    public static bool FitsWords => false;
 
     public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Load(byte* block, int group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7)
+    public static V Bytes(byte* block, int group, int i) =>
+        V.Or(BlockFormat<V>.Nibbles(block, 8, i), BlockFormat<V>.FifthBits(BlockFormat<V>.Plane(block, 4, 0), i));
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Units(byte* block, out V scale, out V offset) =>
+        BlockFormat<V>.HalfPairs(block, out scale, out offset);
+
+    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
     {
-        BlockFormat<V>.Nibbles(block, 8, out w0, out w1, out w2, out w3, out w4, out w5, out w6, out w7);
-        FifthBits.Add(BlockFormat<V>.Plane(block, 4, 0), ref w0, ref w1, ref w2, ref w3, ref w4, ref w5, ref w6, ref w7);
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Scale(byte* block, int group, int half) => BlockFormat<V>.FromHalf(V.LoadDwords(block));
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Offset(byte* block, int group, int half) => BlockFormat<V>.FromHalf(V.ShiftRight(V.LoadDwords(block), 16));
-}
-
-/// <summary>The fifth bits of Q5_0 and Q5_1: bit j of a dword belongs to element j.</summary>
-internal static class FifthBits
-{
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Add<V>(V bits, ref V w0, ref V w1, ref V w2, ref V w3, ref V w4, ref V w5, ref V w6, ref V w7)
-        where V : struct, ILanes<V>
-    {
-        (w0, w1, w2, w3) = (V.Or(w0, Spread(bits, 0)), V.Or(w1, Spread(bits, 4)), V.Or(w2, Spread(bits, 8)), V.Or(w3, Spread(bits, 12)));
-        (w4, w5, w6, w7) = (V.Or(w4, Spread(bits, 16)), V.Or(w5, Spread(bits, 20)), V.Or(w6, Spread(bits, 24)), V.Or(w7, Spread(bits, 28)));
-    }
-
-    // Four bits, each to bit 4 of its byte.
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static V Spread<V>(V bits, int first)
-        where V : struct, ILanes<V>
-    {
-        V four = V.ShiftRight(bits, first);
-        V low = V.Or(V.ShiftLeft(V.And(four, V.CreateDword(1)), 4), V.ShiftLeft(V.And(four, V.CreateDword(2)), 11));
-        return V.Or(low, V.Or(V.ShiftLeft(V.And(four, V.CreateDword(4)), 18), V.ShiftLeft(V.And(four, V.CreateDword(8)), 25)));
     }
 }
 
@@ -244,33 +257,33 @@ internal static class FifthBits
 internal readonly unsafe struct Q4KFormat<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
-    public static DType Type => DType.Q4_K;
+    public static int BlockBytes => 144;
 
-    public static int ProductsPerWord => 8;
+    public static int Groups => 8;
+
+    public static bool IsSigned => false;
+
+    public static bool FitsWords => true;
 
     public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Load(byte* block, int group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7)
+    public static V Bytes(byte* block, int group, int i) =>
+        V.LoadNibbles(block + ((16 + ((group >> 1) * 32) + (4 * i)) * (nint)V.Count), (group & 1) * 4);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Units(byte* block, out V scale, out V offset) =>
+        BlockFormat<V>.HalfPairs(block, out scale, out offset);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
     {
-        byte* pair = block + ((16 + (group / 2 * 32)) * (nint)V.Count);
-        int shift = group % 2 * 4;
-        (w0, w1, w2, w3) = (Nibble(pair, 0, shift), Nibble(pair, 1, shift), Nibble(pair, 2, shift), Nibble(pair, 3, shift));
-        (w4, w5, w6, w7) = (Nibble(pair, 4, shift), Nibble(pair, 5, shift), Nibble(pair, 6, shift), Nibble(pair, 7, shift));
+        V last = BlockFormat<V>.Plane(block, 4, 2);
+        scale *= BlockFormat<V>.SixBits(BlockFormat<V>.Plane(block, 4, 0), last, 0, group);
+        offset *= V.Create(0) - BlockFormat<V>.SixBits(BlockFormat<V>.Plane(block, 4, 1), last, 4, group);
     }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Scale(byte* block, int group, int half) => BlockFormat<V>.FromHalf(V.LoadDwords(block))
-        * BlockFormat<V>.SixBits(BlockFormat<V>.Plane(block, 4, 0), BlockFormat<V>.Plane(block, 4, 2), 0, group);
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Offset(byte* block, int group, int half) => BlockFormat<V>.FromHalf(V.ShiftRight(V.LoadDwords(block), 16))
-        * BlockFormat<V>.SixBits(BlockFormat<V>.Plane(block, 4, 1), BlockFormat<V>.Plane(block, 4, 2), 4, group) * V.Create(-1);
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static V Nibble(byte* pair, int i, int shift) => BlockFormat<V>.Low(V.ShiftRight(BlockFormat<V>.Plane(pair, 0, i), shift));
 }
 
 /// <summary>As <see cref="Q4KFormat{V}"/>, with a fifth bit of each element before the nibbles.</summary>
@@ -278,36 +291,33 @@ internal readonly unsafe struct Q4KFormat<V> : IBlockFormat<V>
 internal readonly unsafe struct Q5KFormat<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
-    public static DType Type => DType.Q5_K;
+    public static int BlockBytes => 176;
 
-    public static int ProductsPerWord => 4;
+    public static int Groups => 8;
+
+    public static bool IsSigned => false;
+
+    public static bool FitsWords => false;
 
     public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Load(byte* block, int group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7)
+    public static V Bytes(byte* block, int group, int i)
     {
-        byte* high = block + (16 * (nint)V.Count);
-        byte* low = block + ((48 + (group / 2 * 32)) * (nint)V.Count);
-        (w0, w1, w2, w3) = (Value(low, high, 0, group), Value(low, high, 1, group), Value(low, high, 2, group), Value(low, high, 3, group));
-        (w4, w5, w6, w7) = (Value(low, high, 4, group), Value(low, high, 5, group), Value(low, high, 6, group), Value(low, high, 7, group));
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Scale(byte* block, int group, int half) => Q4KFormat<V>.Scale(block, group, half);
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Offset(byte* block, int group, int half) => Q4KFormat<V>.Offset(block, group, half);
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static V Value(byte* low, byte* high, int i, int group)
-    {
-        V nibble = BlockFormat<V>.Low(V.ShiftRight(BlockFormat<V>.Plane(low, 0, i), group % 2 * 4));
-        V bit = V.And(V.ShiftRight(BlockFormat<V>.Plane(high, 0, i), group), V.CreateDword(0x01010101));
+        V nibble = V.LoadNibbles(block + ((48 + ((group >> 1) * 32) + (4 * i)) * (nint)V.Count), (group & 1) * 4);
+        V bit = V.And(V.ShiftRight(BlockFormat<V>.Plane(block, 16, i), group), V.CreateDword(0x01010101));
         return V.Or(nibble, V.ShiftLeft(bit, 4));
     }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Units(byte* block, out V scale, out V offset) =>
+        BlockFormat<V>.HalfPairs(block, out scale, out offset);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset) =>
+        Q4KFormat<V>.Scale(block, group, half, ref scale, ref offset);
 }
 
 /// <summary>A scale of the block, nibbles, two high bits of each element, a signed scale of each 16 elements; values 32 too large.</summary>
@@ -315,42 +325,42 @@ internal readonly unsafe struct Q5KFormat<V> : IBlockFormat<V>
 internal readonly unsafe struct Q6KFormat<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
-    public static DType Type => DType.Q6_K;
+    public static int BlockBytes => 210;
 
-    public static int ProductsPerWord => 2;
+    public static int Groups => 8;
+
+    public static bool IsSigned => false;
+
+    public static bool FitsWords => false;
 
     public static bool HasHalfScales => true;
 
     public static bool HasOffsets => true;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Load(byte* block, int group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7)
+    public static V Bytes(byte* block, int group, int i)
     {
         // Of 128 elements, groups 0 and 2 share bytes, as do 1 and 3.
-        byte* low = block + ((2 + (group / 4 * 64) + (group % 2 * 32)) * (nint)V.Count);
-        byte* high = block + ((2 + 128 + (group / 4 * 32)) * (nint)V.Count);
-        (w0, w1, w2, w3) = (Value(low, high, 0, group), Value(low, high, 1, group), Value(low, high, 2, group), Value(low, high, 3, group));
-        (w4, w5, w6, w7) = (Value(low, high, 4, group), Value(low, high, 5, group), Value(low, high, 6, group), Value(low, high, 7, group));
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Scale(byte* block, int group, int half)
-    {
-        // The byte with its sign: to the top of a dword, which is then 2²⁴ too large.
-        int index = (2 * group) + half;
-        V scales = BlockFormat<V>.Plane(block, 2 + 192, index / 4);
-        V top = V.And(V.ShiftLeft(scales, 8 * (3 - (index % 4))), V.CreateDword(0xFF000000));
-        return BlockFormat<V>.Halves(block) * (V.FromInt32(top) * V.Create(5.9604644775390625e-8f));
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Offset(byte* block, int group, int half) => Scale(block, group, half) * V.Create(-32);
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static V Value(byte* low, byte* high, int i, int group)
-    {
-        V nibble = BlockFormat<V>.Low(V.ShiftRight(BlockFormat<V>.Plane(low, 0, i), group % 4 / 2 * 4));
-        V bits = V.And(V.ShiftRight(BlockFormat<V>.Plane(high, 0, i), group % 4 * 2), V.CreateDword(0x03030303));
+        V high = BlockFormat<V>.Plane(block, 2 + 128 + ((group >> 2) * 32), i);
+        V nibble = V.LoadNibbles(block + ((2 + ((group >> 2) * 64) + ((group & 1) * 32) + (4 * i)) * (nint)V.Count), (group & 2) * 2);
+        V bits = V.And(V.ShiftRight(high, (group & 3) * 2), V.CreateDword(0x03030303));
         return V.Or(nibble, V.ShiftLeft(bits, 4));
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Units(byte* block, out V scale, out V offset)
+    {
+        scale = BlockFormat<V>.Halves(block) * V.Create(1f / (1 << 24));
+        offset = V.Create(-32);
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    {
+        // The byte with its sign: at the top of a dword, which is then 2²⁴ too large.
+        int index = (2 * group) + half;
+        V scales = V.LoadDwords(block + ((2 + 192 + (index & ~3)) * (nint)V.Count));
+        scale *= V.FromInt32(V.And(V.ShiftLeft(scales, 8 * (3 - (index & 3))), V.CreateDword(0xFF000000)));
+        offset *= scale;
     }
 }

@@ -18,7 +18,7 @@ internal static unsafe class QuantizedMatMul
     private const int GroupBytes = Group + (4 * sizeof(float));
 
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
-    private const int BlockRows = 16;
+    private const int BlockRows = 32;
 
     // Bytes of panels of a task: they stay in the second cache while blocks of rows pass by.
     private const long TaskBytes = 96 << 10;
@@ -90,7 +90,7 @@ internal static unsafe class QuantizedMatMul
         where V : struct, ILanes<V>
         where F : struct, IBlockFormat<V>
     {
-        long panelBytes = F.Type.RowBytes(panels.Columns) * V.Count;
+        long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
         int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes, 1, Math.Max(1, panelCount / 8));
         MultiplyWork<V, F> work = new()
@@ -212,13 +212,14 @@ internal static unsafe class QuantizedMatMul
                         MultiplyRows(sums, weights, rounded, Groups, rows);
                     }
 
-                    Store(sums, row, rows, panel * V.Count);
+                    Store(sums, row, rows, panel);
                 }
             }
         }
 
-        private readonly void Store(float* sums, int row, int rows, int column)
+        private readonly void Store(float* sums, int row, int rows, int panel)
         {
+            int column = panel * V.Count;
             int columns = Math.Min(V.Count, Output.Columns - column);
             for (int r = 0; r < rows; r++)
             {
@@ -238,135 +239,151 @@ internal static unsafe class QuantizedMatMul
             }
         }
 
+        // One row and one panel: the bits of MultiplyRows.
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         private static V MultiplyRow(byte* weights, byte* rounded, int groups)
         {
             V sum = V.Create(0);
-            int groupsPerBlock = F.Type.BlockElements() / Group;
-            nint blockBytes = (nint)F.Type.BlockBytes() * V.Count;
-            for (int done = 0; done < groups; done += groupsPerBlock)
+            for (int done = 0; done < groups; done += F.Groups)
             {
-                for (int group = 0; group < groupsPerBlock; group++)
+                F.Units(weights, out V unit, out V offsetUnit);
+                for (int group = 0; group < F.Groups; group++)
                 {
-                    Prefetch(weights + PrefetchBytes + (group * (blockBytes / groupsPerBlock)), blockBytes / groupsPerBlock);
-                    F.Load(weights, group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7);
-                    Scales(weights, group, out V scale0, out V scale1, out V offset0, out V offset1);
-                    Add(ref sum, rounded, w0, w1, w2, w3, w4, w5, w6, w7, scale0, scale1, offset0, offset1);
+                    Prefetch(weights + PrefetchBytes + (group * (F.BlockBytes / F.Groups * V.Count)));
+                    V a = default;
+                    V u0 = F.Bytes(weights, group, 0);
+                    V v0 = F.Bytes(weights, group, 1);
+                    a = Add(a, u0, v0, rounded);
+
+                    u0 = F.Bytes(weights, group, 2);
+                    v0 = F.Bytes(weights, group, 3);
+                    a = Add(a, u0, v0, rounded + 8);
+
+                    if (F.HasHalfScales)
+                    {
+                        (V halfScale, V halfOffset) = (unit, offsetUnit);
+                        F.Scale(weights, group, 0, ref halfScale, ref halfOffset);
+                        sum = AddScaled(sum, a, halfScale, halfOffset, rounded, 1);
+                        a = default;
+                    }
+
+                    u0 = F.Bytes(weights, group, 4);
+                    v0 = F.Bytes(weights, group, 5);
+                    a = Add(a, u0, v0, rounded + 16);
+
+                    u0 = F.Bytes(weights, group, 6);
+                    v0 = F.Bytes(weights, group, 7);
+                    a = Add(a, u0, v0, rounded + 24);
+
+                    (V scale, V offset) = (unit, offsetUnit);
+                    F.Scale(weights, group, 1, ref scale, ref offset);
+                    sum = AddScaled(sum, a, scale, offset, rounded, F.HasHalfScales ? 2 : 3);
                     rounded += GroupBytes;
                 }
 
-                weights += blockBytes;
+                weights += F.BlockBytes * V.Count;
             }
 
             return sum;
         }
 
+        // Some rows and one panel. Small enough for the JIT to inline all that it calls.
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         private static void MultiplyRows(float* sums, byte* weights, byte* rounded, int groups, int rows)
         {
-            for (int row = 0; row < rows; row++)
+            nint lanes = V.Count;
+            float* end = sums + (rows * lanes);
+            for (float* sum = sums; sum < end; sum += lanes)
             {
-                V.Create(0).Store(sums + (row * V.Count));
+                V.Create(0).Store(sum);
             }
 
-            int groupsPerBlock = F.Type.BlockElements() / Group;
-            nint blockBytes = (nint)F.Type.BlockBytes() * V.Count;
-            for (int done = 0; done < groups; done += groupsPerBlock)
+            for (int done = 0; done < groups; done += F.Groups)
             {
-                for (int group = 0; group < groupsPerBlock; group++)
+                F.Units(weights, out V unit, out V offsetUnit);
+                for (int group = 0; group < F.Groups; group++)
                 {
-                    F.Load(weights, group, out V w0, out V w1, out V w2, out V w3, out V w4, out V w5, out V w6, out V w7);
-                    Scales(weights, group, out V scale0, out V scale1, out V offset0, out V offset1);
-                    for (int row = 0; row < rows; row++)
+                    V w0 = F.Bytes(weights, group, 0);
+                    V w1 = F.Bytes(weights, group, 1);
+                    V w2 = F.Bytes(weights, group, 2);
+                    V w3 = F.Bytes(weights, group, 3);
+                    V w4 = F.Bytes(weights, group, 4);
+                    V w5 = F.Bytes(weights, group, 5);
+                    V w6 = F.Bytes(weights, group, 6);
+                    V w7 = F.Bytes(weights, group, 7);
+                    (V scale0, V offset0, V scale1, V offset1) = (unit, offsetUnit, unit, offsetUnit);
+                    F.Scale(weights, group, 1, ref scale1, ref offset1);
+                    if (F.HasHalfScales)
                     {
-                        V sum = V.Load(sums + (row * V.Count));
-                        Add(ref sum, rounded, w0, w1, w2, w3, w4, w5, w6, w7, scale0, scale1, offset0, offset1);
-                        sum.Store(sums + (row * V.Count));
+                        F.Scale(weights, group, 0, ref scale0, ref offset0);
+                    }
+
+                    for (float* sum = sums; sum < end; sum += lanes)
+                    {
+                        V total = V.Load(sum);
+                        V products = Add(Add(default, w0, w1, rounded), w2, w3, rounded + 8);
+                        if (F.HasHalfScales)
+                        {
+                            total = AddScaled(total, products, scale0, offset0, rounded, 1);
+                            products = default;
+                        }
+
+                        products = Add(Add(products, w4, w5, rounded + 16), w6, w7, rounded + 24);
+                        AddScaled(total, products, scale1, offset1, rounded, F.HasHalfScales ? 2 : 3).Store(sum);
                         rounded += GroupBytes;
                     }
                 }
 
-                weights += blockBytes;
+                weights += F.BlockBytes * lanes;
             }
         }
 
+        // a plus the products of eight elements; dwords, or words where those of a whole group fit.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void Scales(byte* block, int group, out V scale0, out V scale1, out V offset0, out V offset1)
-        {
-            scale0 = F.Scale(block, group, 0);
-            scale1 = F.HasHalfScales ? F.Scale(block, group, 1) : scale0;
-            offset0 = F.HasOffsets ? F.Offset(block, group, 0) : default;
-            offset1 = F.HasOffsets && F.HasHalfScales ? F.Offset(block, group, 1) : offset0;
-        }
+        private static V Add(V a, V first, V second, byte* rounded) =>
+            F.IsSigned ? V.AddSignedProducts(a, first, second, rounded)
+            : F.FitsWords ? V.AddWordProducts(a, first, second, rounded)
+            : V.AddDwordProducts(a, first, second, rounded);
 
-        // sum += scale · (weights · rounded) + offset · Σ rounded, all in units of the rounded inputs.
+        // sum + scale · products + offset · Σ rounded, in units of the rounded inputs: of the first half, the second, or all.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void Add(
-            ref V sum, byte* rounded, V w0, V w1, V w2, V w3, V w4, V w5, V w6, V w7, V scale0, V scale1, V offset0, V offset1)
+        private static V AddScaled(V sum, V products, V scale, V offset, byte* rounded, int part)
         {
-            V first, second;
-            if (F.ProductsPerWord == 0)
-            {
-                first = V.AddDwords(
-                    V.AddDwords(Signed(w0, rounded), Signed(w1, rounded + 4)), V.AddDwords(Signed(w2, rounded + 8), Signed(w3, rounded + 12)));
-                second = V.AddDwords(
-                    V.AddDwords(Signed(w4, rounded + 16), Signed(w5, rounded + 20)), V.AddDwords(Signed(w6, rounded + 24), Signed(w7, rounded + 28)));
-            }
-            else
-            {
-                V p0 = V.AddWords(Products(w0, rounded), Products(w1, rounded + 4));
-                V p1 = V.AddWords(Products(w2, rounded + 8), Products(w3, rounded + 12));
-                V p2 = V.AddWords(Products(w4, rounded + 16), Products(w5, rounded + 20));
-                V p3 = V.AddWords(Products(w6, rounded + 24), Products(w7, rounded + 28));
-                if (F.ProductsPerWord == 2)
-                {
-                    first = V.AddDwords(V.AddNeighbours(p0), V.AddNeighbours(p1));
-                    second = V.AddDwords(V.AddNeighbours(p2), V.AddNeighbours(p3));
-                }
-                else if (F.ProductsPerWord == 4)
-                {
-                    first = V.AddNeighbours(V.AddWords(p0, p1));
-                    second = V.AddNeighbours(V.AddWords(p2, p3));
-                }
-                else
-                {
-                    first = V.AddNeighbours(V.AddWords(V.AddWords(p0, p1), V.AddWords(p2, p3)));
-                    second = default;
-                }
-            }
-
             float* scales = (float*)(rounded + Group);
-            V scale = V.Create(scales[0]);
-            if (F.HasHalfScales)
-            {
-                V.AddProduct(ref sum, V.FromInt32(first), scale0 * scale);
-                V.AddProduct(ref sum, V.FromInt32(second), scale1 * scale);
-                V.AddProduct(ref sum, offset0, V.Create(scales[1]));
-                V.AddProduct(ref sum, offset1, V.Create(scales[2]));
-                return;
-            }
-
-            V.AddProduct(ref sum, V.FromInt32(F.ProductsPerWord == 8 ? first : V.AddDwords(first, second)), scale0 * scale);
             if (F.HasOffsets)
             {
-                V.AddProduct(ref sum, offset0, V.Create(scales[3]));
+                sum = V.Fma(offset, V.Create(scales[part]), sum);
             }
+
+            return V.Fma(V.FromInt32(F.FitsWords ? V.AddNeighbours(products) : products), scale * V.Create(scales[0]), sum);
         }
 
+        // The lines of a group.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static V Products(V weights, byte* rounded) => V.ByteProducts(weights, V.BroadcastDword(rounded));
-
-        [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static V Signed(V weights, byte* rounded) => V.AddNeighbours(V.SignedByteProducts(weights, V.BroadcastDword(rounded)));
-
-        [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void Prefetch(byte* p, nint bytes)
+        private static void Prefetch(byte* p)
         {
             if (Sse.IsSupported)
             {
-                for (nint i = 0; i < bytes; i += 64)
+                int bytes = F.BlockBytes / F.Groups * V.Count;
+                Sse.Prefetch0(p);
+                if (bytes > 64)
                 {
-                    Sse.Prefetch0(p + i);
+                    Sse.Prefetch0(p + 64);
+                }
+
+                if (bytes > 128)
+                {
+                    Sse.Prefetch0(p + 128);
+                }
+
+                if (bytes > 192)
+                {
+                    Sse.Prefetch0(p + 192);
+                }
+
+                if (bytes > 256)
+                {
+                    Sse.Prefetch0(p + 256);
                 }
             }
         }

@@ -66,6 +66,15 @@ public sealed unsafe class MappedFile : IDisposable
         return new ReadOnlySpan<byte>(_first + offset, count);
     }
 
+    /// <summary>Drops what has been read from memory: a copy of it then takes its place, not more. It can be read again.</summary>
+    public void DropPages()
+    {
+        if (_first is not null)
+        {
+            PageMemory.DropFilePages((nint)_first, Length);
+        }
+    }
+
     /// <inheritdoc/>
     public void Dispose()
     {

@@ -55,6 +55,18 @@ internal static unsafe partial class PageMemory
         Interlocked.Add(ref s_bytes, -byteCount);
     }
 
+    /// <summary>Drops pages of a mapped file from memory where the system can; they are read again when they are touched.</summary>
+    /// <param name="address">The first byte of the mapping.</param>
+    /// <param name="byteCount">Its size.</param>
+    public static void DropFilePages(nint address, long byteCount)
+    {
+        if (OperatingSystem.IsLinux())
+        {
+            // Advice: what the system keeps, it keeps.
+            _ = Advise(address, (nuint)byteCount, AdviseNotNeeded);
+        }
+    }
+
     private static DeviceException NotEnough(string name, long byteCount, long available) => new(string.Create(
         CultureInfo.InvariantCulture,
         $"'{name}' needs {byteCount / 1048576.0:N0} MiB of memory and {Math.Max(0, available) / 1048576.0:N0} MiB are free; use a smaller model, batch or context"));
@@ -135,6 +147,7 @@ internal static unsafe partial class PageMemory
     // Linux's numbers: the same on x64 and ARM64.
     private const int ReadWrite = 1 | 2;
     private const int PrivateAnonymous = 0x02 | 0x20;
+    private const int AdviseNotNeeded = 4;
     private const int AdviseHugePage = 14;
 
     [LibraryImport("libc", EntryPoint = "mmap", SetLastError = true)]

@@ -105,6 +105,9 @@ internal sealed class GgufFile : IDisposable
         return _file.Bytes(entry.Offset + first, count);
     }
 
+    /// <summary>Drops what has been read from memory; it can be read again.</summary>
+    public void DropPages() => _file.DropPages();
+
     /// <inheritdoc/>
     public void Dispose() => _file.Dispose();
 

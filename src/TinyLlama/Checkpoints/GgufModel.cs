@@ -86,6 +86,9 @@ internal sealed class GgufModel : ModelSource
     }
 
     /// <inheritdoc/>
+    protected override void DropPages() => _file.DropPages();
+
+    /// <inheritdoc/>
     protected override void Dispose(bool disposing)
     {
         if (disposing)

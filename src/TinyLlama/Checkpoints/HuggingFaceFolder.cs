@@ -60,6 +60,15 @@ internal sealed class HuggingFaceFolder : ModelSource
     public override void Read(Span<float> destination, string name, long first) => _fileOf[name].Read(destination, name, first);
 
     /// <inheritdoc/>
+    protected override void DropPages()
+    {
+        foreach (SafetensorsFile file in _fileOf.Values.Distinct())
+        {
+            file.DropPages();
+        }
+    }
+
+    /// <inheritdoc/>
     protected override void Dispose(bool disposing)
     {
         if (disposing)

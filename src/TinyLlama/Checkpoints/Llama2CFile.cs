@@ -92,6 +92,9 @@ internal sealed class Llama2CFile : ModelSource
     }
 
     /// <inheritdoc/>
+    protected override void DropPages() => _file.DropPages();
+
+    /// <inheritdoc/>
     protected override void Dispose(bool disposing)
     {
         if (disposing)

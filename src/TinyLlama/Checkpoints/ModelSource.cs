@@ -151,6 +151,7 @@ public abstract class ModelSource : IDisposable
         {
             CopyValues(backend, parameter);
             CopyRows(backend, parameter);
+            DropPages();
         }
     }
 
@@ -184,6 +185,9 @@ public abstract class ModelSource : IDisposable
         Dispose(disposing: true);
         GC.SuppressFinalize(this);
     }
+
+    /// <summary>Drops what has been read of the files from memory.</summary>
+    protected abstract void DropPages();
 
     /// <summary>Closes the files.</summary>
     protected abstract void Dispose(bool disposing);

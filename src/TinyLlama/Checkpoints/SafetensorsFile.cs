@@ -163,6 +163,9 @@ public sealed class SafetensorsFile : IDisposable
         }
     }
 
+    /// <summary>Drops what has been read from memory; it can be read again.</summary>
+    public void DropPages() => _file.DropPages();
+
     /// <inheritdoc/>
     public void Dispose() => _file.Dispose();
 

@@ -50,6 +50,9 @@ public sealed class LlamaModel : IDisposable
     /// <summary>Gets every parameter, in checkpoint order.</summary>
     public IReadOnlyList<Parameter> Parameters { get; }
 
+    /// <summary>Gets the bytes that the parameters take in memory, their packed forms included; 0 where others own it.</summary>
+    public long ByteCount => (_own?.Weights.UsedBytes ?? 0) + (_own?.Packed?.UsedBytes ?? 0);
+
     /// <summary>A model in memory of its own, counted and then allocated.</summary>
     /// <param name="config">The shape.</param>
     /// <param name="backend">The device; dispose of the model before it.</param>
