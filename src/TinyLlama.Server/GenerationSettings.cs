@@ -70,7 +70,7 @@ internal static class GenerationSettings
         int room = contextLength - promptTokens;
         if (room <= 0)
         {
-            throw TooLong($"the prompt has {promptTokens} tokens, the context {contextLength}: shorten the prompt", "messages");
+            throw TooLong($"the prompt has {promptTokens} tokens, the context {contextLength}: shorten the prompt", null);
         }
 
         if (options.MaxTokens > room)
@@ -85,7 +85,7 @@ internal static class GenerationSettings
 
         return options;
 
-        static ApiException TooLong(string message, string param) => ApiException.Invalid(message, param, "context_length_exceeded");
+        static ApiException TooLong(string message, string? param) => ApiException.Invalid(message, param, "context_length_exceeded");
     }
 
     private static Dictionary<int, double> Biases(Dictionary<string, double>? biases)

@@ -80,6 +80,7 @@ public static class ServerHosting
         }
 
         app.MapOpenAI();
+        app.MapChatPage();
         app.MapFallback(app.Services.GetRequiredService<OpenAiApi>().Guard("", OpenAiApi.NothingAsync, open: true));
         return app;
     }
