@@ -2,6 +2,7 @@ using System.CommandLine;
 using System.Globalization;
 using System.Security.Cryptography;
 using System.Text.Json.Nodes;
+using TinyLlama.Data;
 using TinyLlama.Inference;
 
 namespace TinyLlama.Cli;
@@ -60,6 +61,12 @@ internal sealed class GenerateCommand
         DefaultValueFactory = _ => [],
     };
 
+    private readonly Option<string?> _schema = new("--json-schema")
+    {
+        Description = "The new text is JSON of the schema in this file",
+        HelpName = "FILE",
+    };
+
     private readonly Option<string> _overflow = new Option<string>("--overflow")
     {
         Description = "Where the context is too small: an error, or a window that slides over the text",
@@ -77,7 +84,7 @@ internal sealed class GenerateCommand
     {
         var command = new Command("generate", "Continue a text with a trained model")
         {
-            _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _overflow,
+            _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _schema, _overflow,
             _context, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
@@ -149,8 +156,21 @@ internal sealed class GenerateCommand
             FrequencyPenalty = parse.GetValue(_frequency) ?? 0,
             Seed = seed,
             StopStrings = parse.GetValue(_stops) ?? [],
+            Json = parse.GetValue(_schema) is string schema ? JsonConstraint.FromSchema(ReadSchema(schema)) : null,
             Overflow = parse.GetValue(_overflow) == "sliding" ? ContextOverflow.Sliding : ContextOverflow.Error,
         };
+    }
+
+    private static string ReadSchema(string path)
+    {
+        try
+        {
+            return File.ReadAllText(path);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new UserErrorException($"--json-schema {path}: {e.Message}", e);
+        }
     }
 
     private static string Summary(Generation generation, GenerationOptions options)

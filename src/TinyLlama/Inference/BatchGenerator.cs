@@ -129,7 +129,7 @@ public sealed class BatchGenerator : IDisposable
         for (int i = 0; i < completions; i++)
         {
             GenerationOptions own = options with { Seed = options.Seed + (ulong)i };
-            texts[i] = new BatchGeneration(prompt.Length, new GenerationState(Tokenizer, prompt, own, ContextLength), stop) { Leader = i == 0 ? null : texts[0] };
+            texts[i] = new BatchGeneration(prompt.Length, new GenerationState(Tokenizer, prompt, own, ContextLength, _prompts.Constraints.For(own.Json)), stop) { Leader = i == 0 ? null : texts[0] };
         }
 
         lock (_lock)

@@ -90,7 +90,8 @@ public sealed class Generation : IEnumerable<string>
 
     private IEnumerable<string> Run(InferenceEngine engine, CachedSequence sequence)
     {
-        var state = new GenerationState(_generator.Tokenizer, _prompt, _options, engine.ContextLength);
+        var state = new GenerationState(
+            _generator.Tokenizer, _prompt, _options, engine.ContextLength, _generator.Constraints.For(_options.Json));
         float[] logits = new float[engine.VocabularySize];
         _tokens.Clear();
         _logProbabilities.Clear();

@@ -54,6 +54,9 @@ public sealed record GenerationOptions
     /// <summary>Gets tokens that end the text as EOS does; they are not given out as text.</summary>
     public IReadOnlyList<int> StopTokens { get; init; } = [];
 
+    /// <summary>Gets what the text must be, to its end; null for anything.</summary>
+    public JsonConstraint? Json { get; init; }
+
     /// <summary>Gets how many of the likeliest tokens to give the log-probabilities of, besides the chosen one's; null for no log-probabilities.</summary>
     public int? LogProbabilities { get; init; }
 

@@ -17,8 +17,11 @@ internal sealed class GenerationState
     private readonly int _promptLength;
     private readonly int _most;
     private readonly List<int> _text;
+    private readonly TokenMasks? _masks;
+    private readonly int[] _endings;
     private readonly int[] _input;
     private int _inputCount;
+    private ConstraintState? _constraint;
     private SplitMix64 _random;
 
     /// <summary>Begins after a prompt.</summary>
@@ -26,8 +29,12 @@ internal sealed class GenerationState
     /// <param name="prompt">At least one token.</param>
     /// <param name="options">How to continue.</param>
     /// <param name="contextLength">Most tokens that the model sees.</param>
-    public GenerationState(ITokenizer tokenizer, ReadOnlySpan<int> prompt, GenerationOptions options, int contextLength)
+    /// <param name="masks">The masks of <see cref="GenerationOptions.Json"/>.</param>
+    public GenerationState(
+        ITokenizer tokenizer, ReadOnlySpan<int> prompt, GenerationOptions options, int contextLength, TokenMasks? masks)
     {
+        (_masks, _constraint) = (masks, masks?.Start);
+        _endings = tokenizer.Eos is int eos ? [eos, .. options.StopTokens] : [.. options.StopTokens];
         (_tokenizer, _options, _contextLength, _promptLength) = (tokenizer, options, contextLength, prompt.Length);
         _random = new SplitMix64(options.Seed);
         _stops = new StopStrings(options.StopStrings);
@@ -67,6 +74,7 @@ internal sealed class GenerationState
         // Ids beyond the tokenizer's are padding of the model's vocabulary.
         logits = logits[.._tokenizer.VocabularySize];
         float[]? unchanged = _options.LogProbabilities is null ? null : logits.ToArray();
+        _masks?.Apply(logits, _constraint!, _endings);
         int token = Sampler.Next(logits, Recent(), Tokens, _options, ref _random);
         Append(token);
         return new GeneratedToken(
@@ -101,10 +109,16 @@ internal sealed class GenerationState
             return Rest();
         }
 
+        _constraint = _masks?.Advance(_constraint!, _tokenizer.TokenBytes(token).Span);
         string piece = _stops.Append(_decoder.Append(token));
         if (_stops.Found is not null)
         {
             Finish = FinishReason.StopString;
+        }
+        else if (_constraint is { IsFinal: true })
+        {
+            Finish = FinishReason.EndOfText;
+            piece += Rest();
         }
         else if (Tokens.Length == _most)
         {

@@ -17,6 +17,7 @@ internal sealed class PromptReader
         }
 
         (Tokenizer, AddBos, ContextLength) = (tokenizer, addBos && tokenizer.Bos is not null, contextLength);
+        Constraints = new ConstraintCache(tokenizer);
     }
 
     public ITokenizer Tokenizer { get; }
@@ -24,6 +25,8 @@ internal sealed class PromptReader
     public bool AddBos { get; }
 
     public int ContextLength { get; }
+
+    public ConstraintCache Constraints { get; }
 
     /// <summary>The prompt's tokens, after BOS where the model wants it.</summary>
     public int[] Encode(string prompt)

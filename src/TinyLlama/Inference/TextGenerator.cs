@@ -37,6 +37,8 @@ public sealed class TextGenerator : IDisposable
 
     internal InferenceEngine Engine { get; }
 
+    internal ConstraintCache Constraints => _prompts.Constraints;
+
     /// <summary>Prepares a continuation; nothing is computed before it is enumerated.</summary>
     /// <param name="prompt">The text to continue; may be empty where the vocabulary has BOS.</param>
     /// <param name="options">How to continue.</param>

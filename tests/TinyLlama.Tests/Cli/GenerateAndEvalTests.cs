@@ -37,6 +37,7 @@ public sealed class GenerateAndEvalTests
     [Theory]
     [InlineData("more than the context of 512", "--max-tokens", "512")]
     [InlineData("top-p is 2", "--top-p", "2")]
+    [InlineData("--json-schema missing.json: Could not find file", "--json-schema", "missing.json")]
     [InlineData("'sliding'", "--overflow", "ignore")]
     public async Task Generate_refuses_in_one_line(string problem, params string[] options)
     {
@@ -44,6 +45,25 @@ public sealed class GenerateAndEvalTests
         Assert.Equal((2, ""), (code, output));
         Assert.Contains(problem, error, StringComparison.Ordinal);
         Assert.Single(error.TrimEnd('\n').Split('\n'));
+    }
+
+    [Fact]
+    public async Task Generate_keeps_to_a_schema()
+    {
+        string path = Path.GetTempFileName();
+        try
+        {
+            await File.WriteAllTextAsync(path, """{"type":"array","items":{"enum":["a",1]},"minItems":3,"maxItems":3}""");
+            (int code, string output, string error) = await RunAsync("generate", Stories, "-p", "x", "--json-schema", path, "--json", "--seed", "3");
+            Assert.Equal((0, ""), (code, error));
+            JsonObject report = JsonNode.Parse(output)!.AsObject();
+            Assert.Equal(3, JsonNode.Parse((string)report["text"]!)!.AsArray().Count);
+            Assert.Equal("end_of_text", (string)report["finish_reason"]!);
+        }
+        finally
+        {
+            File.Delete(path);
+        }
     }
 
     [Fact]
