@@ -1,3 +1,4 @@
+using System.Runtime.InteropServices;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Native;
 using TinyLlama.Data;
@@ -83,7 +84,7 @@ public static class GgufExport
         GgufTokenizer.Write(writer, tokenizer, source);
         long done = 0;
         var pieces = new TensorPieces(source, count => progress?.Invoke(done += count));
-        writer.Write(file, [.. source.Tensors.Select(tensor =>
+        writer.Write(file, [.. RopeDivisors(source.Config), .. source.Tensors.Select(tensor =>
         {
             DType type = mix.TypeOf(tensor, source.Config);
             long[] shape = tensor.IsVector ? [tensor.Columns] : [tensor.Rows, tensor.Columns];
@@ -111,6 +112,17 @@ public static class GgufExport
         {
             writer.Add("llama.rope.scaling.type", "linear");
             writer.Add("llama.rope.scaling.factor", config.RopeFactor);
+        }
+    }
+
+    private static IEnumerable<GgufTensor> RopeDivisors(ModelConfig config)
+    {
+        if (config.RopeScaling is { } scaling)
+        {
+            float[] divisors = [.. Enumerable.Range(0, config.HeadDim / 2).Select(pair =>
+                (float)scaling.Divisor(Math.Pow(config.RopeTheta, -2.0 * pair / config.HeadDim)))];
+            yield return new GgufTensor(
+                GgufNames.RopeDivisors, [divisors.Length], DType.F32, stream => stream.Write(MemoryMarshal.AsBytes<float>(divisors)));
         }
     }
 
@@ -158,6 +170,8 @@ public static class GgufExport
                 destination.Write(_bytes.AsSpan(0, rows * (int)type.RowBytes(columns)));
                 wrote(rows * columns);
             }
+
+            source.DropPages();
         }
 
         private void Reserve(int elements, int bytes)

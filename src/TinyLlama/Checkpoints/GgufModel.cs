@@ -5,99 +5,99 @@ using TinyLlama.Model;
 
 namespace TinyLlama.Checkpoints;
 
-/// <summary>A Llama in one GGUF file, with its tokenizer. Quantized tensors are read as singles.</summary>
+/// <summary>A Llama in a GGUF file or in the parts of one, with its tokenizer.</summary>
 internal sealed class GgufModel : ModelSource
 {
-    private readonly GgufFile _file;
-    private readonly Dictionary<string, GgufEntry> _entries;
+    private readonly GgufParts _parts;
+    private readonly Dictionary<string, GgufPlace> _places;
 
-    private GgufModel(GgufFile file, ModelConfig config, Dictionary<string, GgufEntry> entries)
-        : base(file.Path, config) => (_file, _entries) = (file, entries);
+    private GgufModel(GgufParts parts, ModelConfig config, Dictionary<string, GgufPlace> places)
+        : base(parts.First.Path, config) => (_parts, _places) = (parts, places);
 
     /// <inheritdoc/>
     public override string? TokenizerPath => null;
 
     /// <inheritdoc/>
-    public override DType StoredType => _entries[ModelTensors.Embedding].Type is var type && type.IsQuantized() ? DType.F32 : type;
+    public override DType StoredType => _places[ModelTensors.Embedding].Entry.Type is var type && type.IsQuantized() ? DType.F32 : type;
 
     /// <inheritdoc/>
-    public override bool AddsBos => _file.Value("tokenizer.ggml.add_bos_token", absent: true);
+    public override bool AddsBos => _parts.First.Value("tokenizer.ggml.add_bos_token", absent: true);
 
     /// <inheritdoc/>
-    public override string? ChatTemplate => _file.Value<string?>("tokenizer.chat_template", absent: null);
+    public override string? ChatTemplate => _parts.First.Value<string?>("tokenizer.chat_template", absent: null);
 
     /// <summary>Opens a file and checks that it holds the tensors of its metadata, and no others.</summary>
     /// <exception cref="UserErrorException">Something is missing, damaged, unexpected or not supported.</exception>
     public static GgufModel OpenFile(string path)
     {
-        GgufFile file = GgufFile.Open(path);
+        GgufParts parts = GgufParts.Open(path);
         try
         {
-            Dictionary<string, GgufEntry> stored = file.Entries.ToDictionary(static entry => entry.Name, StringComparer.Ordinal);
-            ModelConfig config = ReadConfig(file, stored);
-            return new GgufModel(file, config, Match(file, config, stored));
+            Dictionary<string, GgufPlace> stored = parts.Tensors();
+            ModelConfig config = ReadConfig(parts.First, stored);
+            return new GgufModel(parts, config, Match(path, config, stored));
         }
         catch
         {
-            file.Dispose();
+            parts.Dispose();
             throw;
         }
     }
 
     /// <inheritdoc/>
-    public override BpeTokenizer? LoadTokenizer() => GgufTokenizer.Read(_file);
+    public override BpeTokenizer? LoadTokenizer() => GgufTokenizer.Read(_parts.First);
 
     /// <inheritdoc/>
     public override void Read(Span<float> destination, string name, long first)
     {
-        GgufEntry entry = _entries[name];
-        long columns = entry.Shape[^1];
+        GgufPlace place = _places[name];
+        long columns = place.Entry.Shape[^1];
         bool interleaved = GgufNames.IsInterleaved(name);
         while (!destination.IsEmpty)
         {
             (long row, long column) = Math.DivRem(first, columns);
             int count = (int)Math.Min(columns - column, destination.Length);
             long storedRow = interleaved ? ModelTensors.InterleavedRow(row, Config.HeadDim) : row;
-            ReadRange(entry, (storedRow * columns) + column, destination[..count]);
+            ReadRange(place, (storedRow * columns) + column, destination[..count]);
             destination = destination[count..];
             first += count;
         }
     }
 
     /// <inheritdoc/>
-    public override DType StorageOf(string name) => _entries[name].Type;
+    public override DType StorageOf(string name) => _places[name].Entry.Type;
 
     /// <inheritdoc/>
     public override void ReadRows(Span<byte> destination, ModelTensor tensor, int firstRow)
     {
-        GgufEntry entry = _entries[tensor.Name];
-        int rowBytes = checked((int)entry.Type.RowBytes(tensor.Columns));
+        GgufPlace place = _places[tensor.Name];
+        int rowBytes = checked((int)place.Entry.Type.RowBytes(tensor.Columns));
         if (!GgufNames.IsInterleaved(tensor.Name))
         {
-            _file.Bytes(entry, (long)firstRow * rowBytes, destination.Length).CopyTo(destination);
+            place.Bytes((long)firstRow * rowBytes, destination.Length).CopyTo(destination);
             return;
         }
 
         for (int row = firstRow; !destination.IsEmpty; row++)
         {
-            _file.Bytes(entry, ModelTensors.InterleavedRow(row, Config.HeadDim) * rowBytes, rowBytes).CopyTo(destination);
+            place.Bytes(ModelTensors.InterleavedRow(row, Config.HeadDim) * rowBytes, rowBytes).CopyTo(destination);
             destination = destination[rowBytes..];
         }
     }
 
     /// <inheritdoc/>
-    protected override void DropPages() => _file.DropPages();
+    internal override void DropPages() => _parts.DropPages();
 
     /// <inheritdoc/>
     protected override void Dispose(bool disposing)
     {
         if (disposing)
         {
-            _file.Dispose();
+            _parts.Dispose();
         }
     }
 
-    private static ModelConfig ReadConfig(GgufFile file, Dictionary<string, GgufEntry> stored)
+    private static ModelConfig ReadConfig(GgufFile file, Dictionary<string, GgufPlace> stored)
     {
         string architecture = file.Value<string>("general.architecture");
         if (architecture != "llama")
@@ -105,12 +105,7 @@ internal sealed class GgufModel : ModelSource
             throw new UserErrorException($"{file.Path}: is a model of the architecture '{architecture}'; only 'llama' is supported");
         }
 
-        if (file.Value("split.count", 1L) != 1)
-        {
-            throw new UserErrorException($"{file.Path}: is one of several files of a model, which is not supported; merge them with llama-gguf-split --merge");
-        }
-
-        if (!stored.TryGetValue("token_embd.weight", out GgufEntry? embedding))
+        if (!stored.TryGetValue("token_embd.weight", out GgufPlace embedding))
         {
             throw new UserErrorException($"{file.Path}: has no tensor 'token_embd.weight'");
         }
@@ -118,7 +113,7 @@ internal sealed class GgufModel : ModelSource
         int heads = Count(file, "llama.attention.head_count");
         var config = new ModelConfig
         {
-            VocabularySize = (int)Math.Min(embedding.Shape[0], int.MaxValue),
+            VocabularySize = (int)Math.Min(embedding.Entry.Shape[0], int.MaxValue),
             ContextLength = Count(file, "llama.context_length"),
             Layers = Count(file, "llama.block_count"),
             Heads = heads,
@@ -144,7 +139,7 @@ internal sealed class GgufModel : ModelSource
         }
 
         return file.Value("llama.expert_count", 0L) == 0
-            ? config
+            ? config with { RopeScaling = ReadScaling(file.Path, config, stored) }
             : throw new UserErrorException($"{file.Path}: is a mixture of experts, which is not supported");
     }
 
@@ -162,36 +157,48 @@ internal sealed class GgufModel : ModelSource
         };
     }
 
-    // The stored tensors by the names that they have here.
-    private static Dictionary<string, GgufEntry> Match(GgufFile file, ModelConfig config, Dictionary<string, GgufEntry> stored)
+    private static RopeScaling? ReadScaling(string path, ModelConfig config, Dictionary<string, GgufPlace> stored)
     {
-        var entries = new Dictionary<string, GgufEntry>(StringComparer.Ordinal);
+        if (!stored.Remove(GgufNames.RopeDivisors, out GgufPlace place))
+        {
+            return null;
+        }
+
+        SafetensorsFile.RequireShape(path, GgufNames.RopeDivisors, place.Entry.Shape, 1, config.HeadDim / 2);
+        float[] divisors = new float[config.HeadDim / 2];
+        ReadRange(place, 0, divisors);
+        return divisors.AsSpan().IndexOfAnyExcept(1) < 0 ? null
+            : RopeScaling.Fit(divisors, config.RopeTheta)
+                ?? throw new UserErrorException($"{path}: scales its rotary embedding (tensor '{GgufNames.RopeDivisors}') in another way than Llama 3, which is not supported");
+    }
+
+    // The stored tensors by the names that they have here.
+    private static Dictionary<string, GgufPlace> Match(string path, ModelConfig config, Dictionary<string, GgufPlace> stored)
+    {
+        var places = new Dictionary<string, GgufPlace>(StringComparer.Ordinal);
         foreach (ModelTensor tensor in ModelTensors.Of(config))
         {
             string name = GgufNames.Of(tensor.Name);
-            if (!stored.Remove(name, out GgufEntry? entry))
+            if (!stored.Remove(name, out GgufPlace place))
             {
-                throw new UserErrorException($"{file.Path}: has no tensor '{name}'");
+                throw new UserErrorException($"{path}: has no tensor '{name}'");
             }
 
-            SafetensorsFile.RequireShape(file.Path, name, entry.Shape, tensor.Rows, tensor.Columns);
-            entries.Add(tensor.Name, entry);
+            SafetensorsFile.RequireShape(place.File.Path, name, place.Entry.Shape, tensor.Rows, tensor.Columns);
+            places.Add(tensor.Name, place);
         }
 
-        // Factors of single frequencies: what llama3 scaling is stored as.
-        return stored.ContainsKey("rope_freqs.weight")
-            ? throw new UserErrorException($"{file.Path}: scales its rotary embedding as Llama 3.1 (tensor 'rope_freqs.weight'), which is not supported")
-            : stored.Keys.Order(StringComparer.Ordinal).FirstOrDefault() is { } unknown
-            ? throw new UserErrorException($"{file.Path}: tensor '{unknown}' is unknown; a Llama of this metadata has no such tensor")
-            : entries;
+        return stored.Keys.Order(StringComparer.Ordinal).FirstOrDefault() is { } unknown
+            ? throw new UserErrorException($"{path}: tensor '{unknown}' is unknown; a Llama of this metadata has no such tensor")
+            : places;
     }
 
-    private void ReadRange(GgufEntry entry, long first, Span<float> destination)
+    private static void ReadRange(GgufPlace place, long first, Span<float> destination)
     {
-        DType type = entry.Type;
+        DType type = place.Entry.Type;
         if (!type.IsQuantized())
         {
-            ElementCodec.Decode(_file.Bytes(entry, first * type.ByteCount(), destination.Length * type.ByteCount()), type, destination);
+            ElementCodec.Decode(place.Bytes(first * type.ByteCount(), destination.Length * type.ByteCount()), type, destination);
             return;
         }
 
@@ -200,7 +207,7 @@ internal sealed class GgufModel : ModelSource
         {
             (long block, long skipped) = Math.DivRem(first, type.BlockElements());
             int count = (int)Math.Min(type.BlockElements() - skipped, destination.Length);
-            QuantizedBlocks.Decode(type, _file.Bytes(entry, block * type.BlockBytes(), type.BlockBytes()), values);
+            QuantizedBlocks.Decode(type, place.Bytes(block * type.BlockBytes(), type.BlockBytes()), values);
             values.Slice((int)skipped, count).CopyTo(destination);
             destination = destination[count..];
             first += count;

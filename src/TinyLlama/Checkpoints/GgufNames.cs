@@ -3,6 +3,9 @@ namespace TinyLlama.Checkpoints;
 /// <summary>What GGUF files call the tensors of a Llama, and which of them they store in another order of rows.</summary>
 internal static class GgufNames
 {
+    /// <summary>What the frequencies of the rotary embedding are divided by, (D/2), where they are scaled one by one.</summary>
+    public const string RopeDivisors = "rope_freqs.weight";
+
     /// <summary>The name in a GGUF file of a tensor of <see cref="ModelTensors"/>.</summary>
     public static string Of(string name)
     {

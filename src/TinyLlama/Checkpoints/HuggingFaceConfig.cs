@@ -39,7 +39,8 @@ public static class HuggingFaceConfig
             Hidden = (int)keys.Integer("intermediate_size", 1, Most),
             NormEpsilon = keys.Number("rms_norm_eps", 0, 1),
             RopeTheta = (keys.Has("rope_theta") ? keys : rope ?? keys).Number("rope_theta", 0, float.MaxValue, absent: 10_000),
-            RopeFactor = RopeFactor(rope),
+            RopeFactor = RopeType(rope) == "linear" ? rope!.Number("factor", 1, float.MaxValue) : 1,
+            RopeScaling = RopeType(rope) == "llama3" ? ReadScaling(rope!) : null,
             TiedEmbeddings = keys.Boolean("tie_word_embeddings", absent: false),
         };
         if (config.Problems().FirstOrDefault() is { } problem)
@@ -63,9 +64,6 @@ public static class HuggingFaceConfig
     /// <param name="eos">The token that ends a document, or null.</param>
     public static string Write(ModelConfig config, DType type, int? bos, int? eos)
     {
-        JsonObject? scaling = config.RopeFactor == 1
-            ? null
-            : new JsonObject { ["type"] = "linear", ["rope_type"] = "linear", ["factor"] = Real(config.RopeFactor) };
         var keys = new JsonObject
         {
             ["architectures"] = new JsonArray("LlamaForCausalLM"),
@@ -86,7 +84,7 @@ public static class HuggingFaceConfig
             ["num_key_value_heads"] = config.KeyValueHeads,
             ["pretraining_tp"] = 1,
             ["rms_norm_eps"] = Real(config.NormEpsilon),
-            ["rope_scaling"] = scaling,
+            ["rope_scaling"] = Scaling(config),
             ["rope_theta"] = Real(config.RopeTheta),
             ["tie_word_embeddings"] = config.TiedEmbeddings,
             ["torch_dtype"] = TypeName(type),
@@ -147,11 +145,11 @@ public static class HuggingFaceConfig
         }
     }
 
-    private static float RopeFactor(JsonKeys? rope)
+    private static string RopeType(JsonKeys? rope)
     {
         if (rope is null)
         {
-            return 1;
+            return "default";
         }
 
         string type = rope.Text("rope_type") ?? rope.Text("type") ?? "default";
@@ -160,13 +158,31 @@ public static class HuggingFaceConfig
             throw rope.Error("type", $"is '{old}', but rope_type is '{type}'");
         }
 
-        return type switch
-        {
-            "default" => 1,
-            "linear" => rope.Number("factor", 1, float.MaxValue),
-            _ => throw rope.Error(rope.Has("rope_type") ? "rope_type" : "type", $"is '{type}'; only 'linear' is supported"),
-        };
+        return type is "default" or "linear" or "llama3"
+            ? type
+            : throw rope.Error(rope.Has("rope_type") ? "rope_type" : "type", $"is '{type}'; only 'linear' and 'llama3' are supported");
     }
+
+    private static RopeScaling ReadScaling(JsonKeys rope) => new()
+    {
+        Factor = rope.Number("factor", 1, float.MaxValue),
+        LowFrequencyFactor = rope.Number("low_freq_factor", 0, float.MaxValue),
+        HighFrequencyFactor = rope.Number("high_freq_factor", 0, float.MaxValue),
+        OriginalContextLength = (int)rope.Integer("original_max_position_embeddings", 1, Most),
+    };
+
+    private static JsonObject? Scaling(ModelConfig config) =>
+        config.RopeScaling is { } scaling
+            ? new JsonObject
+            {
+                ["rope_type"] = "llama3",
+                ["factor"] = Real(scaling.Factor),
+                ["low_freq_factor"] = Real(scaling.LowFrequencyFactor),
+                ["high_freq_factor"] = Real(scaling.HighFrequencyFactor),
+                ["original_max_position_embeddings"] = scaling.OriginalContextLength,
+            }
+        : config.RopeFactor != 1 ? new JsonObject { ["type"] = "linear", ["rope_type"] = "linear", ["factor"] = Real(config.RopeFactor) }
+        : null;
 
     private static void RequireText(JsonKeys keys, string key, string only)
     {

@@ -60,7 +60,7 @@ internal sealed class HuggingFaceFolder : ModelSource
     public override void Read(Span<float> destination, string name, long first) => _fileOf[name].Read(destination, name, first);
 
     /// <inheritdoc/>
-    protected override void DropPages()
+    internal override void DropPages()
     {
         foreach (SafetensorsFile file in _fileOf.Values.Distinct())
         {

@@ -92,7 +92,7 @@ internal sealed class Llama2CFile : ModelSource
     }
 
     /// <inheritdoc/>
-    protected override void DropPages() => _file.DropPages();
+    internal override void DropPages() => _file.DropPages();
 
     /// <inheritdoc/>
     protected override void Dispose(bool disposing)

@@ -187,7 +187,7 @@ public abstract class ModelSource : IDisposable
     }
 
     /// <summary>Drops what has been read of the files from memory.</summary>
-    protected abstract void DropPages();
+    internal abstract void DropPages();
 
     /// <summary>Closes the files.</summary>
     protected abstract void Dispose(bool disposing);

@@ -91,7 +91,7 @@ public sealed class LlamaModel : IDisposable
     }
 
     /// <summary>Fills the workspace's table of rotations. Call once after its memory is allocated.</summary>
-    /// <remarks>Angle of pair i at position p: p / factor · θ^(-2i/D) (Su et al. 2021), computed in fp64, kept in fp32.</remarks>
+    /// <remarks>Angle of pair i at position p: p times <see cref="ModelConfig.RopeFrequency"/> (Su et al. 2021), computed in fp64, kept in fp32.</remarks>
     public void Prepare(Workspace w)
     {
         int half = Config.HeadDim / 2;
@@ -100,8 +100,7 @@ public sealed class LlamaModel : IDisposable
         {
             for (int i = 0; i < half; i++)
             {
-                double angle = p / (double)Config.RopeFactor * Math.Pow(Config.RopeTheta, -2.0 * i / Config.HeadDim);
-                (double sine, double cosine) = Math.SinCos(angle);
+                (double sine, double cosine) = Math.SinCos(p * Config.RopeFrequency(i));
                 (row[i], row[half + i]) = ((float)cosine, (float)sine);
             }
 

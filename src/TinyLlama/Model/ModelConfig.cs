@@ -33,6 +33,9 @@ public sealed record ModelConfig
     /// <summary>Gets the factor that positions are divided by (linear interpolation); 1 for none.</summary>
     public float RopeFactor { get; init; } = 1;
 
+    /// <summary>Gets how the frequencies of the rotary embedding are stretched one by one; null for not.</summary>
+    public RopeScaling? RopeScaling { get; init; }
+
     /// <summary>Gets a value indicating whether the head is the embedding table.</summary>
     public bool TiedEmbeddings { get; init; }
 
@@ -53,6 +56,14 @@ public sealed record ModelConfig
             long embeddings = (TiedEmbeddings ? 1L : 2L) * VocabularySize * Channels;
             return (Layers * block) + embeddings + Channels;
         }
+    }
+
+    /// <summary>The angle by which a pair of a head turns from one position to the next, in radians: θ^(-2i/D), scaled.</summary>
+    /// <param name="pair">i, from 0 to D/2 - 1.</param>
+    public double RopeFrequency(int pair)
+    {
+        double frequency = Math.Pow(RopeTheta, -2.0 * pair / HeadDim);
+        return frequency / (RopeScaling?.Divisor(frequency) ?? RopeFactor);
     }
 
     /// <summary>What keeps these numbers from being a model, one sentence each; empty if nothing does.</summary>
@@ -116,6 +127,11 @@ public sealed record ModelConfig
         if (!(RopeFactor > 0 && float.IsFinite(RopeFactor)))
         {
             yield return $"rope_factor is {RopeFactor}, which is not a positive number";
+        }
+
+        if (RopeScaling?.Problem() is { } problem)
+        {
+            yield return problem;
         }
     }
 }

@@ -112,7 +112,7 @@ public sealed class GgufFileTests : IDisposable
     [InlineData("architecture", "architecture 'gpt2'; only 'llama'")]
     [InlineData("tokenizer", "'gpt2', only 'llama'")]
     [InlineData("rope", "'llama.rope.scaling.type' is 'yarn'")]
-    [InlineData("split", "one of several files")]
+    [InlineData("split", "is one of 2 files of a model, but not named so")]
     public void What_is_wrong_is_named(string wrong, string message)
     {
         var builder = new Builder();
@@ -164,6 +164,45 @@ public sealed class GgufFileTests : IDisposable
         Assert.Contains("not aligned", AssertRefused(new Builder { OffsetError = 4 }.Bytes()), StringComparison.Ordinal);
     }
 
+    [Fact]
+    public void A_model_in_parts_is_opened_by_any_of_them()
+    {
+        Range[] ranges = { ..0, ..4, 4.. };
+        string[] paths = [.. ranges.Select((range, i) => WritePart(i, Builder.Part(i, 3, range)))];
+        using ModelSource whole = ModelSource.Open(Write(new Builder().Bytes()), Assert.Fail);
+        foreach (string path in paths)
+        {
+            using ModelSource parts = ModelSource.Open(path, Assert.Fail);
+            Assert.Equal(whole.Config, parts.Config);
+            Assert.Equal(whole.LoadTokenizer()!.Hash, parts.LoadTokenizer()!.Hash);
+            foreach (ModelTensor tensor in whole.Tensors)
+            {
+                (float[] expected, float[] actual) = (new float[tensor.Count], new float[tensor.Count]);
+                whole.Read(expected, tensor.Name, 0);
+                parts.Read(actual, tensor.Name, 0);
+                Assert.Equal(expected, actual);
+            }
+        }
+    }
+
+    [Theory]
+    [InlineData("missing", "cannot be read")]
+    [InlineData("number", "is not part 2 of 3, as its name says")]
+    [InlineData("twice", "'blk.0.attn_k.weight', which another part has too")]
+    [InlineData("few", "its parts have 10 tensors, 11 are said to be there")]
+    public void Parts_that_do_not_belong_together_are_refused(string wrong, string message)
+    {
+        string first = WritePart(0, Builder.Part(0, 3, ..0));
+        string second = WritePart(1, Builder.Part(wrong == "number" ? 2 : 1, 3, ..4));
+        WritePart(2, Builder.Part(2, 3, wrong == "twice" ? 3.. : wrong == "few" ? 5.. : 4..));
+        if (wrong == "missing")
+        {
+            File.Delete(second);
+        }
+
+        Assert.Contains(message, Assert.Throws<UserErrorException>(() => ModelSource.Open(first, Assert.Fail)).Message, StringComparison.Ordinal);
+    }
+
     private static void Array(BinaryWriter writer, uint type, ulong count, Action elements)
     {
         writer.Write(type);
@@ -182,6 +221,13 @@ public sealed class GgufFileTests : IDisposable
         Assert.StartsWith(path + ": ", message, StringComparison.Ordinal);
         Assert.DoesNotContain('\n', message);
         return message;
+    }
+
+    private string WritePart(int number, byte[] bytes)
+    {
+        string path = _folder[$"x-{number + 1:00000}-of-00003.gguf"];
+        File.WriteAllBytes(path, bytes);
+        return path;
     }
 
     private string Write(byte[] bytes)
@@ -234,9 +280,24 @@ public sealed class GgufFileTests : IDisposable
             Text(key, text);
         }
 
-        public byte[] Bytes()
+        /// <summary>One part of a file; of all parts, the first has the metadata.</summary>
+        public static byte[] Part(int number, int count, Range tensors, int total = 11)
         {
-            (string Name, int Rows, int Columns, uint Type)[] tensors =
+            var builder = new Builder();
+            if (number > 0)
+            {
+                builder._metadata.Clear();
+            }
+
+            builder.Add("split.no", 2, w => w.Write((ushort)number)).Add("split.count", 2, w => w.Write((ushort)count));
+            return builder.Add("split.tensors.count", 5, w => w.Write(total)).Bytes(tensors);
+        }
+
+        public byte[] Bytes() => Bytes(..);
+
+        private byte[] Bytes(Range range)
+        {
+            (string Name, int Rows, int Columns, uint Type)[] all =
             [
                 ("token_embd.weight", s_tiny.VocabularySize, s_tiny.Channels, EmbeddingType),
                 ("blk.0.attn_norm.weight", 1, s_tiny.Channels, 0),
@@ -250,6 +311,7 @@ public sealed class GgufFileTests : IDisposable
                 ("blk.0.ffn_down.weight", s_tiny.Channels, s_tiny.Hidden, 1),
                 ("output_norm.weight", 1, s_tiny.Channels, 0),
             ];
+            (string Name, int Rows, int Columns, uint Type)[] tensors = all[range];
             using var file = new MemoryStream();
             using var writer = new BinaryWriter(file);
             writer.Write("GGUF"u8);

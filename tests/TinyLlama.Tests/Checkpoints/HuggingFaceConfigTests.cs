@@ -75,6 +75,25 @@ public sealed class HuggingFaceConfigTests : IDisposable
     }
 
     [Fact]
+    public void The_scaling_of_Llama_3_is_read_and_written()
+    {
+        const string Scaling = """{"factor":32.0,"high_freq_factor":4.0,"low_freq_factor":1.0,"original_max_position_embeddings":8192,"rope_type":"llama3"}""";
+        JsonNode keys = JsonNode.Parse(HuggingFaceConfig.Write(Tiny(), DType.F32, 1, 2))!;
+        keys["rope_scaling"] = JsonNode.Parse(Scaling);
+        File.WriteAllText(_folder["config.json"], keys.ToJsonString());
+        ModelConfig config = HuggingFaceConfig.Read(_folder["config.json"]);
+        var expected = new RopeScaling { Factor = 32, LowFrequencyFactor = 1, HighFrequencyFactor = 4, OriginalContextLength = 8192 };
+        Assert.Equal((expected, 1), (config.RopeScaling, config.RopeFactor));
+        File.WriteAllText(_folder["config.json"], HuggingFaceConfig.Write(config, DType.F32, 1, 2));
+        Assert.Equal(config, HuggingFaceConfig.Read(_folder["config.json"]));
+
+        keys["rope_scaling"]!.AsObject().Remove("low_freq_factor");
+        File.WriteAllText(_folder["config.json"], keys.ToJsonString());
+        string message = Assert.Throws<UserErrorException>(() => HuggingFaceConfig.Read(_folder["config.json"])).Message;
+        Assert.Contains("'rope_scaling.low_freq_factor' is missing", message, StringComparison.Ordinal);
+    }
+
+    [Fact]
     public void Numbers_that_others_take_for_real_have_a_point_or_an_exponent()
     {
         ModelConfig config = Tiny() with { RopeFactor = 2 };
@@ -97,7 +116,7 @@ public sealed class HuggingFaceConfigTests : IDisposable
     [InlineData("quantization_config", "{\"bits\":4}")]
     [InlineData("sliding_window", "4096")]
     [InlineData("rope_scaling", "{\"type\":\"dynamic\",\"factor\":2.0}", "rope_scaling.type")]
-    [InlineData("rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":8.0}", "rope_scaling.rope_type")]
+    [InlineData("rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":8.0}", "rope_scaling.rope_type")]
     [InlineData("rope_scaling", "{\"rope_type\":\"linear\",\"type\":\"yarn\",\"factor\":8.0}", "rope_scaling.type")]
     [InlineData("rope_scaling", "{\"type\":\"linear\"}", "rope_scaling.factor")]
     [InlineData("rope_scaling", "{\"type\":\"linear\",\"factor\":0.5}", "rope_scaling.factor")]

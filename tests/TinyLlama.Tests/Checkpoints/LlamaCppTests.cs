@@ -5,8 +5,10 @@ using TinyLlama.Data.Documents;
 using TinyLlama.Data.Shards;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Inference;
+using TinyLlama.Model;
 using TinyLlama.Tests.Cli;
 using TinyLlama.Tests.Common;
+using TinyLlama.Tests.Model;
 using TinyLlama.Training;
 
 namespace TinyLlama.Tests.Checkpoints;
@@ -43,6 +45,7 @@ public sealed class LlamaCppTests : IDisposable
         }
 
         JsonElement[] answers = Ask(package);
+        Assert.Equal(GgufMix.All.Count, answers.Length);
         using LanguageModel model = LanguageModel.Load(run);
         var tokenizer = (BpeTokenizer)model.Tokenizer;
         int[] greedy = Greedy(model);
@@ -55,6 +58,63 @@ public sealed class LlamaCppTests : IDisposable
             Assert.Equal(greedy, Ids(answers[i].GetProperty("greedy")));
             using LanguageModel exported = LanguageModel.Load(File(GgufMix.All[i]));
             Assert.Equal(greedy, Greedy(exported));
+        }
+    }
+
+    [Theory]
+    [InlineData("plain")]
+    [InlineData("linear")]
+    [InlineData("llama3")]
+    public void The_probabilities_of_the_next_token_are_the_same_whatever_the_rotary_scaling(string scaling)
+    {
+        string package = NodePackages.Require("node-llama-cpp");
+        var plain = new ModelConfig
+        {
+            VocabularySize = 350,
+            ContextLength = 128,
+            Layers = 2,
+            Heads = 4,
+            KeyValueHeads = 2,
+            Channels = 128,
+            Hidden = 128,
+        };
+        ModelConfig config = scaling switch
+        {
+            "linear" => plain with { RopeFactor = 3 },
+            "llama3" => plain with
+            {
+                RopeScaling = new() { Factor = 8, LowFrequencyFactor = 1, HighFrequencyFactor = 4, OriginalContextLength = 64 },
+            },
+            _ => plain,
+        };
+        BpeTokenizer tokenizer = SmallModel.Tokenizer(350);
+        using (ModelSource source = ModelSource.Open(SmallModel.Save(_folder["run"], config, tokenizer), Assert.Fail))
+        {
+            GgufExport.Write(File(GgufMix.Find("f32")), source, GgufMix.Find("f32"), tokenizer);
+        }
+
+        int[] prompt = [tokenizer.Bos!.Value, .. Encode(tokenizer, s_document).Take(99)];
+        JsonElement answer = Assert.Single(Run(package, $$"""
+            const model = await llama.loadModel({ modelPath: '{{File(GgufMix.Find("f32"))}}', gpuLayers: 0 });
+            const context = await model.createContext({
+                contextSize: 128, threads: 2, experimentalKvCacheKeyType: 'F32', experimentalKvCacheValueType: 'F32', flashAttention: false });
+            const options = { temperature: 1, topK: 0, topP: 1, minP: 0 };
+            const next = context.getSequence().evaluateWithMetadata({{JsonSerializer.Serialize(prompt)}}, { probabilities: true }, options);
+            console.log(JSON.stringify([...(await next.next()).value.probabilities.entries()]));
+            """));
+
+        using ModelSource exported = ModelSource.Open(File(GgufMix.Find("f32")), Assert.Fail);
+        Assert.Equal(config, exported.Config);
+        using var run = new ModelRun(config, prompt.Length, Keep.Nothing);
+        exported.CopyTo(run.Backend, run.Model.Parameters);
+        run.Model.Pack();
+        run.Forward(prompt);
+        double[] logits = [.. run.Logits()[^350..].Select(logit => (double)logit)];
+        double logSum = Math.Log(logits.Sum(Math.Exp));
+        Assert.Equal(350, answer.GetArrayLength());
+        foreach (JsonElement pair in answer.EnumerateArray())
+        {
+            Assert.Equal(logits[pair[0].GetInt32()] - logSum, Math.Log(pair[1].GetDouble()), 2e-3);
         }
     }
 
@@ -104,25 +164,30 @@ public sealed class LlamaCppTests : IDisposable
     }
 
     // One answer for each file, from one process.
-    private JsonElement[] Ask(string package)
+    private JsonElement[] Ask(string package) => Run(package, $$"""
+        for (const path of {{JsonSerializer.Serialize(GgufMix.All.Select(File))}}) {
+            const model = await llama.loadModel({ modelPath: path, gpuLayers: 0 });
+            const context = await model.createContext({ contextSize: 64, threads: 2 });
+            const texts = {{JsonSerializer.Serialize(s_texts)}};
+            const greedy = [];
+            const prompt = [model.tokens.bos, ...model.tokenize(texts[0], false)];
+            for await (const token of context.getSequence().evaluate(prompt, { temperature: 0, yieldEogToken: true })) {
+                if (greedy.push(token) == {{NewTokens}} || token == model.tokens.eos) break;
+            }
+            console.log(JSON.stringify({ tokens: texts.map(text => model.tokenize(text, false)), greedy,
+                bos: model.tokens.bos, eos: model.tokens.eos, addsBos: model.tokens.shouldPrependBosToken }));
+            await model.dispose();
+        }
+        """);
+
+    // Runs a script with llama.cpp at hand; each line that it writes is JSON.
+    private JsonElement[] Run(string package, string body)
     {
         string script = _folder["ask.mjs"];
         System.IO.File.WriteAllText(script, $$"""
             import { getLlama, LlamaLogLevel } from '{{Path.Combine(package, "dist", "index.js")}}';
             const llama = await getLlama({ gpu: false, build: 'never', logLevel: LlamaLogLevel.error });
-            for (const path of {{JsonSerializer.Serialize(GgufMix.All.Select(File))}}) {
-                const model = await llama.loadModel({ modelPath: path, gpuLayers: 0 });
-                const context = await model.createContext({ contextSize: 64, threads: 2 });
-                const texts = {{JsonSerializer.Serialize(s_texts)}};
-                const greedy = [];
-                const prompt = [model.tokens.bos, ...model.tokenize(texts[0], false)];
-                for await (const token of context.getSequence().evaluate(prompt, { temperature: 0, yieldEogToken: true })) {
-                    if (greedy.push(token) == {{NewTokens}} || token == model.tokens.eos) break;
-                }
-                console.log(JSON.stringify({ tokens: texts.map(text => model.tokenize(text, false)), greedy,
-                    bos: model.tokens.bos, eos: model.tokens.eos, addsBos: model.tokens.shouldPrependBosToken }));
-                await model.dispose();
-            }
+            {{body}}
             process.exit(0);
             """);
         var start = new ProcessStartInfo("node", [script]) { RedirectStandardOutput = true, RedirectStandardError = true, UseShellExecute = false };
@@ -130,7 +195,7 @@ public sealed class LlamaCppTests : IDisposable
         Task<string> errors = process.StandardError.ReadToEndAsync();
         string[] lines = process.StandardOutput.ReadToEnd().Split('\n', StringSplitOptions.RemoveEmptyEntries);
         process.WaitForExit();
-        Assert.True(lines.Length == GgufMix.All.Count, errors.Result);
+        Assert.True(process.ExitCode == 0, errors.Result);
         return [.. lines.Select(line => JsonDocument.Parse(line).RootElement)];
     }
 
