@@ -202,9 +202,9 @@ public sealed class GgufExportTests : IDisposable
         {
             string run = SmallModel.Save(_folder[layers.ToString(CultureInfo.InvariantCulture)], s_config with { Layers = layers, Hidden = 4096 }, tokenizer: null);
             using ModelSource source = ModelSource.Open(run, Assert.Fail);
-            long before = GC.GetTotalAllocatedBytes();
+            long before = GC.GetAllocatedBytesForCurrentThread();
             GgufExport.Write(run + ".gguf", source, GgufMix.Find("q8_0"), tokenizer: null);
-            return GC.GetTotalAllocatedBytes() - before;
+            return GC.GetAllocatedBytesForCurrentThread() - before;
         }
 
         Allocated(1);
