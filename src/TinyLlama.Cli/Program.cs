@@ -27,6 +27,7 @@ internal static class Program
             QuantizeCommand.Create(),
             RunsCommand.Create(),
             GenerateCommand.Create(),
+            ChatCommand.Create(),
             ServeCommand.Create(),
             EvalCommand.Create(),
             PretrainCommand.Create(),

@@ -8,6 +8,8 @@ namespace TinyLlama.Cli;
 /// </summary>
 internal sealed class StopSignals : IDisposable
 {
+    private static Action? s_onInterrupt;
+
     private readonly CancellationTokenSource _stop = new();
     private readonly PosixSignalRegistration[] _registrations;
 
@@ -23,6 +25,14 @@ internal sealed class StopSignals : IDisposable
     /// <summary>Gets what the first signal cancels.</summary>
     public CancellationToken Token => _stop.Token;
 
+    /// <summary>Gives Ctrl-C another meaning for a while: it ends a reply, say, and not the program.</summary>
+    /// <param name="action">What it does until the result is disposed of.</param>
+    public static IDisposable DivertInterrupts(Action action)
+    {
+        s_onInterrupt = action;
+        return new Diversion();
+    }
+
     /// <inheritdoc/>
     public void Dispose()
     {
@@ -36,6 +46,13 @@ internal sealed class StopSignals : IDisposable
 
     private void OnSignal(PosixSignalContext signal)
     {
+        if (signal.Signal == PosixSignal.SIGINT && s_onInterrupt is { } diverted)
+        {
+            signal.Cancel = true;
+            diverted();
+            return;
+        }
+
         if (_stop.IsCancellationRequested)
         {
             return;
@@ -44,5 +61,10 @@ internal sealed class StopSignals : IDisposable
         signal.Cancel = true;
         Console.Error.WriteLine("stopping; once more to abort");
         _stop.Cancel();
+    }
+
+    private sealed class Diversion : IDisposable
+    {
+        public void Dispose() => s_onInterrupt = null;
     }
 }

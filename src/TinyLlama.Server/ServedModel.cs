@@ -1,4 +1,3 @@
-using TinyLlama.Chat;
 using TinyLlama.Data;
 using TinyLlama.Inference;
 
@@ -18,8 +17,8 @@ public sealed class ServedModel : IDisposable
         _model = LanguageModel.Load(options.Model, options.Threads, options.ContextLength, options.Warn);
         try
         {
-            Chat = new ChatFormat(Template(options), _model.Tokenizer, _model.AddsBos);
-            Generator = _model.CreateBatch(options.Places, options.Queue);
+            Chat = _model.CreateChat(options.ChatTemplate, line => options.Warn($"{options.Model}: {line}"));
+            Generator = _model.CreateBatch(options.Places, options.Queue, options.CacheBytes);
         }
         catch
         {
@@ -51,21 +50,5 @@ public sealed class ServedModel : IDisposable
     {
         Generator.Dispose();
         _model.Dispose();
-    }
-
-    private ChatTemplate Template(ServerOptions options)
-    {
-        if (options.ChatTemplate is { } named)
-        {
-            return ChatTemplate.Load(named);
-        }
-
-        if (_model.ChatTemplate is { } own)
-        {
-            return own;
-        }
-
-        options.Warn($"{options.Model}: has no chat template; conversations are written as {ChatTemplate.Zephyr.Name} (--chat-template)");
-        return ChatTemplate.Zephyr;
     }
 }

@@ -55,6 +55,9 @@ internal sealed class ServerMetrics : IDisposable
         One(text, "tinyllama_requests_waiting", "gauge", "Replies that wait for a place.", _generator.Waiting);
         One(text, "tinyllama_prompt_tokens_total", "counter", "Prompt tokens computed.", _generator.PromptTokens);
         One(text, "tinyllama_generated_tokens_total", "counter", "Tokens generated.", _generator.NewTokens);
+        One(text, "tinyllama_cached_prompt_tokens_total", "counter", "Prompt tokens whose keys and values were in the cache already.", _generator.CachedPromptTokens);
+        One(text, "tinyllama_preemptions_total", "counter", "Replies that lost their place because the cache was full, and began again.", _generator.Preemptions);
+        One(text, "tinyllama_cache_usage_ratio", "gauge", "Share of the key-value cache that running replies hold.", _generator.UsedCacheBlocks / (double)_generator.CacheBlocks);
         lock (_lock)
         {
             double rate = _newTokens.Count < 2 ? 0 : (_newTokens.Last() - _newTokens.Peek()) / (_newTokens.Count - 1.0);

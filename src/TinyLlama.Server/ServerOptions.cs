@@ -26,6 +26,9 @@ public sealed class ServerOptions
     /// <summary>Gets or sets the number of replies that may wait for a place; more are refused with 429.</summary>
     public int Queue { get; set; } = 256;
 
+    /// <summary>Gets or sets the memory for keys and values of all replies; by default 1 GiB, or less where all places need less.</summary>
+    public long? CacheBytes { get; set; }
+
     /// <summary>Gets or sets the most new tokens of a reply; null for as many as the context holds.</summary>
     public int? MaxTokens { get; set; }
 
@@ -51,6 +54,7 @@ public sealed class ServerOptions
         Require(Model.Length > 0, "no model is named");
         Require(Places >= 1, $"places is {Places}, it must be 1 or more");
         Require(Queue >= 1, $"queue is {Queue}, it must be 1 or more");
+        Require(CacheBytes is null or >= 1, $"the cache has {CacheBytes} bytes, it must have 1 or more");
         Require(MaxTokens is null or >= 1, $"max tokens is {MaxTokens}, it must be 1 or more");
         Require(MaxBodyBytes >= 1, $"the largest body is {MaxBodyBytes} bytes, it must be 1 or more");
         Require(Timeout > TimeSpan.Zero && Timeout.TotalMilliseconds <= int.MaxValue, $"the timeout is {Timeout.TotalSeconds} s, it must be from above 0 to 24 days");

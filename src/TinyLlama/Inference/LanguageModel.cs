@@ -1,3 +1,4 @@
+using Microsoft.Extensions.AI;
 using TinyLlama.Chat;
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
@@ -100,9 +101,32 @@ public sealed class LanguageModel : IDisposable
     /// </summary>
     /// <param name="places">Texts that run together.</param>
     /// <param name="queue">Texts that may wait for a place.</param>
-    /// <exception cref="UserErrorException">The tokenizer is not of the model.</exception>
+    /// <param name="cacheBytes">Memory for keys and values of all texts; by default 1 GiB, or less where all places need less.</param>
+    /// <exception cref="UserErrorException">The tokenizer is not of the model, or one context does not fit the cache.</exception>
     /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
-    public BatchGenerator CreateBatch(int places = 16, int queue = 256) => new(Model, Backend, Tokenizer, AddsBos, ContextLength, places, queue);
+    public BatchGenerator CreateBatch(int places = 16, int queue = 256, long? cacheBytes = null) =>
+        new(Model, Backend, Tokenizer, AddsBos, ContextLength, places, queue, cacheBytes);
+
+    /// <summary>How conversations become prompts of this model.</summary>
+    /// <param name="template">A built-in template or a file with one; null for the model's own, else <c>zephyr</c>.</param>
+    /// <param name="warn">Is told, in one line, that the model has none of its own.</param>
+    /// <exception cref="UserErrorException">There is no such template, or it uses what is not supported.</exception>
+    public ChatFormat CreateChat(string? template = null, Action<string>? warn = null)
+    {
+        ChatTemplate? chosen = template is null ? ChatTemplate : Chat.ChatTemplate.Load(template);
+        if (chosen is null)
+        {
+            chosen = Chat.ChatTemplate.Zephyr;
+            warn?.Invoke($"the model has no chat template; conversations are written as {chosen.Name} (--chat-template)");
+        }
+
+        return new ChatFormat(chosen, Tokenizer, AddsBos);
+    }
+
+    /// <summary>Makes a client of Microsoft.Extensions.AI, which is to be disposed of before the model.</summary>
+    /// <param name="template">As of <see cref="CreateChat"/>.</param>
+    /// <exception cref="UserErrorException">As of <see cref="CreateBatch"/> and <see cref="CreateChat"/>.</exception>
+    public IChatClient AsChatClient(string? template = null) => new ModelChatClient(CreateChat(template), CreateBatch(), ownsGenerator: true);
 
     /// <inheritdoc/>
     public void Dispose()
