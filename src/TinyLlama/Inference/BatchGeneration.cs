@@ -4,16 +4,13 @@ using System.Threading.Channels;
 namespace TinyLlama.Inference;
 
 /// <summary>A text in a <see cref="BatchGenerator"/>. Its tokens come as they are computed; enumerate them once.</summary>
-public sealed class BatchGeneration : IAsyncEnumerable<GeneratedToken>
+public sealed class BatchGeneration : BatchRequest, IAsyncEnumerable<GeneratedToken>
 {
     private readonly Channel<GeneratedToken> _tokens = Channel.CreateUnbounded<GeneratedToken>(new() { SingleReader = true, SingleWriter = true });
     private readonly long _start = Stopwatch.GetTimestamp();
 
-    internal BatchGeneration(int promptTokens, GenerationState state, CancellationToken stop) =>
-        (PromptTokens, State, Stop) = (promptTokens, state, stop);
-
-    /// <summary>Gets the number of tokens of the prompt, BOS included.</summary>
-    public int PromptTokens { get; }
+    internal BatchGeneration(int promptTokens, GenerationState state, CancellationToken stop)
+        : base(promptTokens, stop) => State = state;
 
     /// <summary>Gets the number of new tokens; complete when the enumeration has ended.</summary>
     public int NewTokens { get; private set; }
@@ -29,16 +26,7 @@ public sealed class BatchGeneration : IAsyncEnumerable<GeneratedToken>
 
     internal GenerationState State { get; }
 
-    internal CancellationToken Stop { get; }
-
-    /// <summary>Gets or sets the sequence while the text has a place.</summary>
-    internal CachedSequence? Sequence { get; set; }
-
-    /// <summary>Gets or sets the text that computes this one's prompt, while it does.</summary>
-    internal BatchGeneration? Leader { get; set; }
-
-    /// <summary>Gets the tokens that the model must see before the next one is chosen.</summary>
-    internal ReadOnlyMemory<int> Pending => State.Input[Sequence!.Length..];
+    internal override ReadOnlyMemory<int> Input => State.Input;
 
     /// <inheritdoc/>
     public IAsyncEnumerator<GeneratedToken> GetAsyncEnumerator(CancellationToken cancellationToken = default) =>
@@ -51,7 +39,7 @@ public sealed class BatchGeneration : IAsyncEnumerable<GeneratedToken>
         _tokens.Writer.TryWrite(token);
     }
 
-    internal void Complete(Exception? error = null)
+    internal override void Complete(Exception? error = null)
     {
         Finish = State.Finish;
         _tokens.Writer.TryComplete(error);

@@ -17,20 +17,14 @@ public sealed class BatchGenerator : IDisposable
 {
     private const long DefaultCacheBytes = 1L << 30;
 
-    private readonly InferenceEngine _engine;
     private readonly PromptReader _prompts;
     private readonly Lock _lock = new();
-    private readonly LinkedList<BatchGeneration> _waiting = [];
-    private readonly List<BatchGeneration> _running = [];
+    private readonly LinkedList<BatchRequest> _waiting = [];
+    private readonly BatchScheduler _scheduler;
     private readonly AutoResetEvent _wake = new(initialState: false);
     private readonly Thread _thread;
-    private readonly float[] _logits;
-    private readonly int _places;
     private readonly int _queue;
-    private long _promptTokens;
-    private long _newTokens;
-    private long _cachedPromptTokens;
-    private long _preemptions;
+    private readonly int _channels;
     private int _runningCount;
     private int _usedBlocks;
     private Exception? _ended;
@@ -55,9 +49,9 @@ public sealed class BatchGenerator : IDisposable
         ArgumentOutOfRangeException.ThrowIfLessThan(queue, 1);
         int context = contextLength ?? model.Config.ContextLength;
         _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);
-        _engine = new InferenceEngine(model, backend, context, places, cacheBlocks: BlocksFor(model.Config, context, places, cacheBytes));
-        (_places, _queue) = (places, queue);
-        _logits = new float[places * _engine.VocabularySize];
+        var engine = new InferenceEngine(model, backend, context, places, cacheBlocks: BlocksFor(model.Config, context, places, cacheBytes));
+        (_queue, _channels) = (queue, engine.Channels);
+        _scheduler = new BatchScheduler(engine, places);
         _thread = new Thread(Work) { IsBackground = true, Name = "batch generator" };
         _thread.Start();
     }
@@ -66,7 +60,7 @@ public sealed class BatchGenerator : IDisposable
     public ITokenizer Tokenizer => _prompts.Tokenizer;
 
     /// <summary>Gets the most tokens of prompt and continuation.</summary>
-    public int ContextLength => _engine.ContextLength;
+    public int ContextLength => _prompts.ContextLength;
 
     /// <summary>Gets the number of texts that wait for a place.</summary>
     public int Waiting
@@ -84,22 +78,22 @@ public sealed class BatchGenerator : IDisposable
     public int Running => Volatile.Read(ref _runningCount);
 
     /// <summary>Gets the number of prompt tokens computed so far.</summary>
-    public long PromptTokens => Interlocked.Read(ref _promptTokens);
+    public long PromptTokens => _scheduler.PromptTokens;
 
     /// <summary>Gets the number of prompt tokens that were in the cache already, so far.</summary>
-    public long CachedPromptTokens => Interlocked.Read(ref _cachedPromptTokens);
+    public long CachedPromptTokens => _scheduler.CachedPromptTokens;
 
     /// <summary>Gets how often a text lost its place because the cache was full, so far.</summary>
-    public long Preemptions => Interlocked.Read(ref _preemptions);
+    public long Preemptions => _scheduler.Preemptions;
 
     /// <summary>Gets the number of blocks of the cache, of <see cref="TokenLayout.KeyBlock"/> tokens each.</summary>
-    public int CacheBlocks => _engine.Cache.BlockCount;
+    public int CacheBlocks => _scheduler.Cache.BlockCount;
 
     /// <summary>Gets the number of those that texts have which run.</summary>
     public int UsedCacheBlocks => Volatile.Read(ref _usedBlocks);
 
     /// <summary>Gets the number of tokens generated so far.</summary>
-    public long NewTokens => Interlocked.Read(ref _newTokens);
+    public long NewTokens => _scheduler.NewTokens;
 
     /// <summary>The tokens of a prompt: BOS, where the model wants it and the vocabulary has it, and those of the text.</summary>
     public int[] Encode(string prompt) => _prompts.Encode(prompt);
@@ -132,30 +126,25 @@ public sealed class BatchGenerator : IDisposable
             texts[i] = new BatchGeneration(prompt.Length, new GenerationState(Tokenizer, prompt, own, ContextLength, _prompts.Constraints.For(own.Json)), stop) { Leader = i == 0 ? null : texts[0] };
         }
 
-        lock (_lock)
+        if (texts[0].State.Finish == FinishReason.None)
         {
-            ObjectDisposedException.ThrowIf(_ended is not null, this);
-            RemoveCancelled();
-            if (_waiting.Count + completions > _queue)
-            {
-                return null;
-            }
-
-            foreach (BatchGeneration text in texts)
-            {
-                if (text.State.Finish == FinishReason.None)
-                {
-                    _waiting.AddLast(text);
-                }
-                else
-                {
-                    text.Complete();
-                }
-            }
+            return TryEnqueue(texts) ? texts : null;
         }
 
-        _wake.Set();
+        Array.ForEach(texts, text => text.Complete());
         return texts;
+    }
+
+    /// <summary>Puts a text in line whose embedding is wanted; await <see cref="BatchEmbedding.Vector"/>.</summary>
+    /// <param name="prompt">Token ids, taken as they are: see <see cref="Encode"/>.</param>
+    /// <param name="stop">Takes it out again.</param>
+    /// <returns>The embedding to come, or null where the queue is full.</returns>
+    /// <exception cref="UserErrorException">The text is empty or longer than the context, or an id is out of range.</exception>
+    public BatchEmbedding? TryEmbed(ReadOnlySpan<int> prompt, CancellationToken stop = default)
+    {
+        _prompts.Check(prompt);
+        var embedding = new BatchEmbedding(prompt.ToArray(), _channels, stop);
+        return TryEnqueue([embedding]) ? embedding : null;
     }
 
     /// <summary>Ends the thread; texts that have not ended fail with <see cref="ObjectDisposedException"/>.</summary>
@@ -164,8 +153,29 @@ public sealed class BatchGenerator : IDisposable
         End(new ObjectDisposedException(nameof(BatchGenerator)));
         _wake.Set();
         _thread.Join();
-        _engine.Dispose();
+        _scheduler.Dispose();
         _wake.Dispose();
+    }
+
+    private bool TryEnqueue(BatchRequest[] requests)
+    {
+        lock (_lock)
+        {
+            ObjectDisposedException.ThrowIf(_ended is not null, this);
+            RemoveCancelled();
+            if (_waiting.Count + requests.Length > _queue)
+            {
+                return false;
+            }
+
+            foreach (BatchRequest request in requests)
+            {
+                _waiting.AddLast(request);
+            }
+        }
+
+        _wake.Set();
+        return true;
     }
 
     private void Work()
@@ -174,7 +184,7 @@ public sealed class BatchGenerator : IDisposable
         {
             while (Admit())
             {
-                Step();
+                _scheduler.Step();
             }
         }
         catch (Exception e)
@@ -198,12 +208,12 @@ public sealed class BatchGenerator : IDisposable
 
     private void Fail(Exception e)
     {
-        _running.ForEach(text => text.Complete(e));
+        _scheduler.Fail(e);
         lock (_lock)
         {
-            foreach (BatchGeneration text in _waiting)
+            foreach (BatchRequest request in _waiting)
             {
-                text.Complete(e);
+                request.Complete(e);
             }
 
             _waiting.Clear();
@@ -215,14 +225,7 @@ public sealed class BatchGenerator : IDisposable
     {
         while (true)
         {
-            for (int i = _running.Count - 1; i >= 0; i--)
-            {
-                if (_running[i].Stop.IsCancellationRequested)
-                {
-                    Leave(_running[i], new OperationCanceledException(_running[i].Stop));
-                }
-            }
-
+            _scheduler.RemoveStopped();
             lock (_lock)
             {
                 if (_ended is not null)
@@ -231,17 +234,20 @@ public sealed class BatchGenerator : IDisposable
                 }
 
                 RemoveCancelled();
-                while (_running.Count < _places && _waiting.First is { Value: BatchGeneration text } && TryEnter(text))
+                while (_scheduler.HasPlace && _waiting.First is { Value: BatchRequest request } && _scheduler.TryEnter(request))
                 {
                     _waiting.RemoveFirst();
-                    _running.Add(text);
+                }
+
+                foreach (BatchRequest request in _scheduler.Grow())
+                {
+                    _waiting.AddFirst(request);
                 }
             }
 
-            Grow();
-            Volatile.Write(ref _runningCount, _running.Count);
-            Volatile.Write(ref _usedBlocks, _engine.Cache.BlockCount - _engine.Cache.FreeBlocks);
-            if (_running.Count > 0)
+            Volatile.Write(ref _runningCount, _scheduler.Running);
+            Volatile.Write(ref _usedBlocks, _scheduler.Cache.BlockCount - _scheduler.Cache.FreeBlocks);
+            if (_scheduler.Running > 0)
             {
                 return true;
             }
@@ -253,7 +259,7 @@ public sealed class BatchGenerator : IDisposable
     // Under the lock: nobody waits behind a text that nobody wants.
     private void RemoveCancelled()
     {
-        for (LinkedListNode<BatchGeneration>? node = _waiting.First, next; node is not null; node = next)
+        for (LinkedListNode<BatchRequest>? node = _waiting.First, next; node is not null; node = next)
         {
             next = node.Next;
             if (node.Value.Stop.IsCancellationRequested)
@@ -262,146 +268,6 @@ public sealed class BatchGenerator : IDisposable
                 node.Value.Complete(new OperationCanceledException(node.Value.Stop));
             }
         }
-    }
-
-    // A text begins where the cache has room for all that it must see so far. Of completions of one prompt only the first
-    // computes it; the others wait in their places.
-    private bool TryEnter(BatchGeneration text)
-    {
-        if (text.Leader is { } leader && !(_running.Contains(leader) && leader.State.Tokens.IsEmpty))
-        {
-            text.Leader = null;
-        }
-
-        text.Sequence = _engine.Begin(text.Leader is null ? text.State.Input.Span : []);
-        if (text.Leader is null && !_engine.TryReserve(text.Sequence, text.State.Input.Length))
-        {
-            _engine.End(text.Sequence);
-            return false;
-        }
-
-        if (text.State.Tokens.IsEmpty)
-        {
-            CountCached(text);
-        }
-
-        return true;
-    }
-
-    // Every text gets the blocks that it grows into, the oldest first; where none is free, the youngest text gives its own
-    // back and computes them again later. One text alone always has room.
-    private void Grow()
-    {
-        for (int i = 0; i < _running.Count; i++)
-        {
-            while (i < _running.Count && _running[i].Leader is null
-                && !_engine.TryReserve(_running[i].Sequence!, _running[i].State.Input.Length))
-            {
-                BatchGeneration youngest = _running[^1];
-                Vacate(youngest);
-                lock (_lock)
-                {
-                    _waiting.AddFirst(youngest);
-                }
-
-                Interlocked.Increment(ref _preemptions);
-            }
-        }
-    }
-
-    // Texts with one token to feed come first, so that a long prompt delays nobody by more than one forward.
-    private void Step()
-    {
-        var parts = new List<(BatchGeneration Text, ReadOnlyMemory<int> Tokens)>(_running.Count);
-        int room = _engine.Capacity;
-        foreach (BatchGeneration text in _running.Where(text => text.Leader is null).OrderBy(text => text.Pending.Length > 1))
-        {
-            int count = Math.Min(text.Pending.Length, room);
-            if (count > 0)
-            {
-                parts.Add((text, text.Pending[..count]));
-                room -= count;
-            }
-        }
-
-        _engine.Forward([.. parts.Select(part => new Continuation(part.Text.Sequence!, part.Tokens))]);
-        if (parts.Exists(part => part.Text.Pending.IsEmpty))
-        {
-            _engine.ReadLogits(_logits.AsSpan(0, parts.Count * _engine.VocabularySize));
-        }
-
-        for (int i = 0; i < parts.Count; i++)
-        {
-            (BatchGeneration text, ReadOnlyMemory<int> tokens) = parts[i];
-            if (text.State.Tokens.IsEmpty)
-            {
-                Interlocked.Add(ref _promptTokens, tokens.Length);
-            }
-
-            if (text.Pending.IsEmpty)
-            {
-                Span<float> logits = _logits.AsSpan(i * _engine.VocabularySize, _engine.VocabularySize);
-                Follow(text, logits);
-                Accept(text, logits);
-            }
-        }
-    }
-
-    // The prompt is computed: those who waited for it go on from it.
-    private void Follow(BatchGeneration leader, ReadOnlySpan<float> logits)
-    {
-        foreach (BatchGeneration text in _running.Where(text => text.Leader == leader).ToArray())
-        {
-            _engine.End(text.Sequence!);
-            text.Sequence = _engine.Fork(leader.Sequence!);
-            text.Leader = null;
-            CountCached(text);
-            Accept(text, logits.ToArray());
-        }
-    }
-
-    private void CountCached(BatchGeneration text)
-    {
-        text.CachedPromptTokens = text.Sequence!.Length;
-        Interlocked.Add(ref _cachedPromptTokens, text.Sequence.Length);
-    }
-
-    private void Accept(BatchGeneration text, Span<float> logits)
-    {
-        try
-        {
-            text.Write(text.State.Accept(logits));
-        }
-        catch (UserErrorException e)
-        {
-            Leave(text, e);
-            return;
-        }
-
-        Interlocked.Increment(ref _newTokens);
-        if (text.State.Finish != FinishReason.None)
-        {
-            Leave(text);
-        }
-        else if (text.State.Slid)
-        {
-            _engine.Truncate(text.Sequence!, 0);
-        }
-    }
-
-    private void Leave(BatchGeneration text, Exception? error = null)
-    {
-        Vacate(text);
-        text.Complete(error);
-    }
-
-    private void Vacate(BatchGeneration text)
-    {
-        _engine.End(text.Sequence!);
-        text.Sequence = null;
-        text.Leader = null;
-        _running.Remove(text);
-        _running.ForEach(other => other.Leader = other.Leader == text ? null : other.Leader);
     }
 
     private static int BlocksFor(ModelConfig config, int contextLength, int places, long? cacheBytes)

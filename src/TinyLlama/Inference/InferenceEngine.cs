@@ -85,6 +85,9 @@ public sealed class InferenceEngine : IDisposable
     /// <summary>Gets the number of logits of a token (V).</summary>
     public int VocabularySize => _model.Config.VocabularySize;
 
+    /// <summary>Gets the width of the final norm's output (C).</summary>
+    public int Channels => _model.Config.Channels;
+
     /// <summary>Gets the cache.</summary>
     public KeyValueCache Cache => _cache;
 
@@ -192,15 +195,33 @@ public sealed class InferenceEngine : IDisposable
 
     /// <summary>Reads the logits after the last token of each part of the last forward. Waits for the device.</summary>
     /// <param name="logits">Receives (parts, V), row after row.</param>
-    public void ReadLogits(Span<float> logits)
+    public void ReadLogits(Span<float> logits) => ReadLogits(logits, _lastHidden.RowRange(0, _parts));
+
+    /// <summary>Reads the logits after every token of a part of the last forward. Waits for the device.</summary>
+    /// <param name="logits">Receives (tokens, V), row after row.</param>
+    /// <param name="part">Its index.</param>
+    public void ReadAllLogits(Span<float> logits, int part) => ReadLogits(logits, Output(part));
+
+    /// <summary>Reads the output of the final norm for every token of a part of the last forward. Waits for the device.</summary>
+    /// <param name="hidden">Receives (tokens, C), row after row.</param>
+    /// <param name="part">Its index.</param>
+    public void ReadHidden(Span<float> hidden, int part) => _backend.Read(hidden, Output(part));
+
+    private Tensor Output(int part)
+    {
+        Segment segment = _segments[part];
+        return _workspace.Output(segment.FirstRow + segment.RowCount).RowRange(segment.FirstRow, segment.RowCount);
+    }
+
+    private void ReadLogits(Span<float> logits, Tensor hidden)
     {
         int v = VocabularySize;
-        for (int part = 0; part < _parts; part += _workspace.LogitsChunk.Rows)
+        for (int row = 0; row < hidden.Rows; row += _workspace.LogitsChunk.Rows)
         {
-            int count = Math.Min(_workspace.LogitsChunk.Rows, _parts - part);
+            int count = Math.Min(_workspace.LogitsChunk.Rows, hidden.Rows - row);
             Tensor chunk = _workspace.LogitsChunk.RowRange(0, count);
-            _model.Logits(chunk, _lastHidden.RowRange(part, count));
-            _backend.Read(logits.Slice(part * v, count * v), chunk);
+            _model.Logits(chunk, hidden.RowRange(row, count));
+            _backend.Read(logits.Slice(row * v, count * v), chunk);
         }
     }
 

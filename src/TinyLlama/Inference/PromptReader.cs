@@ -52,10 +52,7 @@ internal sealed class PromptReader
             throw new UserErrorException("the prompt is empty, and the model has no token to begin a text with; give it a word to continue");
         }
 
-        foreach (int id in prompt)
-        {
-            RequireId(id, "the prompt has");
-        }
+        RequireIds(prompt);
 
         foreach (int id in options.StopTokens)
         {
@@ -68,6 +65,31 @@ internal sealed class PromptReader
         }
 
         RequireRoom(prompt.Length, options);
+    }
+
+    /// <summary>Refuses what cannot be embedded.</summary>
+    /// <exception cref="UserErrorException">The text is empty or longer than the context, or an id is out of range.</exception>
+    public void Check(ReadOnlySpan<int> text)
+    {
+        if (text.IsEmpty)
+        {
+            throw new UserErrorException("the text is empty: it has no embedding");
+        }
+
+        if (text.Length > ContextLength)
+        {
+            throw new UserErrorException($"the text has {text.Length} tokens, more than the context of {ContextLength}; shorten it");
+        }
+
+        RequireIds(text);
+    }
+
+    private void RequireIds(ReadOnlySpan<int> prompt)
+    {
+        foreach (int id in prompt)
+        {
+            RequireId(id, "the prompt has");
+        }
     }
 
     private void RequireId(int id, string what)

@@ -164,6 +164,39 @@ public sealed class BatchGeneratorTests : IDisposable
     }
 
     [Fact]
+    public async Task An_embedding_is_the_mean_of_the_outputs_whatever_runs_beside_it()
+    {
+        string text = string.Concat(Enumerable.Range(0, 60).Select(i => (char)('a' + (i % 26))));
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 3);
+        int[] tokens = batch.Encode(text);
+        BatchGeneration beside = batch.TrySubmit(tokens, new() { MaxTokens = 3, LogitBias = s_neverEnd })![0];
+        BatchEmbedding[] embeddings = [.. Enumerable.Range(1, 6).Select(i => batch.TryEmbed(tokens.AsSpan(0, i * 10))!)];
+        BatchEmbedding again = batch.TryEmbed(tokens.AsSpan(0, 60))!;
+        float[][] vectors = await Task.WhenAll(embeddings.Select(embedding => embedding.Vector));
+        Assert.Equal(vectors[5], await again.Vector);
+        await Text(beside);
+        for (int i = 0; i < 6; i++)
+        {
+            _run.Forward(tokens[..((i + 1) * 10)]);
+            float[] output = _run.Read(_run.Workspace.Output((i + 1) * 10));
+            double[] mean = [.. Enumerable.Range(0, vectors[i].Length).Select(c => output.Where((_, at) => at % vectors[i].Length == c).Average(x => (double)x))];
+            double length = Math.Sqrt(mean.Sum(x => x * x));
+            Assert.All(mean.Zip(vectors[i]), pair => Assert.Equal(pair.First / length, pair.Second, 1e-6));
+        }
+    }
+
+    [Fact]
+    public async Task An_embedding_may_fill_the_context_and_may_be_stopped()
+    {
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 1);
+        Assert.Equal(_run.Model.Config.Channels, (await batch.TryEmbed(batch.Encode(new string('a', 63)))!.Vector).Length);
+        Assert.Throws<UserErrorException>(() => batch.TryEmbed(batch.Encode(new string('a', 64))));
+        Assert.Throws<UserErrorException>(() => batch.TryEmbed([]));
+        Assert.Throws<UserErrorException>(() => batch.TryEmbed([258]));
+        await Assert.ThrowsAnyAsync<OperationCanceledException>(() => batch.TryEmbed([1], new CancellationToken(canceled: true))!.Vector);
+    }
+
+    [Fact]
     public async Task A_damaged_model_fails_the_text_and_not_the_generator()
     {
         _run.Model.Parameters[^1].Values.HostSpan<float>()[0] = float.NaN;
