@@ -110,7 +110,7 @@ public abstract class Backend : IDisposable
     /// <param name="output">(N, Hq · D).</param>
     /// <param name="logSumExp">(N, Hq): log of the softmax denominator, which backward needs.</param>
     /// <param name="query">(N, Hq · D).</param>
-    /// <param name="keys">(rows, Hkv · D): rows of the batch, or of the cache. Query head h reads head h / (Hq / Hkv).</param>
+    /// <param name="keys">(N, Hkv · D): rows of the batch; with a block table a cache (<see cref="TakeCache"/>). Query head h reads head h / (Hq / Hkv).</param>
     /// <param name="values">As keys.</param>
     /// <param name="layout">Which keys each query row sees.</param>
     /// <param name="headDim">D.</param>
@@ -134,8 +134,15 @@ public abstract class Backend : IDisposable
         Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
         Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim);
 
-    /// <summary>Copies the batch's keys and values to the cache rows of their positions. keys (N, Hkv · D), cacheKeys (rows, Hkv · D).</summary>
-    public abstract void AppendToCache(Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout);
+    /// <summary>
+    /// Takes room for the keys, or the values, of a cache: (blocks, elements), a row for each block of
+    /// <see cref="TokenLayout.KeyBlock"/> positions, in the order in which the device's attention reads them.
+    /// </summary>
+    public abstract Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim);
+
+    /// <summary>Copies the batch's keys and values to the cache at their positions. keys and values (N, Hkv · D).</summary>
+    public abstract void AppendToCache(
+        Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout, int headDim);
 
     /// <summary>output = silu(gate) · up. output (N, H), gateUp (N, 2H): gate in the first half, up in the second.</summary>
     public abstract void SwiGlu(Tensor output, Tensor gateUp);

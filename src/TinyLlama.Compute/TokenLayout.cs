@@ -4,7 +4,7 @@ namespace TinyLlama.Compute;
 /// <remarks>
 /// The query row with position p attends to the keys of positions 0 … p. Training: <see cref="FirstKey"/> is the row of
 /// the batch that holds the key of position 0. With a cache it is an index into the block table: the key of position p
-/// lies in cache row <c>table[FirstKey + p / 64] · 64 + p mod 64</c>.
+/// lies in block <c>table[FirstKey + p / 64]</c>, at place p mod 64.
 /// </remarks>
 /// <param name="FirstRow">First query row in the packed tokens.</param>
 /// <param name="RowCount">Number of query rows.</param>

@@ -199,7 +199,7 @@ internal sealed class TimedBackend(Backend inner) : Backend
         // Scores, and their sum of values. Of a cache, the rows that are seen.
         double seconds = SecondsSince(start);
         (long pairs, long seen) = Pairs(layout);
-        long keyBytes = 2 * seen * keys.Type.RowBytes(keys.Columns);
+        long keyBytes = 2 * seen * (layout.BlockTable.IsEmpty ? Bytes(keys) / keys.Rows : Bytes(keys) / keys.Rows / TokenLayout.KeyBlock);
         Record(new Operation(nameof(Attention)), seconds, Bytes(output, logSumExp, query) + keyBytes, 4 * query.Columns * pairs);
     }
 
@@ -218,10 +218,14 @@ internal sealed class TimedBackend(Backend inner) : Backend
     }
 
     /// <inheritdoc/>
-    public override void AppendToCache(Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout)
+    public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim) => inner.TakeCache(arena, blocks, keyHeads, headDim);
+
+    /// <inheritdoc/>
+    public override void AppendToCache(
+        Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout, int headDim)
     {
         long start = Stopwatch.GetTimestamp();
-        inner.AppendToCache(cacheKeys, cacheValues, keys, values, layout);
+        inner.AppendToCache(cacheKeys, cacheValues, keys, values, layout, headDim);
         Record(nameof(AppendToCache), start, 2 * Bytes(keys, values));
     }
 

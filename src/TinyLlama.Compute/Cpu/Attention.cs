@@ -7,7 +7,8 @@ namespace TinyLlama.Compute.Cpu;
 /// without the (T, T) matrix.
 /// </summary>
 /// <remarks>
-/// Shapes: query, output and their gradients (N, Hq · D); keys, values and theirs (rows, Hkv · D); logSumExp, delta (N, Hq).
+/// Shapes: query, output and their gradients (N, Hq · D); keys, values and theirs (N, Hkv · D), or a <see cref="KeyValueCache"/>;
+/// logSumExp, delta (N, Hq).
 /// A task of the forward is a run of query rows of one segment with all query heads that share a key/value head: those
 /// heads are more rows of the same small matrices. A task of the backward is a segment and a key/value head, which
 /// sums dKeys and dValues over rows and heads in order. Key tiles start at multiples of
@@ -45,7 +46,10 @@ internal static unsafe class Attention
         TokenLayout layout, int headDim)
         where V : struct, ILanes<V>
     {
-        Geometry geometry = new(query, keys, headDim, ForwardRows);
+        bool cached = !layout.BlockTable.IsEmpty;
+        int keyHeads = headDim <= 0 ? 0 : keys.Columns / (cached ? KeyValueCache.HeadElements<V>(headDim) : headDim);
+        Geometry geometry = new(query, keyHeads, headDim, ForwardRows);
+        keys.Require(keys.Rows, keyHeads * (cached ? KeyValueCache.HeadElements<V>(headDim) : headDim));
         output.Require(query.Rows, query.Columns);
         logSumExp.Require(query.Rows, geometry.QueryHeads);
         values.Require(keys.Rows, keys.Columns);
@@ -54,7 +58,7 @@ internal static unsafe class Attention
         for (int s = 0; s < layout.SegmentCount; s++)
         {
             Segment segment = layout.SegmentAt(s);
-            RequireKeys(layout, segment, keys.Rows);
+            RequireKeys(layout, segment, keys.Rows, cached);
             tasks += geometry.Blocks(segment.RowCount);
         }
 
@@ -68,7 +72,7 @@ internal static unsafe class Attention
         Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
         where V : struct, ILanes<V>
     {
-        Geometry geometry = new(query, keys, headDim, BackwardRows);
+        Geometry geometry = new(query, headDim <= 0 ? 0 : keys.Columns / headDim, headDim, BackwardRows);
         (int tokens, int queryColumns, int keyColumns) = (query.Rows, query.Columns, keys.Columns);
         dQuery.Require(tokens, queryColumns);
         dOutput.Require(tokens, queryColumns);
@@ -93,14 +97,18 @@ internal static unsafe class Attention
         team.Run(ref work, layout.SegmentCount * geometry.KeyHeads);
     }
 
-    private static void RequireKeys(TokenLayout layout, Segment segment, int keyRows)
+    private static void RequireKeys(TokenLayout layout, Segment segment, int keyRows, bool cached)
     {
         Shape.Require(segment.FirstPosition >= 0, "positions from 0 on");
+        if (!cached)
+        {
+            Shape.Require(segment.FirstKey >= 0 && segment.FirstKey <= keyRows - segment.KeyCount, "a key row for each position of the layout");
+            return;
+        }
+
         for (int position = 0; position < segment.KeyCount; position += Keys)
         {
-            int last = Math.Min(position + Keys, segment.KeyCount) - 1;
-            int first = layout.KeyRow(segment, position);
-            Shape.Require(first >= 0 && first + (last - position) < keyRows, "key rows for each position of the layout");
+            _ = layout.KeyBlockOf(segment, position, keyRows);
         }
     }
 
@@ -200,13 +208,12 @@ internal static unsafe class Attention
     /// <summary>Which rows form the small matrices: row r of a block is token r / Group of it, head r mod Group of the group.</summary>
     private readonly struct Geometry
     {
-        public Geometry(Tensor query, Tensor keys, int headDim, int rowsPerBlock)
+        public Geometry(Tensor query, int keyHeads, int headDim, int rowsPerBlock)
         {
             Shape.Require(headDim is > 0 and <= MaxHeadDim, "a head dim of at most 256");
             query.Require(query.Rows, query.Columns);
-            keys.Require(keys.Rows, keys.Columns);
-            Shape.Require(query.Columns % headDim == 0 && keys.Columns % headDim == 0 && keys.Columns > 0, "whole heads");
-            (HeadDim, QueryHeads, KeyHeads) = (headDim, query.Columns / headDim, keys.Columns / headDim);
+            Shape.Require(query.Columns % headDim == 0 && keyHeads > 0, "whole heads");
+            (HeadDim, QueryHeads, KeyHeads) = (headDim, query.Columns / headDim, keyHeads);
             Group = QueryHeads / KeyHeads;
             Shape.Require(Group * KeyHeads == QueryHeads && Group is > 0 and <= ForwardRows, "1 to 288 query heads for each key head");
             TokensPerBlock = Math.Max(1, rowsPerBlock / Group);
@@ -267,6 +274,7 @@ internal static unsafe class Attention
             int firstRow = segment.FirstRow + firstToken;
             int firstPosition = segment.FirstPosition + firstToken;
             int column = keyHead * headDim;
+            bool cached = !layout.BlockTable.IsEmpty;
             PackHeads<V>(q, width, query, firstRow, tokens, keyHead * group, geometry.Scale, geometry);
             new Span<float>(o, paddedRows * width).Clear();
             new Span<float>(max, paddedRows).Fill(float.NegativeInfinity);
@@ -280,9 +288,18 @@ internal static unsafe class Attention
             for (int firstKey = 0; firstKey < keyCount; firstKey += Keys)
             {
                 int count = Math.Min(Keys, keyCount - firstKey);
-                int keyRow = layout.KeyRow(segment, firstKey);
-                PackColumns<V>(keyPanels, keys, keyRow, column, count, headDim);
-                PackSteps<V>(valuePanels, Keys, values.F32(keyRow) + column, values.Stride, count, headDim);
+                if (cached)
+                {
+                    int block = layout.KeyBlockOf(segment, firstKey, keys.Rows);
+                    keyPanels = keys.F32(block) + (keyHead * KeyValueCache.HeadElements<V>(headDim));
+                    valuePanels = values.F32(block) + (keyHead * KeyValueCache.HeadElements<V>(headDim));
+                }
+                else
+                {
+                    int keyRow = segment.FirstKey + firstKey;
+                    PackColumns<V>(keyPanels, keys, keyRow, column, count, headDim);
+                    PackSteps<V>(valuePanels, Keys, values.F32(keyRow) + column, values.Stride, count, headDim);
+                }
 
                 // A row sees keys up to its own position: of each few rows, only the columns that the last of them sees.
                 for (int r = 0; r < paddedRows; r += Tile<V>.Rows)

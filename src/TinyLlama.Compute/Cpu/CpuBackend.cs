@@ -216,8 +216,13 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
             Team, Scratch, dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, headDim);
 
     /// <inheritdoc/>
-    public override void AppendToCache(Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout) =>
-        KeyValueCache.Append(cacheKeys, cacheValues, keys, values, layout);
+    public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim) =>
+        KeyValueCache.Take<V>(arena, blocks, keyHeads, headDim);
+
+    /// <inheritdoc/>
+    public override void AppendToCache(
+        Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
+        KeyValueCache.Append<V>(Team, cacheKeys, cacheValues, keys, values, layout, headDim);
 
     /// <inheritdoc/>
     public override void SwiGlu(Tensor output, Tensor gateUp) =>

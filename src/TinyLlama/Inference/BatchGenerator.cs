@@ -49,7 +49,7 @@ public sealed class BatchGenerator : IDisposable
         ArgumentOutOfRangeException.ThrowIfLessThan(queue, 1);
         int context = contextLength ?? model.Config.ContextLength;
         _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);
-        var engine = new InferenceEngine(model, backend, context, places, cacheBlocks: BlocksFor(model.Config, context, places, cacheBytes));
+        var engine = new InferenceEngine(model, backend, context, places, cacheBlocks: BlocksFor(backend, model.Config, context, places, cacheBytes));
         (_queue, _channels) = (queue, engine.Channels);
         _scheduler = new BatchScheduler(engine, places);
         _thread = new Thread(Work) { IsBackground = true, Name = "batch generator" };
@@ -270,9 +270,9 @@ public sealed class BatchGenerator : IDisposable
         }
     }
 
-    private static int BlocksFor(ModelConfig config, int contextLength, int places, long? cacheBytes)
+    private static int BlocksFor(Backend backend, ModelConfig config, int contextLength, int places, long? cacheBytes)
     {
-        long block = KeyValueCache.BlockBytes(config);
+        long block = KeyValueCache.BlockBytes(backend, config);
         int context = KeyValueCache.BlocksFor(contextLength);
         if (cacheBytes < context * block)
         {

@@ -15,7 +15,7 @@ public readonly record struct Continuation(CachedSequence Sequence, ReadOnlyMemo
 /// <remarks>A sequence gets the same bits alone and together with others, in one forward or in many.</remarks>
 public sealed class InferenceEngine : IDisposable
 {
-    private const int PrefillTokens = 512;
+    private const int PrefillTokens = 256;
 
     private readonly LlamaModel _model;
     private readonly Backend _backend;
@@ -69,7 +69,7 @@ public sealed class InferenceEngine : IDisposable
         _workspace = Workspace.Allocate(model, backend, Capacity, Keep.Nothing, ContextLength);
 
         (KeyValueCache, TokenLayout, Tensor, Tensor, Tensor) Take(Arena arena) => (
-            new KeyValueCache(arena, model.Config, blocks),
+            new KeyValueCache(arena, backend, model.Config, blocks),
             new TokenLayout(arena, Capacity, sequences, tableEntries),
             arena.Take(Capacity, 1, DType.I32),
             arena.Take(sequences, 1, DType.I32),

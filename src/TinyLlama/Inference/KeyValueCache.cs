@@ -24,29 +24,31 @@ public sealed class CachedSequence
 }
 
 /// <summary>
-/// Keys and values of many sequences in blocks of <see cref="TokenLayout.KeyBlock"/> rows: a sequence takes a free block
-/// when it grows into one, so that sequences of any lengths share the rows, and those that begin with the same tokens
+/// Keys and values of many sequences in blocks of <see cref="TokenLayout.KeyBlock"/> positions: a sequence takes a free block
+/// when it grows into one, so that sequences of any lengths share the room, and those that begin with the same tokens
 /// share blocks.
 /// </summary>
-/// <remarks>Kwon et al. 2023 (PagedAttention). Cache row of position p: <c>Blocks[p / 64] · 64 + p mod 64</c>.</remarks>
+/// <remarks>Kwon et al. 2023 (PagedAttention). Position p lies in block <c>Blocks[p / 64]</c>.</remarks>
 public sealed class KeyValueCache : KeyValueSource
 {
+    private readonly int _headDim;
     private readonly Tensor[] _keys;
     private readonly Tensor[] _values;
     private readonly CacheBlocks _blocks;
 
-    /// <summary>Takes the rows of all layers.</summary>
+    /// <summary>Takes the blocks of all layers.</summary>
     /// <param name="arena">Their owner.</param>
+    /// <param name="backend">The device, which orders what is in a block.</param>
     /// <param name="config">The model's shape.</param>
     /// <param name="blocks">Number of blocks that sequences share.</param>
-    public KeyValueCache(Arena arena, ModelConfig config, int blocks)
+    public KeyValueCache(Arena arena, Backend backend, ModelConfig config, int blocks)
     {
-        int rows = checked(blocks * TokenLayout.KeyBlock);
+        _headDim = config.HeadDim;
         (_keys, _values) = (new Tensor[config.Layers], new Tensor[config.Layers]);
         for (int l = 0; l < config.Layers; l++)
         {
-            _keys[l] = arena.Take(rows, config.KeyValueChannels);
-            _values[l] = arena.Take(rows, config.KeyValueChannels);
+            _keys[l] = backend.TakeCache(arena, blocks, config.KeyValueHeads, config.HeadDim);
+            _values[l] = backend.TakeCache(arena, blocks, config.KeyValueHeads, config.HeadDim);
         }
 
         _blocks = new CacheBlocks(blocks);
@@ -64,14 +66,18 @@ public sealed class KeyValueCache : KeyValueSource
     /// <summary>The number of blocks that hold so many tokens.</summary>
     public static int BlocksFor(int tokens) => (tokens + TokenLayout.KeyBlock - 1) / TokenLayout.KeyBlock;
 
-    /// <summary>The memory of a block in bytes: keys and values of its rows in all layers.</summary>
-    public static long BlockBytes(ModelConfig config) =>
-        2L * config.Layers * TokenLayout.KeyBlock * config.KeyValueChannels * sizeof(float);
+    /// <summary>The memory of a block in bytes: keys and values of its positions in all layers.</summary>
+    public static long BlockBytes(Backend backend, ModelConfig config)
+    {
+        Arena plan = Arena.Plan("block");
+        _ = new KeyValueCache(plan, backend, config, 1);
+        return plan.UsedBytes;
+    }
 
     /// <inheritdoc/>
     public override (Tensor Keys, Tensor Values) Append(Backend backend, int layer, Tensor keys, Tensor values, TokenLayout layout)
     {
-        backend.AppendToCache(_keys[layer], _values[layer], keys, values, layout);
+        backend.AppendToCache(_keys[layer], _values[layer], keys, values, layout, _headDim);
         return (_keys[layer], _values[layer]);
     }
 
@@ -185,11 +191,9 @@ public sealed class KeyValueCache : KeyValueSource
     private void Copy(Backend backend, int destination, int source)
     {
         _blocks.Tokens(source).CopyTo(_blocks.Tokens(destination));
-        foreach (Tensor rows in (ReadOnlySpan<Tensor>)[.. _keys, .. _values])
+        foreach (Tensor blocks in (ReadOnlySpan<Tensor>)[.. _keys, .. _values])
         {
-            backend.Copy(
-                rows.RowRange(destination * TokenLayout.KeyBlock, TokenLayout.KeyBlock),
-                rows.RowRange(source * TokenLayout.KeyBlock, TokenLayout.KeyBlock));
+            backend.Copy(blocks.RowRange(destination, 1), blocks.RowRange(source, 1));
         }
     }
 }

@@ -96,8 +96,8 @@ public abstract class AttentionTests(CpuPath path) : OperationTests(path)
         // Cache blocks out of order, with NaN wherever nothing was appended yet.
         int[] table = [5, 1, 4, 0, 6, 2];
         int[] firstEntry = [0, 2];
-        Tensor cacheKeys = Device.Take(7 * TokenLayout.KeyBlock, keyHeads * headDim);
-        Tensor cacheValues = Device.Take(7 * TokenLayout.KeyBlock, keyHeads * headDim);
+        Tensor cacheKeys = Device.Backend.TakeCache(Device.Arena, 7, keyHeads, headDim);
+        Tensor cacheValues = Device.Backend.TakeCache(Device.Arena, 7, keyHeads, headDim);
         cacheKeys.HostSpan<float>().Fill(float.NaN);
         cacheValues.HostSpan<float>().Fill(float.NaN);
         TokenLayout layout = new(Device.Arena, 270, 2, table.Length);
@@ -125,7 +125,7 @@ public abstract class AttentionTests(CpuPath path) : OperationTests(path)
             Tensor keys = Device.Put(n, keyHeads * headDim, Pick(problem.Keys));
             Tensor values = Device.Put(n, keyHeads * headDim, Pick(problem.Values));
             Tensor output = Device.Take(n, heads * headDim), logSumExp = Device.Take(n, heads);
-            Device.Backend.AppendToCache(cacheKeys, cacheValues, keys, values, layout);
+            Device.Backend.AppendToCache(cacheKeys, cacheValues, keys, values, layout, headDim);
             Device.Backend.Attention(output, logSumExp, query, cacheKeys, cacheValues, layout, headDim);
             SameBits(Pick(full.Output), Device.Get(output), $"output after {done[0]} and {done[1]} tokens");
             SameBits(Pick(full.LogSumExp), Device.Get(logSumExp), "logSumExp");
@@ -150,9 +150,9 @@ public abstract class AttentionTests(CpuPath path) : OperationTests(path)
 
         TokenLayout cached = new(Device.Arena, 3, 1, 1);
         cached.Set(Device.Backend, [new Segment(0, 3, 0, 0)], [1]);
-        Tensor cache = Device.Take(64, 4);
+        Tensor cache = Device.Backend.TakeCache(Device.Arena, 1, 1, 4);
         Assert.Throws<ArgumentException>(() => Device.Backend.Attention(output, logSumExp, query, cache, cache, cached, 4));
-        Assert.Throws<ArgumentException>(() => Device.Backend.AppendToCache(cache, cache, query, query, cached));
+        Assert.Throws<ArgumentException>(() => Device.Backend.AppendToCache(cache, cache, query, query, cached, 4));
     }
 
     [Fact]

@@ -88,7 +88,7 @@ public sealed class CacheSharingTests : IDisposable
     [Fact]
     public void Texts_that_become_alike_share_blocks_too()
     {
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2, tokensPerForward: 260);
         int[] text = Text(130, seed: 1);
         CachedSequence[] both = [engine.Begin(text), engine.Begin(text)];
         engine.Forward(new Continuation(both[0], text), new Continuation(both[1], text));
@@ -184,7 +184,7 @@ public sealed class CacheSharingTests : IDisposable
         }
 
         using var batch = new BatchGenerator(
-            _run.Model, _run.Backend, tokenizer, places: 5, cacheBytes: cacheBlocks * KeyValueCache.BlockBytes(_run.Model.Config));
+            _run.Model, _run.Backend, tokenizer, places: 5, cacheBytes: cacheBlocks * KeyValueCache.BlockBytes(_run.Backend, _run.Model.Config));
         Assert.Equal(cacheBlocks, batch.CacheBlocks);
         async Task<string[]> Request(int i)
         {
