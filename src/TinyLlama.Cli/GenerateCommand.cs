@@ -73,6 +73,24 @@ internal sealed class GenerateCommand
         DefaultValueFactory = _ => "error",
     }.AcceptOnlyFromAmong("error", "sliding");
 
+    private readonly Option<string?> _draft = new("--draft")
+    {
+        Description = "A small model with the same tokenizer that proposes tokens, which RUN verifies together",
+        HelpName = "MODEL",
+    };
+
+    private readonly Option<int?> _draftTokens = new("--draft-tokens")
+    {
+        Description = "Tokens that the draft model proposes at a time [default: 4]",
+        HelpName = "N",
+    };
+
+    private readonly Option<int?> _lookup = new("--lookup")
+    {
+        Description = "Propose the N tokens that followed where the text's last ones stood before",
+        HelpName = "N",
+    };
+
     private readonly Option<int?> _context = CommonOptions.Context();
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
@@ -85,7 +103,7 @@ internal sealed class GenerateCommand
         var command = new Command("generate", "Continue a text with a trained model")
         {
             _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _schema, _overflow,
-            _context, _threads, _json,
+            _draft, _draftTokens, _lookup, _context, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
         return command;
@@ -104,14 +122,17 @@ internal sealed class GenerateCommand
             prompt = prompt.EndsWith('\n') ? prompt[..^1] : prompt;
         }
 
-        using LanguageModel model = LanguageModel.Load(
-            parse.GetRequiredValue(_run), parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line));
+        RequireOneDraft(parse);
+        using LanguageModel model = Load(parse, parse.GetRequiredValue(_run), error);
         int trained = model.Model.Config.ContextLength;
         if (parse.GetValue(_context) > trained)
         {
             error.WriteLine($"warning: the model is trained for {trained} tokens of context; expect worse text beyond");
         }
 
+        using LanguageModel? small = parse.GetValue(_draft) is string path ? Load(parse, path, error) : null;
+        using DraftModel? draft = small is null ? null : new DraftModel(small, model, parse.GetValue(_draftTokens) ?? 4);
+        model.Draft = parse.GetValue(_lookup) is int tokens ? new PromptLookup(tokens) : draft;
         Generation generation = model.Generate(prompt, options, stop);
         if (parse.GetValue(_json))
         {
@@ -136,6 +157,22 @@ internal sealed class GenerateCommand
 
         error.WriteLine(Summary(generation, options));
         return ExitCode.Success;
+    }
+
+    private LanguageModel Load(ParseResult parse, string path, TextWriter error) => LanguageModel.Load(
+        path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line));
+
+    private void RequireOneDraft(ParseResult parse)
+    {
+        if (parse.GetValue(_draft) is not null && parse.GetValue(_lookup) is not null)
+        {
+            throw new UserErrorException("--draft and --lookup both propose tokens; choose one of them");
+        }
+
+        if (parse.GetValue(_draft) is null && parse.GetValue(_draftTokens) is not null)
+        {
+            throw new UserErrorException("--draft-tokens is for a draft model; name one with --draft, or use --lookup N");
+        }
     }
 
     private GenerationOptions Options(ParseResult parse)
@@ -178,8 +215,10 @@ internal sealed class GenerateCommand
         (int tokens, TimeSpan time) = generation.Decode;
         string seed = options.Temperature == 0 ? "" : $" · seed {options.Seed}";
         string decode = tokens == 0 ? "" : $" · decode {Rate(tokens, time)}";
+        (int proposed, int accepted) = generation.Drafted;
+        string drafted = proposed == 0 ? "" : string.Create(CultureInfo.InvariantCulture, $", {accepted} of {proposed} drafted tokens accepted ({100.0 * accepted / proposed:N0} %)");
         return $"prefill {generation.PromptTokens.Count} tokens, {Rate(generation.PromptTokens.Count, generation.PrefillTime)}"
-            + $"{decode} · {generation.Tokens.Count} new tokens, {Ending(generation.Finish)}{seed}";
+            + $"{decode}{drafted} · {generation.Tokens.Count} new tokens, {Ending(generation.Finish)}{seed}";
     }
 
     private static string Rate(int tokens, TimeSpan time) =>
@@ -214,5 +253,7 @@ internal sealed class GenerateCommand
         ["prefill_seconds"] = generation.PrefillTime.TotalSeconds,
         ["decode_tokens"] = generation.Decode.Tokens,
         ["decode_seconds"] = generation.Decode.Time.TotalSeconds,
+        ["drafted_tokens"] = generation.Drafted.Proposed,
+        ["accepted_tokens"] = generation.Drafted.Accepted,
     };
 }

@@ -58,8 +58,11 @@ public sealed class Generation : IEnumerable<string>
     /// <summary>Gets the time from the start to the first new token.</summary>
     public TimeSpan PrefillTime { get; private set; }
 
-    /// <summary>Gets the number of forwards of one token each, and the time of all of them with their sampling.</summary>
+    /// <summary>Gets the number of new tokens after the first, and the time of their forwards with sampling and draft.</summary>
     public (int Tokens, TimeSpan Time) Decode { get; private set; }
+
+    /// <summary>Gets the number of tokens that a draft proposed, and how many of them came.</summary>
+    public (int Proposed, int Accepted) Drafted { get; private set; }
 
     /// <inheritdoc/>
     public IEnumerator<string> GetEnumerator()
@@ -92,40 +95,96 @@ public sealed class Generation : IEnumerable<string>
     {
         var state = new GenerationState(
             _generator.Tokenizer, _prompt, _options, engine.ContextLength, _generator.Constraints.For(_options.Json));
-        float[] logits = new float[engine.VocabularySize];
+        Draft? draft = _generator.Draft;
+        float[] logits = new float[(1 + (draft?.Tokens ?? 0)) * engine.VocabularySize];
         _tokens.Clear();
         _logProbabilities.Clear();
-        (PrefillTime, Decode, Finish) = (default, default, state.Finish);
+        (PrefillTime, Decode, Drafted, Finish) = (default, default, default, state.Finish);
         while (state.Finish == FinishReason.None)
         {
             _stop.ThrowIfCancellationRequested();
             long start = Stopwatch.GetTimestamp();
-            if (state.Slid)
-            {
-                engine.Truncate(sequence, 0);
-            }
-
-            engine.Feed(sequence, state.Input[sequence.Length..], _stop);
-            engine.ReadLogits(logits);
-            GeneratedToken token = state.Accept(logits);
-            TimeSpan time = Stopwatch.GetElapsedTime(start);
             if (_tokens.Count == 0)
             {
-                PrefillTime = time;
-            }
-            else
-            {
-                Decode = (Decode.Tokens + 1, Decode.Time + time);
+                draft?.Begin(state.Input.Span, _options, _stop);
             }
 
+            IReadOnlyList<DraftToken> proposed = Propose(engine, sequence, state, draft);
+            Forward(engine, sequence, state.Input[sequence.Length..], proposed, logits);
+            List<GeneratedToken> accepted = Accept(state, logits, proposed, engine.VocabularySize);
+            engine.Truncate(sequence, state.Slid ? 0 : Math.Min(sequence.Length, state.Input.Length - 1));
+            Count(accepted, proposed, Stopwatch.GetElapsedTime(start));
+            Finish = state.Finish;
+            foreach (GeneratedToken token in accepted)
+            {
+                yield return token.Text;
+            }
+        }
+    }
+
+    // Where one token is to be fed: several cost little more. No more than the text and the context have room for.
+    private static IReadOnlyList<DraftToken> Propose(InferenceEngine engine, CachedSequence sequence, GenerationState state, Draft? draft)
+    {
+        int room = Math.Min(state.Left - 1, engine.ContextLength - state.Input.Length);
+        return draft is not null && room > 0 && state.Input.Length - sequence.Length == 1
+            ? draft.Propose(state.Input.Span, state.Tokens.Length, Math.Min(draft.Tokens, room))
+            : [];
+    }
+
+    // Leaves the logits after the pending tokens and after each proposed one, row after row.
+    private void Forward(
+        InferenceEngine engine, CachedSequence sequence, ReadOnlyMemory<int> pending, IReadOnlyList<DraftToken> proposed, Span<float> logits)
+    {
+        if (proposed.Count == 0)
+        {
+            engine.Feed(sequence, pending, _stop);
+            engine.ReadLogits(logits[..engine.VocabularySize]);
+            return;
+        }
+
+        int[] tokens = [.. pending.Span, .. proposed.Select(token => token.Token)];
+        engine.Forward(new Continuation(sequence, tokens));
+        engine.ReadAllLogits(logits[..(tokens.Length * engine.VocabularySize)], part: 0);
+    }
+
+    // The proposed tokens up to the first that is not accepted, and the one that comes there.
+    private static List<GeneratedToken> Accept(
+        GenerationState state, Span<float> logits, IReadOnlyList<DraftToken> proposed, int vocabularySize)
+    {
+        var accepted = new List<GeneratedToken>(proposed.Count + 1);
+        for (int i = 0; i <= proposed.Count; i++)
+        {
+            DraftToken? draft = i < proposed.Count ? proposed[i] : null;
+            accepted.Add(state.Accept(logits.Slice(i * vocabularySize, vocabularySize), draft));
+            if (state.Finish != FinishReason.None || accepted[i].Token != draft?.Token)
+            {
+                break;
+            }
+        }
+
+        return accepted;
+    }
+
+    private void Count(List<GeneratedToken> accepted, IReadOnlyList<DraftToken> proposed, TimeSpan time)
+    {
+        if (_tokens.Count == 0)
+        {
+            PrefillTime = time;
+        }
+        else
+        {
+            Decode = (Decode.Tokens + accepted.Count, Decode.Time + time);
+        }
+
+        int right = accepted.Zip(proposed).Count(pair => pair.First.Token == pair.Second.Token);
+        Drafted = (Drafted.Proposed + proposed.Count, Drafted.Accepted + right);
+        foreach (GeneratedToken token in accepted)
+        {
             _tokens.Add(token.Token);
             if (token.LogProbabilities is not null)
             {
                 _logProbabilities.Add(token.LogProbabilities);
             }
-
-            Finish = state.Finish;
-            yield return token.Text;
         }
     }
 }

@@ -58,6 +58,9 @@ internal sealed class GenerationState
     /// <summary>Gets the new tokens, the one that ended the text (EOS) included.</summary>
     public ReadOnlySpan<int> Tokens => CollectionsMarshal.AsSpan(_text)[_promptLength..];
 
+    /// <summary>Gets the number of tokens that may come yet.</summary>
+    public int Left => _most - Tokens.Length;
+
     /// <summary>Gets why the text ended; <see cref="FinishReason.None"/> while it goes on.</summary>
     public FinishReason Finish { get; private set; }
 
@@ -69,16 +72,25 @@ internal sealed class GenerationState
 
     /// <summary>Chooses the next token.</summary>
     /// <param name="logits">(V) logits after <see cref="Input"/>; overwritten.</param>
-    public GeneratedToken Accept(Span<float> logits)
+    /// <param name="draft">A token that was proposed in its place.</param>
+    public GeneratedToken Accept(Span<float> logits, DraftToken? draft = null)
     {
         // Ids beyond the tokenizer's are padding of the model's vocabulary.
         logits = logits[.._tokenizer.VocabularySize];
         float[]? unchanged = _options.LogProbabilities is null ? null : logits.ToArray();
         _masks?.Apply(logits, _constraint!, _endings);
-        int token = Sampler.Next(logits, Recent(), Tokens, _options, ref _random);
+        int token = draft is { } proposed
+            ? Verify(logits, proposed)
+            : Sampler.Next(logits, Recent(), Tokens, _options, ref _random);
         Append(token);
         return new GeneratedToken(
             token, Piece(token), unchanged is null ? null : LogProbabilities.Of(unchanged, token, _options.LogProbabilities!.Value, _tokenizer));
+    }
+
+    private int Verify(Span<float> logits, DraftToken draft)
+    {
+        Sampler.Distribution(logits, Recent(), Tokens, _options);
+        return Sampler.Verify(logits, draft.Distribution.Span, draft.Token, ref _random);
     }
 
     private void Append(int token)

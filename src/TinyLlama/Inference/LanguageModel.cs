@@ -45,6 +45,9 @@ public sealed class LanguageModel : IDisposable
     /// <summary>Gets the most tokens of a text.</summary>
     public int ContextLength { get; }
 
+    /// <summary>Gets or sets what proposes tokens to <see cref="Generate"/>; null for nothing. Its owner disposes of it.</summary>
+    public Draft? Draft { get; set; }
+
     /// <summary>Gets the chat template that came with the model, or null where none did.</summary>
     /// <exception cref="UserErrorException">It uses what is not supported; the message names it.</exception>
     public ChatTemplate? ChatTemplate => _chatTemplate.Value;
@@ -92,6 +95,7 @@ public sealed class LanguageModel : IDisposable
     public Generation Generate(string prompt, GenerationOptions? options = null, CancellationToken stop = default)
     {
         _generator ??= new TextGenerator(Model, Backend, Tokenizer, AddsBos, ContextLength);
+        _generator.Draft = Draft;
         return _generator.Generate(prompt, options, stop);
     }
 

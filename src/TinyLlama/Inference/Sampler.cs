@@ -22,23 +22,66 @@ public static class Sampler
     public static int Next(
         Span<float> logits, ReadOnlySpan<int> context, ReadOnlySpan<int> generated, GenerationOptions options, ref SplitMix64 random)
     {
-        foreach ((int id, double bias) in options.LogitBias)
+        int likeliest = Adjust(logits, context, generated, options);
+        return options.Temperature == 0 ? likeliest : Draw(logits, Weigh(logits, logits[likeliest], options), ref random);
+    }
+
+    /// <summary>Turns logits into the distribution that <see cref="Next"/> draws from.</summary>
+    /// <param name="logits">(V) logits; receives probabilities, 0 for a token that cannot come.</param>
+    /// <param name="context">The tokens that the repetition penalty is for.</param>
+    /// <param name="generated">The tokens that presence and frequency penalty are for.</param>
+    /// <param name="options">How to choose; greedily, one token has probability 1.</param>
+    /// <exception cref="UserErrorException">A logit is not a number or plus infinity, or all are minus infinity.</exception>
+    public static void Distribution(
+        Span<float> logits, ReadOnlySpan<int> context, ReadOnlySpan<int> generated, GenerationOptions options)
+    {
+        int likeliest = Adjust(logits, context, generated, options);
+        if (options.Temperature == 0)
         {
-            logits[id] = (float)(logits[id] + bias);
+            logits.Clear();
+            logits[likeliest] = 1;
+            return;
         }
 
-        if (options.RepetitionPenalty != 1)
+        double sum = Weigh(logits, logits[likeliest], options);
+        foreach (ref float weight in logits)
         {
-            Penalize(logits, context, options.RepetitionPenalty);
+            weight = (float)(weight / sum);
+        }
+    }
+
+    /// <summary>A token of a distribution.</summary>
+    /// <param name="distribution">(V) probabilities.</param>
+    /// <param name="random">The random state; one number is drawn.</param>
+    public static int Draw(ReadOnlySpan<float> distribution, ref SplitMix64 random) => Draw(distribution, Sum(distribution), ref random);
+
+    /// <summary>
+    /// Draws a token where another distribution proposed one: the proposal with probability min(1, p / q), else one in
+    /// proportion to max(0, p - q). So the token is one of p, whatever q is.
+    /// </summary>
+    /// <remarks>Leviathan et al. 2023, algorithm 1.</remarks>
+    /// <param name="target">(V) p, a distribution; overwritten.</param>
+    /// <param name="draft">(V) q, the distribution that the proposal was drawn from; empty where it was certain.</param>
+    /// <param name="proposal">The proposed token.</param>
+    /// <param name="random">The random state; one or two numbers are drawn.</param>
+    public static int Verify(Span<float> target, ReadOnlySpan<float> draft, int proposal, ref SplitMix64 random)
+    {
+        double proposed = draft.IsEmpty ? 1 : draft[proposal];
+        if (random.NextUniform() * proposed < target[proposal])
+        {
+            return proposal;
         }
 
-        if (options.PresencePenalty != 0 || options.FrequencyPenalty != 0)
+        for (int id = 0; id < draft.Length; id++)
         {
-            Penalize(logits, generated, options.PresencePenalty, options.FrequencyPenalty);
+            target[id] = Math.Max(0, target[id] - draft[id]);
         }
 
-        int likeliest = Greedy(logits);
-        return options.Temperature == 0 ? likeliest : Draw(logits, logits[likeliest], options, ref random);
+        target[proposal] = 0;
+        double rest = Sum(target);
+
+        // Nothing is left where p and q differ by rounding alone.
+        return rest > 0 ? Draw(target, rest, ref random) : proposal;
     }
 
     /// <summary>The token with the largest logit.</summary>
@@ -97,59 +140,88 @@ public static class Sampler
         return counts;
     }
 
-    private static int Draw(Span<float> logits, float largest, GenerationOptions options, ref SplitMix64 random)
+    // Bias and penalties; returns the likeliest token after them.
+    private static int Adjust(Span<float> logits, ReadOnlySpan<int> context, ReadOnlySpan<int> generated, GenerationOptions options)
     {
-        // Probabilities up to a common factor: the likeliest token has 1.
-        Span<float> weights = logits;
+        foreach ((int id, double bias) in options.LogitBias)
+        {
+            logits[id] = (float)(logits[id] + bias);
+        }
+
+        if (options.RepetitionPenalty != 1)
+        {
+            Penalize(logits, context, options.RepetitionPenalty);
+        }
+
+        if (options.PresencePenalty != 0 || options.FrequencyPenalty != 0)
+        {
+            Penalize(logits, generated, options.PresencePenalty, options.FrequencyPenalty);
+        }
+
+        return Greedy(logits);
+    }
+
+    // Logits become probabilities up to a common factor, by which the likeliest token has 1; 0 where a cut falls. Returns their sum.
+    private static double Weigh(Span<float> logits, float largest, GenerationOptions options)
+    {
         double sum = 0;
         int possible = 0;
-        for (int id = 0; id < weights.Length; id++)
+        foreach (ref float weight in logits)
         {
-            weights[id] = (float)Math.Exp(((double)weights[id] - largest) / options.Temperature);
-            sum += weights[id];
-            possible += weights[id] > 0 ? 1 : 0;
+            weight = (float)Math.Exp(((double)weight - largest) / options.Temperature);
+            sum += weight;
+            possible += weight > 0 ? 1 : 0;
         }
 
         bool cuts = (options.TopK > 0 && options.TopK < possible) || options.TopP < 1 || options.MinP > 0;
-        if (!cuts)
-        {
-            double point = random.NextUniform() * sum;
-            int last = 0;
-            for (int id = 0; id < weights.Length; id++)
-            {
-                if (weights[id] > 0)
-                {
-                    last = id;
-                    point -= weights[id];
-                    if (point < 0)
-                    {
-                        break;
-                    }
-                }
-            }
+        return cuts ? Cut(logits, options, sum, possible) : sum;
+    }
 
-            return last;
-        }
-
+    private static double Cut(Span<float> weights, GenerationOptions options, double sum, int possible)
+    {
         ulong[] rented = ArrayPool<ulong>.Shared.Rent(weights.Length);
         Span<ulong> ranked = Rank(rented, weights, options, sum, possible);
-        int kept = Keep(ranked, options, sum);
-        double total = 0;
-        foreach (ulong entry in ranked[..kept])
+        weights.Clear();
+        double left = 0;
+        foreach (ulong entry in ranked[..Keep(ranked, options, sum)])
         {
-            total += WeightOf(entry);
+            weights[IdOf(entry)] = WeightOf(entry);
+            left += WeightOf(entry);
         }
 
-        double rest = random.NextUniform() * total;
-        int chosen = 0;
-        while (chosen < kept - 1 && (rest -= WeightOf(ranked[chosen])) >= 0)
-        {
-            chosen++;
-        }
-
-        int token = IdOf(ranked[chosen]);
         ArrayPool<ulong>.Shared.Return(rented);
-        return token;
+        return left;
+    }
+
+    private static int Draw(ReadOnlySpan<float> weights, double sum, ref SplitMix64 random)
+    {
+        double point = random.NextUniform() * sum;
+        int last = 0;
+        for (int id = 0; id < weights.Length; id++)
+        {
+            if (weights[id] > 0)
+            {
+                last = id;
+                point -= weights[id];
+                if (point < 0)
+                {
+                    break;
+                }
+            }
+        }
+
+        return last;
+    }
+
+    private static double Sum(ReadOnlySpan<float> weights)
+    {
+        double sum = 0;
+        foreach (float weight in weights)
+        {
+            sum += weight;
+        }
+
+        return sum;
     }
 
     // Tokens from the likeliest on. Those that no cut can leave are not even sorted.

@@ -35,6 +35,9 @@ public sealed class TextGenerator : IDisposable
     /// <summary>Gets the most tokens of prompt and continuation.</summary>
     public int ContextLength => Engine.ContextLength;
 
+    /// <summary>Gets or sets what proposes tokens to be verified together; null for nothing. Its owner disposes of it.</summary>
+    public Draft? Draft { get; set; }
+
     internal InferenceEngine Engine { get; }
 
     internal ConstraintCache Constraints => _prompts.Constraints;

@@ -39,12 +39,30 @@ public sealed class GenerateAndEvalTests
     [InlineData("top-p is 2", "--top-p", "2")]
     [InlineData("--json-schema missing.json: Could not find file", "--json-schema", "missing.json")]
     [InlineData("'sliding'", "--overflow", "ignore")]
+    [InlineData("choose one of them", "--draft", "x", "--lookup", "2")]
+    [InlineData("name one with --draft", "--draft-tokens", "2")]
+    [InlineData("a draft of 65 tokens is asked for, it must be 1 to 64", "--lookup", "65")]
     public async Task Generate_refuses_in_one_line(string problem, params string[] options)
     {
         (int code, string output, string error) = await RunAsync(["generate", Stories, .. options]);
         Assert.Equal((2, ""), (code, output));
         Assert.Contains(problem, error, StringComparison.Ordinal);
         Assert.Single(error.TrimEnd('\n').Split('\n'));
+    }
+
+    [Fact]
+    public async Task Generate_says_how_many_drafted_tokens_were_accepted()
+    {
+        string[] arguments = ["generate", Stories, "-p", "Tom had a big red ball. Tom had a big", "--temperature", "0", "--max-tokens", "40"];
+        (_, string plain, _) = await RunAsync(arguments);
+        (int code, string output, string error) = await RunAsync([.. arguments, "--draft", Stories]);
+        Assert.Equal((0, plain), (code, output));
+        Assert.Contains(", 31 of 31 drafted tokens accepted (100 %)", error, StringComparison.Ordinal);
+        (code, output, _) = await RunAsync([.. arguments, "--lookup", "3", "--json"]);
+        Assert.Equal(0, code);
+        JsonObject report = JsonNode.Parse(output)!.AsObject();
+        Assert.Equal(plain.TrimEnd('\n'), (string)report["prompt"]! + (string)report["text"]!);
+        Assert.InRange((int)report["accepted_tokens"]!, 1, (int)report["drafted_tokens"]! - 1);
     }
 
     [Fact]
