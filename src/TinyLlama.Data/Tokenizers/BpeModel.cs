@@ -76,6 +76,18 @@ public sealed record BpeModel
     /// <summary>Gets whether spaces are written as U+2581 in pieces.</summary>
     public bool EscapeWhitespace { get; init; } = true;
 
+    /// <summary>
+    /// Gets how a text is cut into words, where pieces are written in GPT-2's letters for bytes (byte-level BPE); no
+    /// character is then without a piece.
+    /// </summary>
+    public WordSplit WordSplit { get; init; }
+
+    /// <summary>Gets whether a word that is a piece becomes it whatever the merges say; only with <see cref="WordSplit"/>.</summary>
+    public bool WordsComeFirst { get; init; }
+
+    /// <summary>Gets whether a text begins with BOS, as far as the tokenizer's own file says.</summary>
+    public bool AddsBos { get; init; } = true;
+
     /// <summary>Gets SentencePiece's name for the normalization, such as <c>identity</c> or <c>nmt_nfkc</c>.</summary>
     public string NormalizerName { get; init; } = "identity";
 

@@ -12,7 +12,9 @@ internal sealed class BpeTables
     /// <summary>The symbol of a character that is in no piece.</summary>
     public const int UnknownSymbol = -1;
 
-    private const int MaximumPieceCharacters = 1024;
+    /// <summary>The longest piece that is read.</summary>
+    public const int MaximumPieceCharacters = 1024;
+
     private const int CodePointsPerPage = 256;
     private readonly int[]?[] _pages = new int[]?[0x110000 / CodePointsPerPage];
 
@@ -147,7 +149,7 @@ internal sealed class BpeTables
             ByteIds = missing < 0 ? byteIds
                 : throw new UserErrorException($"{source}: says byte_fallback but has no piece <0x{missing:X2}>");
         }
-        else if (UnknownId < 0)
+        else if (model.WordSplit == WordSplit.None && UnknownId < 0)
         {
             throw new UserErrorException($"{source}: has neither an unknown piece nor byte_fallback");
         }
@@ -159,6 +161,14 @@ internal sealed class BpeTables
             if (model.Pieces[id].Kind == PieceKind.Normal && !(model.EscapeWhitespace && text.Contains(' ')))
             {
                 mergeable.Add(Unescape(model, text), id);
+            }
+        }
+
+        for (int value = 0; value < 256 && model.WordSplit != WordSplit.None; value++)
+        {
+            if (!mergeable.ContainsKey(ByteLetters.Of((byte)value).ToString()))
+            {
+                throw new UserErrorException($"{source}: is a byte-level BPE without a piece for the byte 0x{value:X2}");
             }
         }
 

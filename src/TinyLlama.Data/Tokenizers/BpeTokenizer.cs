@@ -8,7 +8,7 @@ namespace TinyLlama.Data.Tokenizers;
 
 /// <summary>
 /// Byte-pair encoding with the ids of SentencePiece (models of <c>tokenizer.model</c>) or of Hugging Face's tokenizers (models
-/// of <c>tokenizer.json</c> in the form of Llama). Safe for several threads at once.
+/// of <c>tokenizer.json</c> in the form of Llama, or byte-level). Safe for several threads at once.
 /// </summary>
 public sealed class BpeTokenizer : ITokenizer
 {
@@ -21,6 +21,7 @@ public sealed class BpeTokenizer : ITokenizer
     private readonly SymbolMatcher _markers;
     private readonly byte[][] _bytes;
     private readonly bool[] _startsWithSpace;
+    private readonly Dictionary<string, int>? _words;
     private readonly ConcurrentBag<BpeEncoder> _encoders = [];
     private readonly ConcurrentBag<BpeEncoder> _plainEncoders = [];
 
@@ -57,10 +58,17 @@ public sealed class BpeTokenizer : ITokenizer
                 PieceKind.Control => [],
                 PieceKind.Byte => [(byte)BpeModel.ByteOf(piece.Text)],
                 PieceKind.Unknown => Encoding.UTF8.GetBytes(model.UnknownSurface),
-                _ => Encoding.UTF8.GetBytes(piece.Text.Replace(BpeModel.Space, ' ')),
+                PieceKind.Normal when model.WordSplit != WordSplit.None => ByteLetters.Bytes(piece.Text) ?? Encoding.UTF8.GetBytes(piece.Text),
+                _ => Encoding.UTF8.GetBytes(model.WordSplit != WordSplit.None ? piece.Text : piece.Text.Replace(BpeModel.Space, ' ')),
             };
             _startsWithSpace[id] = dropsSpace && piece.Kind is PieceKind.Normal or PieceKind.UserDefined
                 && piece.Text[0] == BpeModel.Space;
+        }
+
+        if (model.WordsComeFirst)
+        {
+            _words = model.Pieces.Select(static (piece, id) => (piece, id)).Where(static pair => pair.piece.Kind == PieceKind.Normal)
+                .ToDictionary(static pair => pair.piece.Text, static pair => pair.id, StringComparer.Ordinal);
         }
 
         Hash = ComputeHash();
@@ -286,21 +294,73 @@ public sealed class BpeTokenizer : ITokenizer
             return;
         }
 
-        int before = tokens.Count;
-        byte[] buffer = Normalize(utf8, out int length);
+        bool isByteLevel = Model.WordSplit != WordSplit.None;
+        plain |= isByteLevel;
         ConcurrentBag<BpeEncoder> encoders = plain ? _plainEncoders : _encoders;
         BpeEncoder encoder = encoders.TryTake(out BpeEncoder? kept) ? kept : new BpeEncoder(_tables, plain ? s_none : _symbols);
-        encoder.Encode(buffer, length, tokens);
+        if (isByteLevel)
+        {
+            EncodeWords(encoder, utf8, tokens);
+        }
+        else
+        {
+            EncodeText(encoder, utf8, tokens);
+        }
+
         if (encoder.IsWorthKeeping)
         {
             encoders.Add(encoder);
         }
+    }
 
+    private void EncodeText(BpeEncoder encoder, ReadOnlySpan<byte> utf8, List<int> tokens)
+    {
+        int before = tokens.Count;
+        byte[] buffer = Normalize(utf8, out int length);
+        encoder.Encode(buffer, length, tokens);
         ArrayPool<byte>.Shared.Return(buffer);
         if (_tables.ByteIds is null)
         {
             FuseUnknown(tokens, before);
         }
+    }
+
+    private void EncodeWords(BpeEncoder encoder, ReadOnlySpan<byte> utf8, List<int> tokens)
+    {
+        // The letter of a byte has at most two bytes.
+        byte[] buffer = ArrayPool<byte>.Shared.Rent((2 * utf8.Length) + StretchCache.KeyBytes);
+        while (!utf8.IsEmpty)
+        {
+            ReadOnlySpan<byte> word = utf8[..WordSplitter.Next(Model.WordSplit, utf8)];
+            if (FindWord(word) is { } id)
+            {
+                tokens.Add(id);
+            }
+            else
+            {
+                encoder.Encode(buffer, ByteLetters.WriteUtf8(word, buffer), tokens);
+            }
+
+            utf8 = utf8[word.Length..];
+        }
+
+        ArrayPool<byte>.Shared.Return(buffer);
+    }
+
+    private int? FindWord(ReadOnlySpan<byte> word)
+    {
+        if (_words is null || word.Length > BpeTables.MaximumPieceCharacters)
+        {
+            return null;
+        }
+
+        Span<char> letters = stackalloc char[word.Length];
+        for (int i = 0; i < word.Length; i++)
+        {
+            letters[i] = ByteLetters.Of(word[i]);
+        }
+
+        return _words.GetAlternateLookup<ReadOnlySpan<char>>().TryGetValue(letters, out int id) ? id : null;
     }
 
     /// <summary>The normalized text in a rented buffer with the room after it that the encoder asks for.</summary>
@@ -431,6 +491,12 @@ public sealed class BpeTokenizer : ITokenizer
             Number(left);
             Number(right);
             Number(result);
+        }
+
+        if (Model.WordSplit != WordSplit.None)
+        {
+            Number((int)Model.WordSplit);
+            Number(Model.WordsComeFirst ? 1 : 0);
         }
 
         return Convert.ToHexStringLower(sha.GetHashAndReset());

@@ -4,8 +4,8 @@ using System.Text.Json;
 namespace TinyLlama.Data.Tokenizers;
 
 /// <summary>
-/// Reads and writes Hugging Face's <c>tokenizer.json</c> in the form of Llama: a BPE model over text in which U+2581 stands
-/// for a space. Byte-level BPE (GPT-2, Llama 3) and everything else that would change ids is refused by name.
+/// Reads and writes Hugging Face's <c>tokenizer.json</c>: a BPE model over text in which U+2581 stands for a space, as Llama 2
+/// has, or the byte-level BPE of GPT-2, SmolLM and Llama 3. Everything else that would change ids is refused by name.
 /// </summary>
 public static class HuggingFaceTokenizer
 {
@@ -55,7 +55,15 @@ public static class HuggingFaceTokenizer
             json.WriteNull("truncation");
             json.WriteNull("padding");
             WriteAddedTokens(json, model);
-            WriteSpaces(json, model);
+            if (model.WordSplit == WordSplit.None)
+            {
+                WriteSpaces(json, model);
+            }
+            else
+            {
+                WriteWords(json, model.WordSplit);
+            }
+
             WriteTemplate(json, tokenizer);
             WriteDecoder(json, model);
             WriteModel(json, tokenizer);
@@ -68,10 +76,16 @@ public static class HuggingFaceTokenizer
         ArgumentNullException.ThrowIfNull(tokenizer);
         return ToJson(json =>
         {
-            json.WriteBoolean("add_bos_token", tokenizer.Bos is not null);
+            json.WriteBoolean("add_bos_token", tokenizer.Bos is not null && tokenizer.Model.AddsBos);
             json.WriteBoolean("add_eos_token", false);
             WriteNames(json, tokenizer);
             json.WriteBoolean("clean_up_tokenization_spaces", false);
+            if (tokenizer.Model.WordSplit != WordSplit.None)
+            {
+                json.WriteString("tokenizer_class", "PreTrainedTokenizerFast");
+                return;
+            }
+
             json.WriteBoolean("legacy", true);
             json.WriteString("tokenizer_class", "LlamaTokenizer");
         });
@@ -91,7 +105,7 @@ public static class HuggingFaceTokenizer
         return model.RemoveExtraWhitespace || !model.CharacterMap.IsEmpty
                 ? $"it normalizes text ({(model.NormalizerName.Length > 0 ? model.NormalizerName : "a table of its own")}"
                     + $"{(model.RemoveExtraWhitespace ? ", extra spaces removed" : "")})"
-            : !model.EscapeWhitespace ? "its pieces have real spaces"
+            : !model.EscapeWhitespace && model.WordSplit == WordSplit.None ? "its pieces have real spaces"
             : tokenizer.Tables.HasHiddenCharacters ? "it merges characters that have no piece of their own"
             : !model.SymbolsSplitText && model.Pieces.Any(piece => piece.Kind == PieceKind.UserDefined)
                 ? "its user-defined symbols do not split the text, those of tokenizer.json do"
@@ -282,6 +296,47 @@ public static class HuggingFaceTokenizer
         json.WriteNull("pre_tokenizer");
     }
 
+    private static void WriteWords(Utf8JsonWriter json, WordSplit split)
+    {
+        json.WriteNull("normalizer");
+        json.WriteStartObject("pre_tokenizer");
+        json.WriteString("type", "Sequence");
+        json.WriteStartArray("pretokenizers");
+        if (split == WordSplit.SingleDigits)
+        {
+            json.WriteStartObject();
+            json.WriteString("type", "Digits");
+            json.WriteBoolean("individual_digits", true);
+            json.WriteEndObject();
+        }
+
+        if (split == WordSplit.Llama3)
+        {
+            json.WriteStartObject();
+            json.WriteString("type", "Split");
+            json.WriteStartObject("pattern");
+            json.WriteString("Regex", WordSplitter.Llama3Pattern);
+            json.WriteEndObject();
+            json.WriteString("behavior", "Isolated");
+            json.WriteBoolean("invert", false);
+            json.WriteEndObject();
+        }
+
+        json.WriteStartObject();
+        WriteByteLevel(json, useRegex: split != WordSplit.Llama3);
+        json.WriteEndObject();
+        json.WriteEndArray();
+        json.WriteEndObject();
+    }
+
+    private static void WriteByteLevel(Utf8JsonWriter json, bool useRegex)
+    {
+        json.WriteString("type", "ByteLevel");
+        json.WriteBoolean("add_prefix_space", false);
+        json.WriteBoolean("trim_offsets", true);
+        json.WriteBoolean("use_regex", useRegex);
+    }
+
     private static void WriteReplace(Utf8JsonWriter json, string pattern, string content)
     {
         json.WriteStartObject();
@@ -295,7 +350,7 @@ public static class HuggingFaceTokenizer
 
     private static void WriteTemplate(Utf8JsonWriter json, BpeTokenizer tokenizer)
     {
-        if (tokenizer.Bos is not { } bos)
+        if (tokenizer.Bos is not { } bos || !tokenizer.Model.AddsBos)
         {
             json.WriteNull("post_processor");
             return;
@@ -340,6 +395,13 @@ public static class HuggingFaceTokenizer
     private static void WriteDecoder(Utf8JsonWriter json, BpeModel model)
     {
         json.WriteStartObject("decoder");
+        if (model.WordSplit != WordSplit.None)
+        {
+            WriteByteLevel(json, useRegex: true);
+            json.WriteEndObject();
+            return;
+        }
+
         json.WriteString("type", "Sequence");
         json.WriteStartArray("decoders");
         WriteReplace(json, SpaceText, " ");
@@ -381,9 +443,9 @@ public static class HuggingFaceTokenizer
 
         json.WriteNull("continuing_subword_prefix");
         json.WriteNull("end_of_word_suffix");
-        json.WriteBoolean("fuse_unk", true);
+        json.WriteBoolean("fuse_unk", model.WordSplit == WordSplit.None);
         json.WriteBoolean("byte_fallback", model.ByteFallback);
-        json.WriteBoolean("ignore_merges", false);
+        json.WriteBoolean("ignore_merges", model.WordsComeFirst);
         json.WriteStartObject("vocab");
         for (int id = 0; id < model.Pieces.Count; id++)
         {

@@ -12,6 +12,9 @@ internal sealed class JsonTokenizerReader(string source)
     private bool _escapes;
     private bool _splits;
     private bool _normalizes;
+    private WordSplit _words = WordSplit.None;
+    private bool _singleDigits;
+    private bool _patternOfLlama3;
 
     public BpeModel Read(JsonElement root)
     {
@@ -24,26 +27,26 @@ internal sealed class JsonTokenizerReader(string source)
 
         ReadSpaces(root, "normalizer");
         ReadSpaces(root, "pre_tokenizer");
-        if (Find(root, "decoder", JsonValueKind.Object) is { } decoder && Text(decoder, "type") == "ByteLevel")
-        {
-            throw ByteLevel("decoder");
-        }
-
+        RequireOneKind(root);
         RequireEmpty(model, "dropout");
         RequireEmpty(model, "continuing_subword_prefix");
         RequireEmpty(model, "end_of_word_suffix");
-        if (Flag(model, "ignore_merges"))
-        {
-            throw Refused("model.ignore_merges is true, which is not supported");
-        }
-
+        bool isByteLevel = _words != WordSplit.None;
+        bool wordsComeFirst = Flag(model, "ignore_merges");
         bool byteFallback = Flag(model, "byte_fallback");
-        if (!byteFallback && !Flag(model, "fuse_unk"))
+        if (wordsComeFirst && !isByteLevel)
         {
-            throw Refused("model.fuse_unk is false without byte_fallback, which is not supported");
+            throw Refused("model.ignore_merges is true, which is supported in a byte-level BPE only");
         }
 
-        string? unknown = Text(model, "unk_token");
+        if (isByteLevel ? byteFallback : !byteFallback && !Flag(model, "fuse_unk"))
+        {
+            throw Refused($"model.byte_fallback is {(byteFallback ? "true in a byte-level BPE" : "false without fuse_unk")}, which is not supported");
+        }
+
+        // No text of a byte-level BPE is unknown.
+        string? unknown = isByteLevel ? null : Text(model, "unk_token");
+        string? first = isByteLevel && Find(root, "post_processor", JsonValueKind.Object) is { } step ? FirstToken(step) : null;
         JsonElement vocabulary = Object(model, "vocab");
         List<JsonElement> added = Find(root, "added_tokens", JsonValueKind.Array) is { } list ? [.. list.EnumerateArray()] : [];
         string?[] texts = ReadVocabulary(vocabulary, added);
@@ -73,7 +76,43 @@ internal sealed class JsonTokenizerReader(string source)
             DummyPrefix = _prefix,
             SymbolsSplitText = true,
             EscapeWhitespace = _escapes,
+            WordSplit = _words,
+            WordsComeFirst = wordsComeFirst,
+            AddsBos = !isByteLevel || first is not null,
+            BosPiece = first ?? "<s>",
         });
+    }
+
+    // Byte-level or SentencePiece's way, but not some of both.
+    private void RequireOneKind(JsonElement root)
+    {
+        bool decodesBytes = Find(root, "decoder", JsonValueKind.Object) is { } decoder && Text(decoder, "type") == "ByteLevel";
+        if (decodesBytes != (_words != WordSplit.None))
+        {
+            throw Refused("only one of pre_tokenizer and decoder is ByteLevel, which is not supported");
+        }
+
+        if (_words == WordSplit.None ? _singleDigits || _patternOfLlama3 : _escapes || _normalizes || _prefix != DummyPrefix.None)
+        {
+            throw Refused("mixes steps of byte-level BPE with those of SentencePiece, which is not supported");
+        }
+    }
+
+    /// <summary>The token that a post-processor puts before a text, or null where it puts none.</summary>
+    private string? FirstToken(JsonElement step)
+    {
+        switch (Text(step, "type"))
+        {
+            case "Sequence" when Find(step, "processors", JsonValueKind.Array) is { } steps:
+                return steps.EnumerateArray().Select(FirstToken).FirstOrDefault(static token => token is not null);
+            case "TemplateProcessing" when Find(step, "single", JsonValueKind.Array) is { } template:
+                JsonElement first = template.EnumerateArray().FirstOrDefault();
+                return Find(first, "SpecialToken", JsonValueKind.Object) is { } special ? Text(special, "id") : null;
+            case "ByteLevel":
+                return null;
+            case var type:
+                throw Refused($"post_processor of type {type ?? "(none)"} is not supported in a byte-level BPE");
+        }
     }
 
     /// <summary>
@@ -150,13 +189,25 @@ internal sealed class JsonTokenizerReader(string source)
             case "Metaspace" when key == "pre_tokenizer" && (Text(step, "replacement") ?? SpaceText) == SpaceText:
                 ReadMetaspace(step);
                 break;
-            case "ByteLevel":
-                throw ByteLevel(key);
-            case "Split" when key == "pre_tokenizer":
-                throw ByteLevel(key + " of type Split");
+            case "Digits" when key == "pre_tokenizer" && Flag(step, "individual_digits"):
+                _singleDigits = true;
+                break;
+            case "Split" when key == "pre_tokenizer" && Text(step, "behavior") == "Isolated" && !Flag(step, "invert")
+                && Find(step, "pattern", JsonValueKind.Object) is { } words && Text(words, "Regex") == WordSplitter.Llama3Pattern:
+                _patternOfLlama3 = true;
+                break;
+            case "ByteLevel" when key == "pre_tokenizer" && !Flag(step, "add_prefix_space", otherwise: true):
+                _words = (_patternOfLlama3, _singleDigits, Flag(step, "use_regex", otherwise: true)) switch
+                {
+                    (false, false, true) => WordSplit.Gpt2,
+                    (false, true, true) => WordSplit.SingleDigits,
+                    (true, false, false) => WordSplit.Llama3,
+                    _ => throw Refused("pre_tokenizer cuts words in another way than GPT-2, SmolLM or Llama 3, which is not supported"),
+                };
+                break;
             default:
-                throw Refused($"{key} of type {type ?? "(none)"} with these settings is not supported; Llama's form is Prepend and "
-                    + "Replace, or Metaspace");
+                throw Refused($"{key} of type {type ?? "(none)"} with these settings is not supported; known are Prepend and Replace, "
+                    + "Metaspace, and the ByteLevel of GPT-2, SmolLM and Llama 3");
         }
     }
 
@@ -322,12 +373,6 @@ internal sealed class JsonTokenizerReader(string source)
     {
         string text = value.GetRawText().ReplaceLineEndings(" ");
         return text.Length <= 60 ? text : text[..60] + "…";
-    }
-
-    private UserErrorException ByteLevel(string where)
-    {
-        return Refused($"is a byte-level BPE (as GPT-2 and Llama 3 have; see {where}), which is not supported; "
-            + "Llama 2's kind is, with U+2581 for spaces");
     }
 
     private UserErrorException Refused(string what) => new($"{source}: {what}");

@@ -21,7 +21,7 @@ internal sealed class GgufModel : ModelSource
     public override DType StoredType => _places[ModelTensors.Embedding].Entry.Type is var type && type.IsQuantized() ? DType.F32 : type;
 
     /// <inheritdoc/>
-    public override bool AddsBos => _parts.First.Value("tokenizer.ggml.add_bos_token", absent: true);
+    public override bool AddsBos => GgufTokenizer.AddsBos(_parts.First);
 
     /// <inheritdoc/>
     public override string? ChatTemplate => _parts.First.Value<string?>("tokenizer.chat_template", absent: null);

@@ -15,6 +15,8 @@ public abstract class ModelSource : IDisposable
     // Bytes that are copied at once: they stay in a cache until they are packed.
     private const int PieceBytes = 1 << 20;
 
+    private BpeTokenizer? _tokenizer;
+
     private protected ModelSource(string path, ModelConfig config)
     {
         (Path, Config) = (path, config);
@@ -39,13 +41,17 @@ public abstract class ModelSource : IDisposable
     /// <summary>Gets what the weights are stored in; F32 also where the file has F64.</summary>
     public abstract DType StoredType { get; }
 
-    /// <summary>Gets a value indicating whether a text begins with BOS: Llama's tokenizers add it unless the files say otherwise.</summary>
+    /// <summary>
+    /// Gets a value indicating whether a text begins with BOS: by <c>tokenizer_config.json</c>, else by the tokenizer; Llama's
+    /// add it unless they say otherwise.
+    /// </summary>
     public virtual bool AddsBos
     {
         get
         {
             string settings = System.IO.Path.Combine(TokenizerFolder, "tokenizer_config.json");
-            return !File.Exists(settings) || JsonKeys.Read(settings).Boolean("add_bos_token", absent: true);
+            bool byTokenizer = LoadTokenizer()?.Model.AddsBos ?? true;
+            return File.Exists(settings) ? JsonKeys.Read(settings).Boolean("add_bos_token", absent: byTokenizer) : byTokenizer;
         }
     }
 
@@ -117,7 +123,7 @@ public abstract class ModelSource : IDisposable
 
     /// <summary>Reads the tokenizer that came with the model; null where none did.</summary>
     /// <exception cref="UserErrorException">It is damaged or of a kind that is not supported.</exception>
-    public virtual BpeTokenizer? LoadTokenizer() => TokenizerPath is { } path ? Tokenizer.Load(path) : null;
+    public virtual BpeTokenizer? LoadTokenizer() => _tokenizer ??= TokenizerPath is { } path ? Tokenizer.Load(path) : null;
 
     /// <summary>Copies every tensor to the parameters of a model of the same shape, converting to their types.</summary>
     /// <param name="backend">The device of the parameters.</param>

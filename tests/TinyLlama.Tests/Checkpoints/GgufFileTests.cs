@@ -110,7 +110,8 @@ public sealed class GgufFileTests : IDisposable
     [InlineData("huge-text", "cut off or damaged")]
     [InlineData("alignment", "'general.alignment' is not a power of two")]
     [InlineData("architecture", "architecture 'gpt2'; only 'llama'")]
-    [InlineData("tokenizer", "'gpt2', only 'llama'")]
+    [InlineData("tokenizer", "'t5', only 'llama' (SentencePiece BPE) and 'gpt2'")]
+    [InlineData("words", "'tokenizer.ggml.pre' is 'qwen2', only 'gpt-2', 'smollm', 'llama-bpe'")]
     [InlineData("rope", "'llama.rope.scaling.type' is 'yarn'")]
     [InlineData("split", "is one of 2 files of a model, but not named so")]
     public void What_is_wrong_is_named(string wrong, string message)
@@ -137,7 +138,11 @@ public sealed class GgufFileTests : IDisposable
                 builder.Replace("general.architecture", "gpt2");
                 break;
             case "tokenizer":
+                builder.Replace("tokenizer.ggml.model", "t5");
+                break;
+            case "words":
                 builder.Replace("tokenizer.ggml.model", "gpt2");
+                builder.Text("tokenizer.ggml.pre", "qwen2");
                 break;
             case "rope":
                 builder.Replace("llama.rope.scaling.type", "yarn");

@@ -1,4 +1,3 @@
-using System.Diagnostics;
 using System.Text.Json;
 using TinyLlama.Checkpoints;
 using TinyLlama.Data.Documents;
@@ -118,6 +117,45 @@ public sealed class LlamaCppTests : IDisposable
         }
     }
 
+    [Theory]
+    [InlineData("gpt2", false)]
+    [InlineData("smollm", false)]
+    [InlineData("llama3", true)]
+    public void Byte_level_tokenizers_give_the_same_tokens(string kind, bool addsBos)
+    {
+        string package = NodePackages.Require("node-llama-cpp");
+        string[] texts = [s_document, "it's 12345 o'clock,  WE'LL see\n\n\tx_1 >= 2 \r\n", "\u65e5\u672c\u8a9e \U0001F999 \u00dcber\u00a0a\u3000b", "a[SYM] b", " 7", "   "];
+        var config = new ModelConfig
+        {
+            VocabularySize = 256 + 60 + 3,
+            ContextLength = 64,
+            Layers = 1,
+            Heads = 2,
+            KeyValueHeads = 2,
+            Channels = 64,
+            Hidden = 64,
+        };
+        string folder = TrainingCheckpoint.List(SmallModel.Save(_folder["run"], config, tokenizer: null))[^1].Path;
+        System.IO.File.WriteAllText(Path.Combine(folder, "tokenizer.json"), ByteLevelJson.Make(kind, s_document + texts[1], 60));
+        System.IO.File.WriteAllText(Path.Combine(folder, "tokenizer_config.json"), """{"bos_token":"<|bos|>","eos_token":"<|eos|>"}""");
+        using ModelSource source = ModelSource.Open(folder, Assert.Fail);
+        BpeTokenizer tokenizer = source.LoadTokenizer()!;
+        string path = File(GgufMix.Find("f16"));
+        GgufExport.Write(path, source, GgufMix.Find("f16"), tokenizer);
+        JsonElement answer = Assert.Single(Run(package, $$"""
+            const model = await llama.loadModel({ modelPath: '{{path}}', gpuLayers: 0 });
+            console.log(JSON.stringify({ tokens: {{JsonSerializer.Serialize(texts)}}.map(text => model.tokenize(text, false)),
+                bos: model.tokens.bos, eos: model.tokens.eos, addsBos: model.tokens.shouldPrependBosToken }));
+            """));
+
+        Assert.Equal(texts.Select(text => Encode(tokenizer, text)), answer.GetProperty("tokens").EnumerateArray().Select(Ids));
+        Assert.Equal((256 + 60, 256 + 61), (answer.GetProperty("bos").GetInt32(), answer.GetProperty("eos").GetInt32()));
+        Assert.Equal(addsBos, answer.GetProperty("addsBos").GetBoolean());
+        using ModelSource exported = ModelSource.Open(path, Assert.Fail);
+        Assert.Equal((addsBos, addsBos), (source.AddsBos, exported.AddsBos));
+        Assert.Equal(tokenizer.Hash, exported.LoadTokenizer()!.Hash);
+    }
+
     private static int[] Greedy(LanguageModel model)
     {
         Generation generation = model.Generate(s_texts[0], new() { Temperature = 0, MaxTokens = NewTokens });
@@ -183,19 +221,12 @@ public sealed class LlamaCppTests : IDisposable
     // Runs a script with llama.cpp at hand; each line that it writes is JSON.
     private JsonElement[] Run(string package, string body)
     {
-        string script = _folder["ask.mjs"];
-        System.IO.File.WriteAllText(script, $$"""
+        string[] lines = NodePackages.Run(_folder["ask.mjs"], $$"""
             import { getLlama, LlamaLogLevel } from '{{Path.Combine(package, "dist", "index.js")}}';
             const llama = await getLlama({ gpu: false, build: 'never', logLevel: LlamaLogLevel.error });
             {{body}}
             process.exit(0);
             """);
-        var start = new ProcessStartInfo("node", [script]) { RedirectStandardOutput = true, RedirectStandardError = true, UseShellExecute = false };
-        using Process process = Process.Start(start)!;
-        Task<string> errors = process.StandardError.ReadToEndAsync();
-        string[] lines = process.StandardOutput.ReadToEnd().Split('\n', StringSplitOptions.RemoveEmptyEntries);
-        process.WaitForExit();
-        Assert.True(process.ExitCode == 0, errors.Result);
         return [.. lines.Select(line => JsonDocument.Parse(line).RootElement)];
     }
 
