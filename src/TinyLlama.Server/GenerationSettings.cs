@@ -18,8 +18,9 @@ internal static class GenerationSettings
     /// <param name="maxTokens">The most new tokens it asks for, or null.</param>
     /// <param name="limit">The most that the server gives, or null.</param>
     /// <param name="logProbabilities">How many likeliest tokens it asks the log-probabilities of, or null for none.</param>
+    /// <param name="json">What the reply must be, or null for any text.</param>
     /// <exception cref="ApiException">A value has no meaning.</exception>
-    public static GenerationOptions Read(GenerationRequest request, int? maxTokens, int? limit, int? logProbabilities)
+    public static GenerationOptions Read(GenerationRequest request, int? maxTokens, int? limit, int? logProbabilities, JsonConstraint? json)
     {
         IReadOnlyList<string> stops = RequestReader.Strings(request.Stop, "stop");
         if (stops.Count > MostStops)
@@ -30,11 +31,6 @@ internal static class GenerationSettings
         if (request.N is < 1 or > MostCompletions)
         {
             throw ApiException.Invalid($"'n' is {request.N}, it must be from 1 to {MostCompletions}", "n");
-        }
-
-        if (request.ResponseFormat is { Type: not "text" } format)
-        {
-            throw ApiException.Invalid($"'response_format' of the type '{format.Type}' is not supported", "response_format");
         }
 
         var options = new GenerationOptions
@@ -51,6 +47,7 @@ internal static class GenerationSettings
             Seed = unchecked((ulong)(request.Seed ?? RandomNumberGenerator.GetInt32(int.MaxValue))),
             StopStrings = stops,
             LogProbabilities = logProbabilities,
+            Json = json,
         };
         try
         {

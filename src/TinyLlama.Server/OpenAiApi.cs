@@ -17,6 +17,7 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
         LoggerMessage.Define<string>(LogLevel.Error, new EventId(1, "Defect"), "{Route} failed");
 
     private readonly Replies _replies = new(model, options, metrics);
+    private readonly ResponseFormats _formats = new();
 
     /// <summary>Gets a value indicating whether the server ends: what runs is finished, nothing new begins.</summary>
     public bool IsEnding => lifetime.ApplicationStopping.IsCancellationRequested;
@@ -111,7 +112,8 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
             request,
             request.MaxCompletionTokens ?? request.MaxTokens,
             options.MaxTokens,
-            request.Logprobs == true ? request.TopLogprobs ?? 0 : null));
+            request.Logprobs == true ? request.TopLogprobs ?? 0 : null,
+            _formats.Read(request.ResponseFormat)));
         await AnswerAsync(context, request, [prompt], echo: null, generation, new ChatForm(model.Chat.Tokenizer));
     }
 
@@ -141,7 +143,8 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
 
         IReadOnlyList<int[]> prompts = Prompts(request.Prompt);
         IReadOnlyList<string>? echo = request.Echo == true ? [.. prompts.Select(prompt => model.Chat.Tokenizer.Decode(prompt))] : null;
-        GenerationOptions generation = GenerationSettings.Read(request, request.MaxTokens ?? 16, options.MaxTokens, request.Logprobs);
+        GenerationOptions generation = GenerationSettings.Read(
+            request, request.MaxTokens ?? 16, options.MaxTokens, request.Logprobs, _formats.Read(request.ResponseFormat));
         await AnswerAsync(context, request, prompts, echo, generation, new TextForm(model.Chat.Tokenizer));
     }
 

@@ -45,6 +45,9 @@ public sealed class ServedModel : IDisposable
     /// <summary>Gets the number of parameters.</summary>
     public long ParameterCount => _model.Model.Config.ParameterCount;
 
+    /// <summary>A client for other code of this process; its conversations are computed together with those of requests.</summary>
+    public ModelChatClient CreateClient() => new(Chat, Generator);
+
     /// <inheritdoc/>
     public void Dispose()
     {

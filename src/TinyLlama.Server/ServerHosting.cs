@@ -3,6 +3,7 @@ using Microsoft.AspNetCore.Builder;
 using Microsoft.AspNetCore.Hosting;
 using Microsoft.AspNetCore.Http;
 using Microsoft.AspNetCore.Routing;
+using Microsoft.Extensions.AI;
 using Microsoft.Extensions.DependencyInjection;
 using Microsoft.Extensions.Hosting;
 using Microsoft.Extensions.Logging;
@@ -12,7 +13,7 @@ namespace TinyLlama.Server;
 /// <summary>Puts a model into a host, or makes a host of its own.</summary>
 public static class ServerHosting
 {
-    /// <summary>Adds a model. It is loaded when the first endpoint is mapped.</summary>
+    /// <summary>Adds a model, also as an <see cref="IChatClient"/>. It is loaded when the endpoints are mapped, or the client is asked for.</summary>
     /// <param name="services">The host's services.</param>
     /// <param name="configure">Says what is served and how; at least <see cref="ServerOptions.Model"/>.</param>
     public static IServiceCollection AddTinyLlama(this IServiceCollection services, Action<ServerOptions> configure)
@@ -86,7 +87,12 @@ public static class ServerHosting
     }
 
     private static IServiceCollection Add(IServiceCollection services, ServerOptions options) =>
-        services.AddSingleton(options).AddSingleton<ServedModel>().AddSingleton<ServerMetrics>().AddSingleton<ApiKeys>().AddSingleton<OpenAiApi>();
+        services.AddSingleton(options)
+            .AddSingleton<ServedModel>()
+            .AddSingleton<IChatClient>(static provider => provider.GetRequiredService<ServedModel>().CreateClient())
+            .AddSingleton<ServerMetrics>()
+            .AddSingleton<ApiKeys>()
+            .AddSingleton<OpenAiApi>();
 
     // A name that an attacker's page made point here is not one of these.
     private static Task RequireLocalHost(HttpContext context, RequestDelegate next)

@@ -108,6 +108,8 @@ public sealed class ApiTests
     [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":9999999999}""", 400, "'max_tokens' is of the wrong type", "max_tokens")]
     [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function"}]}""", 400, "tools are not supported", "tools")]
     [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"xml"}}""", 400, "'xml' is not supported", "response_format")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_schema"}}""", 400, "schema' is missing", "response_format")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_schema","json_schema":{"schema":{"pattern":"a"}}}}""", 400, "pattern", "response_format")]
     [InlineData(Chat, """{"model":"other","messages":[{"role":"user","content":"x"}]}""", 404, "'random' is served", "model")]
     [InlineData(Text, """{"prompt":[]}""", 400, "'prompt' must be", "prompt")]
     [InlineData(Text, """{"prompt":[1,"a"]}""", 400, "what is no token", "prompt")]

@@ -1,3 +1,4 @@
+using System.Text.Json;
 using Microsoft.Extensions.AI;
 using TinyLlama.Data;
 using TinyLlama.Inference;
@@ -42,6 +43,17 @@ public sealed class ModelChatClientTests
     }
 
     [Fact]
+    public async Task A_response_is_of_its_type()
+    {
+        using LanguageModel model = LanguageModel.Load(TestModel.Folder, threads: 1);
+        using IChatClient chat = model.AsChatClient();
+        var options = new ChatOptions { MaxOutputTokens = 200, Temperature = 0, ResponseFormat = ChatResponseFormat.ForJsonSchema<Answer>() };
+        string text = (await chat.GetResponseAsync("hello", options, Stop)).Text;
+        Answer answer = JsonSerializer.Deserialize<Answer>(text, JsonSerializerOptions.Web)!;
+        Assert.Equal(text.Contains("true", StringComparison.Ordinal), answer.IsTrue);
+    }
+
+    [Fact]
     public async Task Who_stops_reading_frees_the_place()
     {
         using LanguageModel model = LanguageModel.Load(TestModel.Folder, threads: 1, contextLength: 16_384);
@@ -72,4 +84,6 @@ public sealed class ModelChatClientTests
         Assert.Contains("top-p", await Refusal(hello, new ChatOptions { TopP = 3 }), StringComparison.Ordinal);
         Assert.Contains("UriContent", await Refusal(new ChatMessage(ChatRole.User, [new UriContent("http://x", "image/png")]), new ChatOptions()), StringComparison.Ordinal);
     }
+
+    private sealed record Answer(bool IsTrue);
 }

@@ -125,6 +125,27 @@ public sealed class OpenAiClientTests
     }
 
     [Fact]
+    public async Task A_format_is_kept()
+    {
+        await using RunningServer server = await RunningServer.StartAsync();
+        ChatClient client = server.Client().GetChatClient(TestModel.Name);
+        ChatCompletionOptions options = Options(100);
+        options.ResponseFormat = ChatResponseFormat.CreateJsonSchemaFormat(
+            "weather", BinaryData.FromString("""{"type":"object","properties":{"sunny":{"type":"boolean"},"wind":{"enum":["north","south"]}},"required":["sunny","wind"],"additionalProperties":false}"""));
+        for (int i = 0; i < 3; i++)
+        {
+            ChatCompletion reply = await client.CompleteChatAsync(s_hello, options, Stop);
+            Assert.Equal(ChatFinishReason.Stop, reply.FinishReason);
+            Assert.Matches("""^\s*\{\s*"sunny"\s*:\s*(true|false)\s*,\s*"wind"\s*:\s*"(north|south)"\s*\}\s*$""", reply.Content[0].Text);
+        }
+
+        options.ResponseFormat = ChatResponseFormat.CreateJsonObjectFormat();
+        options.Temperature = 1;
+        ChatCompletion any = await client.CompleteChatAsync(s_hello, options, Stop);
+        Assert.Equal('{', any.Content[0].Text.TrimStart()[0]);
+    }
+
+    [Fact]
     public async Task Errors_are_of_the_kind_that_the_client_knows()
     {
         await using RunningServer server = await RunningServer.StartAsync(options => options.ApiKeys.Add("secret"));

@@ -117,11 +117,6 @@ public sealed class ModelChatClient : IChatClient
             throw new UserErrorException("tools are not supported: this model was not taught to call them");
         }
 
-        if (options?.ResponseFormat is ChatResponseFormatJson)
-        {
-            throw new UserErrorException("JSON as the format of a response is not supported");
-        }
-
         return new GenerationOptions
         {
             MaxTokens = options?.MaxOutputTokens,
@@ -132,6 +127,12 @@ public sealed class ModelChatClient : IChatClient
             FrequencyPenalty = options?.FrequencyPenalty ?? 0,
             Seed = unchecked((ulong)(options?.Seed ?? RandomNumberGenerator.GetInt32(int.MaxValue))),
             StopStrings = [.. options?.StopSequences ?? []],
+            Json = options?.ResponseFormat switch
+            {
+                ChatResponseFormatJson { Schema: { } schema } => JsonConstraint.FromSchema(schema.GetRawText()),
+                ChatResponseFormatJson => JsonConstraint.AnyObject,
+                _ => null,
+            },
         };
     }
 }
