@@ -152,6 +152,43 @@ public sealed class ChatPageTests : IAsyncLifetime
     }
 
     [Fact]
+    public async Task A_message_is_edited_while_a_later_reply_comes()
+    {
+        await SendAsync("one");
+        await SetAsync("max_tokens", "60000");
+        await _page.Locator(".user").First.HoverAsync();
+        await _page.Locator(".edit").First.ClickAsync();
+        await _page.Locator(".editor").FillAsync("changed");
+        await SendAsync("two", waits: false);
+        await Expect(_page.Locator(".coming .token").Nth(5)).ToBeAttachedAsync();
+        await Expect(_page.Locator(".editor")).ToHaveValueAsync("changed");
+        await _page.Locator(".editor").PressAsync("Enter");
+        await Expect(_page.Locator(".user .body")).ToHaveTextAsync("changed");
+        await Expect(_page.Locator(".coming .token").Nth(5)).ToBeAttachedAsync();
+        await Expect(_page.Locator(".message")).ToHaveCountAsync(2);
+        await _page.Keyboard.PressAsync("Escape");
+        await Expect(_page.Locator(".assistant .measure")).ToContainTextAsync("stopped");
+        await _server!.UntilIdleAsync();
+        Assert.Empty(_problems);
+    }
+
+    [Fact]
+    public async Task Probabilities_of_a_token_that_goes_do_not_show()
+    {
+        await _page.Clock.InstallAsync();
+        await SendAsync("hello");
+        await _page.EvaluateAsync("""
+            () => {
+              document.querySelector('.token').dispatchEvent(new PointerEvent('pointerenter'));
+              document.querySelector('#new').click();
+            }
+            """);
+        await _page.Clock.RunForAsync(1000);
+        await Expect(_page.Locator("#tip")).ToBeHiddenAsync();
+        Assert.Empty(_problems);
+    }
+
+    [Fact]
     public async Task A_refused_request_is_told_in_words()
     {
         await SetAsync("max_tokens", "999999");

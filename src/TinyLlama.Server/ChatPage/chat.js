@@ -1,22 +1,27 @@
 import { getModel, streamChat } from './api.js';
 import { defaults, messages, save, settings } from './store.js';
-import { messageElement, replyElement } from './view.js';
+import { hideTip, messageElement, replyElement } from './view.js';
 
 const $ = id => document.getElementById(id);
 const [list, input, scroll] = [$('messages'), $('input'), $('scroll')];
 const examples = ['Tell me a short story.', 'What is a llama?', 'Write a poem about small things.'];
 
 let model = null;
+// The reply that comes, by what aborts it.
 let running = null;
 let follows = true;
 
 // The conversation: { role, content, tokens?, rate?, seconds?, finish? }.
 
-function show() {
-  list.replaceChildren(...messages.map((message, i) => messageElement(message, {
-    isLast: i === messages.length - 1,
-    edit: text => edit(i, text),
-    regenerate: () => regenerate(i),
+/** Shows the messages from one on; those before it stay as they are, an open editor too. */
+function show(from = list.children.length) {
+  hideTip();
+  while (list.children.length > from) {
+    list.lastElementChild.remove();
+  }
+  list.append(...messages.slice(from).map((message, i) => messageElement(message, {
+    edit: text => edit(from + i, text),
+    regenerate: () => regenerate(from + i),
   })));
   $('empty').hidden = messages.length > 0;
   save();
@@ -41,17 +46,18 @@ async function reply() {
   fail(null);
   const message = { role: 'assistant', content: '', tokens: [] };
   const asked = request();
-  messages.push(message);
+  const at = messages.push(message) - 1;
   show();
   const view = replyElement(message, list.lastElementChild);
-  running = new AbortController();
+  const controller = new AbortController();
+  running = controller;
   setBusy(true);
   follows = true;
   const start = performance.now();
   let [first, count] = [null, 0];
   let pending = [];
   try {
-    for await (const chunk of streamChat(asked, settings.key, running.signal)) {
+    for await (const chunk of streamChat(asked, settings.key, controller.signal)) {
       if (chunk.usage) {
         count = chunk.usage.completion_tokens;
         showContext(chunk.usage.total_tokens);
@@ -82,6 +88,9 @@ async function reply() {
       fail(error.code === 'context_length_exceeded' && error.param !== 'max_tokens' ? `The conversation is too long for this model: ${error.message}. Start a new chat, or edit an earlier message.` : error.message);
     }
   }
+  if (running !== controller) {
+    return;
+  }
   if (first !== null) {
     message.seconds = (first - start) / 1000;
     message.rate = count > 1 ? (count - 1) / ((performance.now() - first) / 1000) : undefined;
@@ -92,7 +101,7 @@ async function reply() {
   }
   running = null;
   setBusy(false);
-  show();
+  show(at);
   keepAtEnd();
 }
 
@@ -110,19 +119,27 @@ function send(text) {
 }
 
 function edit(index, text) {
-  stop();
-  messages.splice(index);
+  cut(index);
   send(text);
 }
 
 function regenerate(index) {
-  stop();
-  messages.splice(index);
+  cut(index);
   reply();
 }
 
+/** Stops the reply that comes; what came of it stays. */
 function stop() {
   running?.abort();
+}
+
+/** Leaves the first messages; a reply that comes ends unseen. */
+function cut(length) {
+  stop();
+  running = null;
+  setBusy(false);
+  messages.length = length;
+  show(length);
 }
 
 function setBusy(busy) {
@@ -219,11 +236,9 @@ scroll.addEventListener('scroll', () => {
 });
 $('stop').addEventListener('click', stop);
 $('new').addEventListener('click', () => {
-  stop();
-  messages.length = 0;
+  cut(0);
   $('context').textContent = '';
   fail(null);
-  show();
   input.focus();
 });
 $('theme').addEventListener('click', () => {

@@ -31,7 +31,7 @@ function action(name, title, click) {
 }
 
 /** A message with what can be done to it. */
-export function messageElement(message, { isLast, edit, regenerate }) {
+export function messageElement(message, { edit, regenerate }) {
   const isUser = message.role === 'user';
   const body = element('div', 'body');
   const actions = element('div', 'actions', action('copy', 'Copy', () => navigator.clipboard.writeText(message.content)));
@@ -44,7 +44,6 @@ export function messageElement(message, { isLast, edit, regenerate }) {
     body.append(...(message.tokens ?? []).map(tokenElement));
     actions.append(action('again', 'Regenerate', regenerate));
     actions.append(element('span', 'measure', measure(message)));
-    made.classList.toggle('last', isLast);
   }
   return made;
 }
@@ -100,7 +99,8 @@ function showTip(span, likely) {
   tip.style.transform = `translate(${left}px, ${top}px)`;
 }
 
-function hideTip() {
+/** To be called also where tokens are taken away: an element that is gone sees no pointer leave. */
+export function hideTip() {
   clearTimeout(waiting);
   document.getElementById('tip').hidden = true;
 }
