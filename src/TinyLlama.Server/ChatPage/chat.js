@@ -10,6 +10,7 @@ let model = null;
 // The reply that comes, by what aborts it.
 let running = null;
 let follows = true;
+let frame = 0;
 
 // The conversation: { role, content, tokens?, rate?, seconds?, finish? }.
 
@@ -157,10 +158,14 @@ function showContext(tokens) {
   $('context').textContent = model ? `${tokens} of ${model.meta.n_ctx} tokens` : '';
 }
 
+/** Once a frame: to ask for the height lays the whole conversation out. */
 function keepAtEnd() {
-  if (follows) {
-    scroll.scrollTop = scroll.scrollHeight;
-  }
+  cancelAnimationFrame(frame);
+  frame = requestAnimationFrame(() => {
+    if (follows) {
+      scroll.scrollTop = scroll.scrollHeight;
+    }
+  });
 }
 
 function fitInput() {
