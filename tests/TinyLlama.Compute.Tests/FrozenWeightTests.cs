@@ -53,6 +53,50 @@ public sealed class FrozenWeightTests
     }
 
     [Theory]
+    [InlineData(CpuPath.Vector512)]
+    [InlineData(CpuPath.Vector256)]
+    [InlineData(CpuPath.Vector128)]
+    [InlineData(CpuPath.Scalar)]
+    public void Weights_of_16_bits_are_kept_in_16_and_multiplied_as_they_are(CpuPath path)
+    {
+        using CpuBackend backend = CpuBackend.Create(1, path);
+        using Arena arena = backend.Allocate("test", 1 << 20);
+        Tensor output = arena.Take(3, 65);
+        foreach (DType type in (DType[])[DType.BF16, DType.F16])
+        {
+            foreach (int inputs in (int[])[34, 35])
+            {
+                var weight = Weight.Frozen(arena, backend, 65, inputs, type);
+                long bytes = weight.PackedForward.Count * weight.PackedForward.Type.ByteCount();
+                if (inputs == 34)
+                {
+                    Assert.InRange(bytes, 65 * inputs * 2, 96 * inputs * 2);
+                }
+
+                // Each row is zero but for one place; they become small, in half precision subnormal.
+                byte[] rows = new byte[65 * inputs * 2];
+                for (int o = 0; o < 65; o++)
+                {
+                    float value = MathF.ScaleB(1 + (o % 2 / 2f), -Math.Min(o, type == DType.F16 ? 23 : 64));
+                    Span<byte> place = rows.AsSpan(((o * inputs) + (o % inputs)) * 2);
+                    MemoryMarshal.Write(place, type == DType.F16 ? BitConverter.HalfToUInt16Bits((Half)value) : (ushort)(BitConverter.SingleToUInt32Bits(value) >> 16));
+                }
+
+                backend.WriteRows(weight, 0, rows.AsSpan(0, 64 * inputs * 2));
+                backend.WriteRows(weight, 64, rows.AsSpan(64 * inputs * 2));
+                Tensor input = arena.Take(3, inputs);
+                input.HostSpan<float>().Fill(1 + MathF.ScaleB(1, -20));
+                backend.MatMul(output, input, weight);
+                for (int o = 0; o < 65; o++)
+                {
+                    float value = MathF.ScaleB(1 + (o % 2 / 2f), -Math.Min(o, type == DType.F16 ? 23 : 64));
+                    Assert.Equal(value * (1 + MathF.ScaleB(1, -20)), output.HostSpan<float>()[65 + o]);
+                }
+            }
+        }
+    }
+
+    [Theory]
     [MemberData(nameof(All))]
     public void A_row_gets_the_same_bits_alone_and_among_others(CpuPath path, DType type)
     {
@@ -211,7 +255,8 @@ public sealed class FrozenWeightTests
                         values[block] = BitConverter.UInt32BitsToSingle((uint)MemoryMarshal.Read<ushort>(place) << 16);
                         continue;
                     case DType.F16:
-                        MemoryMarshal.Write(place, (Half)(random.NextSingle() - 0.5f));
+                        // One in five is subnormal.
+                        MemoryMarshal.Write(place, (Half)((random.NextSingle() - 0.5f) * (random.Next(5) == 0 ? 1e-4f : 1)));
                         values[block] = (float)MemoryMarshal.Read<Half>(place);
                         continue;
                     case DType.Q6_K:

@@ -15,7 +15,7 @@ namespace TinyLlama.Compute.Cpu;
 /// The code follows the calling convention of System V (Linux), writes the tile's sums and nothing else, and is checked
 /// against <see cref="Bf16Tile{V}"/> before its first use. vdpbf16ps reads subnormal numbers as zero, and gives zero for them.
 /// </remarks>
-internal readonly unsafe struct Avx512Bf16Tile : ITile
+internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
 {
     private static readonly (nint Address, string? Fault) s_code = Load();
 

@@ -3,17 +3,17 @@ using System.Runtime.CompilerServices;
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
-/// A tile of operands that are rounded to bfloat16: a step is a pair of k. They are multiplied by instructions of fp32, at
-/// its rate at best: panels, which take half the room, are widened in registers, the left operand when it is packed.
+/// A <see cref="PairTile{V, P}"/> of operands that are rounded to bfloat16: panels are rounded when they are packed, the
+/// left operand is when it is copied, as floats.
 /// </summary>
 /// <remarks>
-/// A product of two bfloat16 is exact in fp32. Each step adds the product of the second k, then that of the first, each
-/// rounded once: the order of the instruction vdpbf16ps, so that but for subnormal numbers the bits are the same.
+/// A product of two bfloat16 is exact in fp32, and the order of a step is that of the instruction vdpbf16ps, so that but for
+/// subnormal numbers the bits are the same.
 /// Widening the left operand in registers too costs a third of the rate: it takes two instructions where a float takes
 /// none, as its load broadcasts it.
 /// </remarks>
 /// <typeparam name="V">The register.</typeparam>
-internal readonly unsafe struct Bf16Tile<V> : ITile
+internal readonly unsafe struct Bf16Tile<V> : IPackingTile
     where V : struct, ILanes<V>
 {
     /// <inheritdoc/>
@@ -37,51 +37,15 @@ internal readonly unsafe struct Bf16Tile<V> : ITile
     }
 
     /// <inheritdoc/>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Multiply(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
-    {
-        if (V.Count == 16)
-        {
-            Multiply8(sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate);
-        }
-        else
-        {
-            Multiply6(sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate);
-        }
-    }
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate) =>
+        PairTile<V, BFloat16Pairs<V>>.Multiply(sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate);
 
     /// <inheritdoc/>
-    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    public static void MultiplyRow(float* sums, float* left, float* panels, nint nextPanel, nint steps, bool accumulate)
-    {
-        V s00 = default, s01 = default, s10 = default, s11 = default;
-        V s20 = default, s21 = default, s30 = default, s31 = default;
-        float* p0 = panels;
-        float* p1 = p0 + nextPanel;
-        float* p2 = p1 + nextPanel;
-        float* p3 = p2 + nextPanel;
-        for (nint step = 0; step < steps; step++, left += 2)
-        {
-            V first = V.Create(left[0]), second = V.Create(left[1]);
-            AddPair(ref s00, first, second, V.Load(p0));
-            AddPair(ref s01, first, second, V.Load(p0 + V.Count));
-            AddPair(ref s10, first, second, V.Load(p1));
-            AddPair(ref s11, first, second, V.Load(p1 + V.Count));
-            AddPair(ref s20, first, second, V.Load(p2));
-            AddPair(ref s21, first, second, V.Load(p2 + V.Count));
-            AddPair(ref s30, first, second, V.Load(p3));
-            AddPair(ref s31, first, second, V.Load(p3 + V.Count));
-            p0 += Columns;
-            p1 += Columns;
-            p2 += Columns;
-            p3 += Columns;
-        }
-
-        Tile<V>.Put(sums, s00, s01, accumulate);
-        Tile<V>.Put(sums + Columns, s10, s11, accumulate);
-        Tile<V>.Put(sums + (2 * Columns), s20, s21, accumulate);
-        Tile<V>.Put(sums + (3 * Columns), s30, s31, accumulate);
-    }
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void MultiplyRow(float* sums, float* left, float* panels, nint nextPanel, nint steps, bool accumulate) =>
+        PairTile<V, BFloat16Pairs<V>>.MultiplyRow(sums, left, panels, nextPanel, steps, accumulate);
 
     /// <inheritdoc/>
     [SkipLocalsInit]
@@ -194,118 +158,5 @@ internal readonly unsafe struct Bf16Tile<V> : ITile
                 Pair(exists ? source[j] : 0, exists && k + 1 < depth ? source[step + j] : 0).Store(panel + j);
             }
         }
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void Multiply6(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
-    {
-        Tile<V>.Prefetch(sums, sumsRow, 6);
-        V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default;
-        V s30 = default, s31 = default, s40 = default, s41 = default, s50 = default, s51 = default;
-        left += leftStep;
-        float* left3 = left + (3 * leftRow);
-        nint leftRow2 = 2 * leftRow;
-        nint back = leftStep * sizeof(float);
-        nint next = 3 * back;
-        float* end = panel + (steps * Columns);
-        while (panel != end)
-        {
-            V p0 = V.Second(V.Load(panel)), p1 = V.Second(V.Load(panel + V.Count));
-            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-            left = (float*)((byte*)left - back);
-            left3 = (float*)((byte*)left3 - back);
-            p0 = V.First(V.Load(panel));
-            p1 = V.First(V.Load(panel + V.Count));
-            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-            left = (float*)((byte*)left + next);
-            left3 = (float*)((byte*)left3 + next);
-            panel += Columns;
-        }
-
-        Tile<V>.Put(sums, s00, s01, accumulate);
-        Tile<V>.Put(sums += sumsRow, s10, s11, accumulate);
-        Tile<V>.Put(sums += sumsRow, s20, s21, accumulate);
-        Tile<V>.Put(sums += sumsRow, s30, s31, accumulate);
-        Tile<V>.Put(sums += sumsRow, s40, s41, accumulate);
-        Tile<V>.Put(sums + sumsRow, s50, s51, accumulate);
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void Multiply8(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
-    {
-        Tile<V>.Prefetch(sums, sumsRow, 8);
-        V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default, s30 = default, s31 = default;
-        V s40 = default, s41 = default, s50 = default, s51 = default, s60 = default, s61 = default, s70 = default, s71 = default;
-        left += leftStep;
-        float* left3 = left + (3 * leftRow);
-        float* left6 = left3 + (3 * leftRow);
-        nint leftRow2 = 2 * leftRow;
-        nint back = leftStep * sizeof(float);
-        nint next = 3 * back;
-        float* end = panel + (steps * Columns);
-        while (panel != end)
-        {
-            V p0 = V.Second(V.Load(panel)), p1 = V.Second(V.Load(panel + V.Count));
-            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-            AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
-            AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
-            left = (float*)((byte*)left - back);
-            left3 = (float*)((byte*)left3 - back);
-            left6 = (float*)((byte*)left6 - back);
-            p0 = V.First(V.Load(panel));
-            p1 = V.First(V.Load(panel + V.Count));
-            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-            AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
-            AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
-            left = (float*)((byte*)left + next);
-            left3 = (float*)((byte*)left3 + next);
-            left6 = (float*)((byte*)left6 + next);
-            panel += Columns;
-        }
-
-        Tile<V>.Put(sums, s00, s01, accumulate);
-        Tile<V>.Put(sums += sumsRow, s10, s11, accumulate);
-        Tile<V>.Put(sums += sumsRow, s20, s21, accumulate);
-        Tile<V>.Put(sums += sumsRow, s30, s31, accumulate);
-        Tile<V>.Put(sums += sumsRow, s40, s41, accumulate);
-        Tile<V>.Put(sums += sumsRow, s50, s51, accumulate);
-        Tile<V>.Put(sums += sumsRow, s60, s61, accumulate);
-        Tile<V>.Put(sums + sumsRow, s70, s71, accumulate);
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static void AddProducts(ref V sum0, ref V sum1, V x, V p0, V p1)
-    {
-        V.AddProduct(ref sum0, x, p0);
-        V.AddProduct(ref sum1, x, p1);
-    }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static void AddPair(ref V sum, V first, V second, V pairs)
-    {
-        V.AddProduct(ref sum, second, V.Second(pairs));
-        V.AddProduct(ref sum, first, V.First(pairs));
     }
 }

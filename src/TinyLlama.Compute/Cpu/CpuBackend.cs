@@ -98,11 +98,12 @@ public abstract class CpuBackend : Backend
 /// <typeparam name="T">The tile of matrix products.</typeparam>
 internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBackend(path, threads, T.Type)
     where V : struct, ILanes<V>
-    where T : struct, ITile
+    where T : struct, IPackingTile
 {
     /// <inheritdoc/>
-    public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => type.IsQuantized()
-        ? WeightPanels.Take(arena, outputs, inputs, type, V.Count)
+    public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) =>
+        type.IsQuantized() ? WeightPanels.Take(arena, outputs, inputs, type, V.Count)
+        : ArePairs(type, inputs) ? Cpu.MatMul.TakePairs<V>(arena, outputs, inputs)
         : Cpu.MatMul.TakePacked<T>(arena, outputs, inputs);
 
     /// <inheritdoc/>
@@ -112,6 +113,10 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
         if (weight.Type.IsQuantized())
         {
             WeightPanels.Write(Team, weight.PackedForward, V.Count, firstRow, rows);
+        }
+        else if (ArePairs(weight.Type, weight.Inputs))
+        {
+            Cpu.MatMul.PackPairs<V>(Team, weight, firstRow, rows);
         }
         else
         {
@@ -137,9 +142,17 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
         {
             QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight.PackedForward, accumulate);
         }
-        else
+        else if (!ArePairs(weight.Type, weight.Inputs))
         {
             Cpu.MatMul.Forward<T>(Team, Scratch, output, input, weight, accumulate);
+        }
+        else if (weight.Type == DType.BF16)
+        {
+            Cpu.MatMul.ForwardPairs<V, BFloat16Pairs<V>>(Team, Scratch, output, input, weight, accumulate);
+        }
+        else
+        {
+            Cpu.MatMul.ForwardPairs<V, Float16Pairs<V>>(Team, Scratch, output, input, weight, accumulate);
         }
     }
 
@@ -244,6 +257,9 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
     public override void AdamW(
         Tensor values, Tensor first, Tensor second, Tensor gradient, Tensor step, Tensor sumOfSquares, AdamWSettings settings) =>
         Cpu.AdamW.Step<V>(Team, values, first, second, gradient, step, sumOfSquares, settings);
+
+    // Whether rows of so many are kept as pairs of 16 bits.
+    private static bool ArePairs(DType type, int inputs) => (type is DType.BF16 or DType.F16) && int.IsEvenInteger(inputs);
 
     private static void RequireF32(Tensor first, Tensor second, Tensor third) =>
         Shape.Require((first.Type, second.Type, third.Type) == (DType.F32, DType.F32, DType.F32), "tensors of F32");

@@ -2,10 +2,10 @@ namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
 /// The innermost matrix product: a tile of <see cref="Rows"/> × <see cref="Columns"/> sums in fp32, kept in registers
-/// while k runs, and how its operands are packed. Whatever multiplies matrices here does it with one of these.
+/// while k runs. Whatever multiplies matrices here does it with one of these.
 /// </summary>
 /// <remarks>
-/// Packed operands are dwords, and a step of the product reads one of each column: a float, or a pair of bfloat16 of two
+/// Packed operands are dwords, and a step of the product reads one of each column: a float, or a pair of 16-bit floats of two
 /// consecutive k, the first in the low half; the pair that an odd depth leaves incomplete ends in a zero.
 /// The right operand is a panel: <see cref="Columns"/> columns, step after step, so that a step reads two whole registers.
 /// The left operand may lie anyhow: dword d of row r at <c>left[r · leftRow + d · leftStep]</c>, <see cref="LeftDwords"/> a step.
@@ -13,7 +13,7 @@ namespace TinyLlama.Compute.Cpu;
 /// </remarks>
 internal unsafe interface ITile
 {
-    /// <summary>Gets the type that operands are rounded to when they are packed: F32 or BF16.</summary>
+    /// <summary>Gets the type of packed operands: F32, BF16 or F16.</summary>
     static abstract DType Type { get; }
 
     /// <summary>Gets the dwords that a row of the left operand has for a step: 1, or 2 where the k of a pair are floats side by side.</summary>
@@ -49,21 +49,25 @@ internal unsafe interface ITile
     /// <param name="accumulate">Whether to add to the sums.</param>
     static abstract void MultiplyRow(float* sums, float* left, float* panels, nint nextPanel, nint steps, bool accumulate);
 
+    /// <summary>Fills a row of the left operand, dword after dword, from <paramref name="depth"/> elements.</summary>
+    static abstract void CopyRow(float* row, float* source, nint depth);
+}
+
+/// <summary>A tile that packs operands of fp32.</summary>
+internal unsafe interface IPackingTile : ITile
+{
     /// <summary>Fills a panel: column j, k from <c>source[j · column + k · step]</c>, and zeros beyond <paramref name="columns"/>.</summary>
-    /// <param name="panel"><see cref="Columns"/> dwords for each step.</param>
+    /// <param name="panel"><see cref="ITile.Columns"/> dwords for each step.</param>
     /// <param name="source">Element (0, 0).</param>
     /// <param name="column">Elements from one column to the next; 1 where columns are side by side.</param>
     /// <param name="step">Elements from one k to the next; 1 where a column is a row of the source, which it is if columns are not side by side.</param>
-    /// <param name="columns">Columns that exist, at most <see cref="Columns"/>.</param>
+    /// <param name="columns">Columns that exist, at most <see cref="ITile.Columns"/>.</param>
     /// <param name="depth">The number of k.</param>
     static abstract void Pack(float* panel, float* source, nint column, nint step, int columns, nint depth);
 
     /// <summary>
     /// Fills a tile of the left operand whose rows are side by side in the source: row r, k from <c>source[r + k · step]</c>;
-    /// dword d of row r to <c>tile[d · <see cref="Rows"/> + r]</c>. Rows beyond <paramref name="rows"/> keep what they hold.
+    /// dword d of row r to <c>tile[d · <see cref="ITile.Rows"/> + r]</c>. Rows beyond <paramref name="rows"/> keep what they hold.
     /// </summary>
     static abstract void PackRows(float* tile, float* source, nint step, int rows, nint depth);
-
-    /// <summary>Fills a row of the left operand, dword after dword, from <paramref name="depth"/> elements.</summary>
-    static abstract void CopyRow(float* row, float* source, nint depth);
 }

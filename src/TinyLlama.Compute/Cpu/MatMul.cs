@@ -56,9 +56,14 @@ internal static unsafe class MatMul
         where T : struct, ITile =>
         arena.Take(1, checked(RoundUp(columns, T.Columns) * Steps<T>(depth) * StepDepth<T>()), T.Type);
 
+    /// <summary>Room for a right operand of 16-bit floats in panels of pairs.</summary>
+    public static Tensor TakePairs<V>(Arena arena, int columns, int depth)
+        where V : struct, ILanes<V> =>
+        TakePacked<Tile<V>>(arena, columns, depth / 2);
+
     /// <summary>Fills the packed forms of a weight that have room.</summary>
     public static void Pack<T>(ThreadTeam team, Weight weight)
-        where T : struct, ITile
+        where T : struct, IPackingTile
     {
         Tensor values = weight.Values;
         if (!weight.PackedForward.IsEmpty)
@@ -78,20 +83,16 @@ internal static unsafe class MatMul
     /// <param name="firstRow">The first row: it begins a panel.</param>
     /// <param name="rows">Rows in the weight's type; they end a panel, or the weight.</param>
     public static void PackRows<T>(ThreadTeam team, Weight weight, int firstRow, ReadOnlySpan<byte> rows)
-        where T : struct, ITile
+        where T : struct, IPackingTile
     {
         int inputs = weight.Inputs;
-        int rowBytes = checked((int)weight.Type.RowBytes(inputs));
-        int count = rows.Length / rowBytes;
-        Shape.Require(
-            rows.Length % rowBytes == 0 && count <= weight.Outputs - firstRow && (count % T.Columns == 0 || firstRow + count == weight.Outputs),
-            "whole rows of the weight that fill panels");
+        int count = RequireRows<T>(weight, firstRow, rows);
         float* values = (float*)NativeMemory.Alloc((nuint)count * (nuint)inputs, sizeof(float));
         try
         {
             fixed (byte* source = rows)
             {
-                WidenWork widen = new() { Values = values, Source = source, Type = weight.Type, Inputs = inputs, RowBytes = rowBytes };
+                WidenWork widen = new() { Values = values, Source = source, Type = weight.Type, Inputs = inputs, RowBytes = rows.Length / Math.Max(1, count) };
                 team.Run(ref widen, count);
             }
 
@@ -104,24 +105,67 @@ internal static unsafe class MatMul
         }
     }
 
+    /// <summary>Packs rows of a frozen weight of 16-bit floats for the forward: their pairs are dwords, moved as they are.</summary>
+    /// <param name="team">The threads.</param>
+    /// <param name="weight">The weight; its inputs are even.</param>
+    /// <param name="firstRow">The first row: it begins a panel.</param>
+    /// <param name="rows">Rows in the weight's type; they end a panel, or the weight.</param>
+    public static void PackPairs<V>(ThreadTeam team, Weight weight, int firstRow, ReadOnlySpan<byte> rows)
+        where V : struct, ILanes<V>
+    {
+        int pairs = weight.Inputs / 2;
+        int count = RequireRows<Tile<V>>(weight, firstRow, rows);
+        fixed (byte* source = rows)
+        {
+            Matrix matrix = new((float*)source, 1, pairs);
+            Pack<Tile<V>>(
+                team, Panels(weight.PackedForward), matrix, count, pairs, BlockSteps<Tile<V>>(pairs), tiles: false, firstRow, weight.Outputs);
+        }
+    }
+
+    /// <summary>output (N, O) = or += input (N, I) · weightᵀ of a weight in pairs.</summary>
+    public static void ForwardPairs<V, P>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
+        where V : struct, ILanes<V>
+        where P : struct, IPairs<V>
+    {
+        if (!output.IsEmpty)
+        {
+            int blockSteps = BlockSteps<PairTile<V, P>>(input.Columns);
+            Multiply<PairTile<V, P>>(
+                team, scratch, output, Matrix.Of(input), null, Panels(weight.PackedForward), input.Columns, blockSteps, accumulate);
+        }
+    }
+
     /// <summary>output (N, O) = or += input (N, I) · weightᵀ.</summary>
     public static void Forward<T>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
-        where T : struct, ITile =>
+        where T : struct, IPackingTile =>
         Run<T>(team, scratch, output, Matrix.Of(input), Matrix.Transposed(weight.Values), weight.PackedForward, input.Columns, accumulate);
 
     /// <summary>dInput (N, I) = or += dOutput (N, O) · weight.</summary>
     public static void BackwardInput<T>(ThreadTeam team, Scratch scratch, Tensor dInput, Tensor dOutput, Weight weight, bool accumulate)
-        where T : struct, ITile =>
+        where T : struct, IPackingTile =>
         Run<T>(team, scratch, dInput, Matrix.Of(dOutput), Matrix.Of(weight.Values), weight.PackedBackward, dOutput.Columns, accumulate);
 
     /// <summary>dWeight (O, I) += dOutputᵀ · input, dOutput (N, O), input (N, I).</summary>
     public static void BackwardWeight<T>(ThreadTeam team, Scratch scratch, Tensor dWeight, Tensor dOutput, Tensor input)
-        where T : struct, ITile =>
+        where T : struct, IPackingTile =>
         Run<T>(team, scratch, dWeight, Matrix.Transposed(dOutput), Matrix.Of(input), default, input.Rows, accumulate: true);
+
+    // The number of rows.
+    private static int RequireRows<T>(Weight weight, int firstRow, ReadOnlySpan<byte> rows)
+        where T : struct, ITile
+    {
+        int rowBytes = checked((int)weight.Type.RowBytes(weight.Inputs));
+        int count = rows.Length / rowBytes;
+        Shape.Require(
+            rows.Length % rowBytes == 0 && count <= weight.Outputs - firstRow && (count % T.Columns == 0 || firstRow + count == weight.Outputs),
+            "whole rows of the weight that fill panels");
+        return count;
+    }
 
     private static void Run<T>(
         ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, Matrix right, Tensor packed, int depth, bool accumulate)
-        where T : struct, ITile
+        where T : struct, IPackingTile
     {
         if (sums.IsEmpty || (depth == 0 && accumulate))
         {
@@ -196,7 +240,7 @@ internal static unsafe class MatMul
     // The columns may be some of more, from the first of a panel on.
     private static void Pack<T>(
         ThreadTeam team, float* panels, Matrix source, int columns, int depth, int blockSteps, bool tiles, int firstColumn = 0, int allColumns = 0)
-        where T : struct, ITile
+        where T : struct, IPackingTile
     {
         int width = tiles ? T.Rows : T.Columns;
         int panelCount = (columns + width - 1) / width;
@@ -298,7 +342,7 @@ internal static unsafe class MatMul
     }
 
     private struct PackWork<T> : IWork
-        where T : struct, ITile
+        where T : struct, IPackingTile
     {
         public float* Panels;
         public Matrix Source;

@@ -10,7 +10,7 @@ namespace TinyLlama.Compute.Cpu;
 /// and SSE; AVX-512 has 32. Two loads and six broadcasts a step leave the load ports idle a third of the time.
 /// </remarks>
 /// <typeparam name="V">The register.</typeparam>
-internal readonly unsafe struct Tile<V> : ITile
+internal readonly unsafe struct Tile<V> : IPackingTile
     where V : struct, ILanes<V>
 {
     /// <inheritdoc/>

@@ -3,7 +3,7 @@ using TinyLlama.Compute.Cpu;
 namespace TinyLlama.Compute.Tests.Cpu;
 
 /// <summary>Stands for <see cref="Avx512Bf16Tile"/> where the processor lacks its instruction: the same layouts, multiplied one pair at a time.</summary>
-internal readonly unsafe struct PairTile : ITile
+internal readonly unsafe struct PairTile : IPackingTile
 {
     public static DType Type => Avx512Bf16Tile.Type;
 
