@@ -17,6 +17,7 @@ internal sealed class ChatCommand
         DefaultValueFactory = _ => [],
     };
 
+    private readonly Option<string?> _lora = CommonOptions.Lora();
     private readonly Option<int?> _context = CommonOptions.Context();
     private readonly Option<int?> _threads = CommonOptions.Threads();
 
@@ -25,7 +26,7 @@ internal sealed class ChatCommand
 
     private Command Build()
     {
-        var command = new Command("chat", "Talk with a model in the terminal") { _model, _system, _template, _set, _context, _threads };
+        var command = new Command("chat", "Talk with a model in the terminal") { _model, _system, _template, _set, _lora, _context, _threads };
         command.SetAction(RunAsync);
         return command;
     }
@@ -41,7 +42,8 @@ internal sealed class ChatCommand
             settings.Set(equals < 0 ? pair : pair[..equals], equals < 0 ? "" : pair[(equals + 1)..]);
         }
 
-        using LanguageModel model = LanguageModel.Load(parse.GetRequiredValue(_model), parse.GetValue(_threads) ?? 0, parse.GetValue(_context), Warn);
+        using LanguageModel model = LanguageModel.Load(
+            parse.GetRequiredValue(_model), parse.GetValue(_threads) ?? 0, parse.GetValue(_context), Warn, parse.GetValue(_lora));
         ChatFormat chat = model.CreateChat(parse.GetValue(_template), Warn);
         using BatchGenerator generator = model.CreateBatch(places: 1, queue: 1);
         bool isTerminal = !Console.IsInputRedirected && ReferenceEquals(output, Console.Out);

@@ -16,6 +16,13 @@ internal static class CommonOptions
         HelpName = "NAME",
     };
 
+    /// <summary><c>--lora DIR</c>: an adapter.</summary>
+    public static Option<string?> Lora() => new("--lora")
+    {
+        Description = "A folder in which PEFT saved a LoRA adapter, which is added to the weights",
+        HelpName = "DIR",
+    };
+
     /// <summary><c>--json</c>: the result as one JSON document on standard output; progress stays on standard error.</summary>
     public static Option<bool> Json() => new("--json") { Description = "Write the result as JSON" };
 

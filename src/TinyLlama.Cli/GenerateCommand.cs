@@ -73,6 +73,8 @@ internal sealed class GenerateCommand
         DefaultValueFactory = _ => "error",
     }.AcceptOnlyFromAmong("error", "sliding");
 
+    private readonly Option<string?> _lora = CommonOptions.Lora();
+
     private readonly Option<string?> _draft = new("--draft")
     {
         Description = "A small model with the same tokenizer that proposes tokens, which RUN verifies together",
@@ -103,7 +105,7 @@ internal sealed class GenerateCommand
         var command = new Command("generate", "Continue a text with a trained model")
         {
             _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _schema, _overflow,
-            _draft, _draftTokens, _lookup, _context, _threads, _json,
+            _lora, _draft, _draftTokens, _lookup, _context, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
         return command;
@@ -123,14 +125,14 @@ internal sealed class GenerateCommand
         }
 
         RequireOneDraft(parse);
-        using LanguageModel model = Load(parse, parse.GetRequiredValue(_run), error);
+        using LanguageModel model = Load(parse, parse.GetRequiredValue(_run), parse.GetValue(_lora), error);
         int trained = model.Model.Config.ContextLength;
         if (parse.GetValue(_context) > trained)
         {
             error.WriteLine($"warning: the model is trained for {trained} tokens of context; expect worse text beyond");
         }
 
-        using LanguageModel? small = parse.GetValue(_draft) is string path ? Load(parse, path, error) : null;
+        using LanguageModel? small = parse.GetValue(_draft) is string path ? Load(parse, path, adapter: null, error) : null;
         using DraftModel? draft = small is null ? null : new DraftModel(small, model, parse.GetValue(_draftTokens) ?? 4);
         model.Draft = parse.GetValue(_lookup) is int tokens ? new PromptLookup(tokens) : draft;
         Generation generation = model.Generate(prompt, options, stop);
@@ -159,8 +161,8 @@ internal sealed class GenerateCommand
         return ExitCode.Success;
     }
 
-    private LanguageModel Load(ParseResult parse, string path, TextWriter error) => LanguageModel.Load(
-        path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line));
+    private LanguageModel Load(ParseResult parse, string path, string? adapter, TextWriter error) => LanguageModel.Load(
+        path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line), adapter);
 
     private void RequireOneDraft(ParseResult parse)
     {

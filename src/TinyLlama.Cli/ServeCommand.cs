@@ -31,6 +31,8 @@ internal sealed class ServeCommand
     private readonly Option<string?> _name = new("--name") { Description = "What requests call the model [default: its file or folder]", HelpName = "NAME" };
     private readonly Option<string?> _template = CommonOptions.ChatTemplate();
 
+    private readonly Option<string?> _lora = CommonOptions.Lora();
+
     private readonly Option<string[]> _keys = new("--api-key")
     {
         Description = "A key that lets requests in; may be repeated [default: none is needed]",
@@ -66,7 +68,7 @@ internal sealed class ServeCommand
     {
         var command = new Command("serve", "Serve a model over HTTP: OpenAI's API and a chat page")
         {
-            _model, _host, _port, _name, _template, _keys, _keyFile, _origins, _places, _queue, _cache, _maxTokens, _timeout, _maxBody, _context, _threads,
+            _model, _host, _port, _name, _template, _lora, _keys, _keyFile, _origins, _places, _queue, _cache, _maxTokens, _timeout, _maxBody, _context, _threads,
         };
         command.SetAction(RunAsync);
         return command;
@@ -116,6 +118,7 @@ internal sealed class ServeCommand
             Model = parse.GetRequiredValue(_model),
             Name = parse.GetValue(_name),
             ChatTemplate = parse.GetValue(_template),
+            Adapter = parse.GetValue(_lora),
             Threads = parse.GetValue(_threads) ?? 0,
             ContextLength = parse.GetValue(_context),
             CacheBytes = parse.GetValue(_cache) is { } mebibytes ? (long)mebibytes << 20 : null,

@@ -14,6 +14,9 @@ public sealed class ServerOptions
     /// <summary>Gets or sets a built-in chat template or a file with one; by default the model's own, else <c>zephyr</c>.</summary>
     public string? ChatTemplate { get; set; }
 
+    /// <summary>Gets or sets a folder in which PEFT saved a LoRA adapter, which is added to the weights; null for none.</summary>
+    public string? Adapter { get; set; }
+
     /// <summary>Gets or sets the threads to compute with; 0 for one a core.</summary>
     public int Threads { get; set; }
 

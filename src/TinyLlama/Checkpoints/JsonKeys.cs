@@ -118,6 +118,9 @@ internal sealed class JsonKeys
         { } value => throw Wrong(key, value, "true or false"),
     };
 
+    /// <summary>Whether the key is there with a text.</summary>
+    public bool IsText(string key) => Find(key) is { ValueKind: JsonValueKind.String };
+
     /// <summary>A text, or null where the key is absent.</summary>
     public string? Text(string key) => Find(key) switch
     {

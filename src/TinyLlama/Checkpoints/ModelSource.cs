@@ -121,6 +121,25 @@ public abstract class ModelSource : IDisposable
         return HuggingFaceFolder.OpenFolder(path);
     }
 
+    /// <summary>Opens a model and adds a LoRA adapter to its weights.</summary>
+    /// <param name="path">The model.</param>
+    /// <param name="adapter">A folder in which PEFT saved the adapter.</param>
+    /// <param name="warn">As of <see cref="Open(string, Action{string})"/>.</param>
+    /// <exception cref="UserErrorException">The model or the adapter cannot be read, they do not belong together, or the weights are quantized.</exception>
+    public static ModelSource Open(string path, string adapter, Action<string> warn)
+    {
+        ModelSource model = Open(path, warn);
+        try
+        {
+            return AdaptedModel.Open(model, adapter);
+        }
+        catch
+        {
+            model.Dispose();
+            throw;
+        }
+    }
+
     /// <summary>Reads the tokenizer that came with the model; null where none did.</summary>
     /// <exception cref="UserErrorException">It is damaged or of a kind that is not supported.</exception>
     public virtual BpeTokenizer? LoadTokenizer() => _tokenizer ??= TokenizerPath is { } path ? Tokenizer.Load(path) : null;

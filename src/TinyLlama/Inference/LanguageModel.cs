@@ -57,11 +57,13 @@ public sealed class LanguageModel : IDisposable
     /// <param name="threads">Threads to compute with; 0 for one a core.</param>
     /// <param name="contextLength">Most tokens of a text; by default what the model is trained for.</param>
     /// <param name="warn">Is told, in one line, what is wrong but can be worked around.</param>
-    /// <exception cref="UserErrorException">There is no such model, it is damaged, or it has no tokenizer.</exception>
+    /// <param name="adapter">A folder in which PEFT saved a LoRA adapter, which is added to the weights; null for none. Not of a quantized model.</param>
+    /// <exception cref="UserErrorException">There is no such model or adapter, it is damaged, or the model has no tokenizer.</exception>
     /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
-    public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null)
+    public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null, string? adapter = null)
     {
-        using ModelSource source = ModelSource.Open(path, warn ?? (static _ => { }));
+        warn ??= static _ => { };
+        using ModelSource source = adapter is null ? ModelSource.Open(path, warn) : ModelSource.Open(path, adapter, warn);
         BpeTokenizer tokenizer = source.LoadTokenizer()
             ?? throw new UserErrorException($"{source.Path}: has no tokenizer; put its tokenizer.model or tokenizer.json beside the weights");
         CpuBackend backend = CpuBackend.Create(threads);
