@@ -35,6 +35,9 @@ internal sealed class ApiException : Exception
     public static ApiException Invalid(string message, string? param = null, string? code = null) =>
         new(HttpStatusCode.BadRequest, new ApiError(message, "invalid_request_error", param, code));
 
+    /// <summary>400: the context does not hold the text.</summary>
+    public static ApiException TooLong(string message, string? param) => Invalid(message, param, "context_length_exceeded");
+
     /// <summary>401: no key, or a wrong one.</summary>
     public static ApiException Unauthorized() => new(
         HttpStatusCode.Unauthorized,

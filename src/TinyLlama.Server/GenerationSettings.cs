@@ -67,7 +67,7 @@ internal static class GenerationSettings
         int room = contextLength - promptTokens;
         if (room <= 0)
         {
-            throw TooLong($"the prompt has {promptTokens} tokens, the context {contextLength}: shorten the prompt", null);
+            throw ApiException.TooLong($"the prompt has {promptTokens} tokens, the context {contextLength}: shorten the prompt", null);
         }
 
         if (options.MaxTokens > room)
@@ -75,14 +75,12 @@ internal static class GenerationSettings
             // The server's own limit is not what the client asked for.
             return options.MaxTokens == limit
                 ? options with { MaxTokens = null }
-                : throw TooLong(
+                : throw ApiException.TooLong(
                     $"{promptTokens} tokens of the prompt and {options.MaxTokens} new ones are more than the context of {contextLength}; ask for {room} at most",
                     "max_tokens");
         }
 
         return options;
-
-        static ApiException TooLong(string message, string? param) => ApiException.Invalid(message, param, "context_length_exceeded");
     }
 
     private static Dictionary<int, double> Biases(Dictionary<string, double>? biases)

@@ -13,10 +13,13 @@ namespace TinyLlama.Server;
 /// <summary>The routes of OpenAI's API, and the two of llama.cpp for tokens.</summary>
 internal sealed class OpenAiApi(ServedModel model, ServerOptions options, ServerMetrics metrics, ApiKeys keys, IHostApplicationLifetime lifetime, ILogger<OpenAiApi> log)
 {
+    private const int MostEmbeddings = 2048;
+
     private static readonly Action<ILogger, string, Exception> s_logDefect =
         LoggerMessage.Define<string>(LogLevel.Error, new EventId(1, "Defect"), "{Route} failed");
 
     private readonly Replies _replies = new(model, options, metrics);
+    private readonly Embeddings _embeddings = new(model, options);
     private readonly ResponseFormats _formats = new();
 
     /// <summary>Gets a value indicating whether the server ends: what runs is finished, nothing new begins.</summary>
@@ -141,11 +144,30 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
             throw ApiException.Invalid("'echo' and 'logprobs' together are not supported: a prompt's log-probabilities are not kept", "echo", "unsupported_parameter");
         }
 
-        IReadOnlyList<int[]> prompts = Prompts(request.Prompt);
+        IReadOnlyList<int[]> prompts = Texts(request.Prompt, "prompt", GenerationSettings.MostCompletions);
         IReadOnlyList<string>? echo = request.Echo == true ? [.. prompts.Select(prompt => model.Chat.Tokenizer.Decode(prompt))] : null;
         GenerationOptions generation = GenerationSettings.Read(
             request, request.MaxTokens ?? 16, options.MaxTokens, request.Logprobs, _formats.Read(request.ResponseFormat));
         await AnswerAsync(context, request, prompts, echo, generation, new TextForm(model.Chat.Tokenizer));
+    }
+
+    /// <summary><c>POST /v1/embeddings</c>.</summary>
+    public async Task EmbedAsync(HttpContext context)
+    {
+        EmbeddingRequest request = await ReadAsync(context, ServerJson.Default.EmbeddingRequest);
+        RequireModel(request.Model);
+        if (request.Dimensions is not null)
+        {
+            throw ApiException.Invalid("'dimensions' is not supported: a vector has a number for each channel of the model", "dimensions", "unsupported_parameter");
+        }
+
+        if (request.EncodingFormat is not (null or "float" or "base64"))
+        {
+            throw ApiException.Invalid($"'encoding_format' is '{request.EncodingFormat}', it must be float or base64", "encoding_format");
+        }
+
+        IReadOnlyList<int[]> texts = Texts(request.Input, "input", MostEmbeddings);
+        await WithinTimeAsync(context, stop => _embeddings.AnswerAsync(context.Response, texts, request.EncodingFormat == "base64", stop));
     }
 
     /// <summary><c>POST /tokenize</c>.</summary>
@@ -241,7 +263,26 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
     {
         RequireModel(request.Model);
         var work = new Work(prompts, echo, generation, request.N ?? 1, request.Stream == true, request.StreamOptions?.IncludeUsage == true);
-        return _replies.AnswerAsync(context, work, form);
+        return WithinTimeAsync(context, stop => _replies.AnswerAsync(context.Response, work, form, stop));
+    }
+
+    private async Task WithinTimeAsync(HttpContext context, Func<CancellationToken, Task> answer)
+    {
+        // However this ends, nothing goes on that nobody reads.
+        using var end = CancellationTokenSource.CreateLinkedTokenSource(context.RequestAborted);
+        end.CancelAfter(options.Timeout);
+        try
+        {
+            await answer(end.Token);
+        }
+        catch (OperationCanceledException) when (end.IsCancellationRequested && !context.RequestAborted.IsCancellationRequested)
+        {
+            throw ApiException.Unavailable($"the reply took longer than {options.Timeout.TotalSeconds:0} s", "timeout");
+        }
+        finally
+        {
+            await end.CancelAsync();
+        }
     }
 
     private void RequireModel(string? name)
@@ -252,34 +293,36 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
         }
     }
 
-    private List<int[]> Prompts(JsonElement? prompt)
+    private List<int[]> Texts(JsonElement? value, string key, int most)
     {
-        switch (prompt)
+        switch (value)
         {
             case { ValueKind: JsonValueKind.String } text:
-                return [model.Generator.Encode(RequestReader.Text(text, "prompt"))];
+                return [model.Generator.Encode(RequestReader.Text(text, key))];
             case { ValueKind: JsonValueKind.Array } list when list.GetArrayLength() > 0:
                 JsonElement[] items = [.. list.EnumerateArray()];
-                return items[0].ValueKind == JsonValueKind.Number ? [Ids(list)]
-                    : items.Length > GenerationSettings.MostCompletions
-                    ? throw ApiException.Invalid($"'prompt' has {items.Length} texts, at most {GenerationSettings.MostCompletions} are allowed", "prompt")
-                    : [.. items.Select(item => item.ValueKind == JsonValueKind.String ? model.Generator.Encode(RequestReader.Text(item, "prompt")) : Ids(item))];
+                return items[0].ValueKind == JsonValueKind.Number ? [Ids(list, key)]
+                    : items.Length > most
+                    ? throw ApiException.Invalid($"'{key}' has {items.Length} texts, at most {most} are allowed", key)
+                    : [.. items.Select(item => item.ValueKind == JsonValueKind.String ? model.Generator.Encode(RequestReader.Text(item, key)) : Ids(item, key))];
             default:
-                throw ApiException.Invalid("'prompt' must be a string, an array of strings, or token ids", "prompt");
+                throw NoTexts(key);
         }
     }
 
-    private int[] Ids(JsonElement list)
+    private int[] Ids(JsonElement list, string key)
     {
         if (list.ValueKind != JsonValueKind.Array || list.GetArrayLength() == 0)
         {
-            throw ApiException.Invalid("'prompt' must be a string, an array of strings, or token ids", "prompt");
+            throw NoTexts(key);
         }
 
         int[] ids = [.. list.EnumerateArray().Select(static item => item.ValueKind == JsonValueKind.Number && item.TryGetInt32(out int id) ? id : -1)];
-        RequireIds(ids, "prompt");
+        RequireIds(ids, key);
         return ids;
     }
+
+    private static ApiException NoTexts(string key) => ApiException.Invalid($"'{key}' must be a string, an array of strings, or token ids", key);
 
     private void RequireIds(int[] ids, string key)
     {

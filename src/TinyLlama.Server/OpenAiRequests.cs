@@ -105,6 +105,20 @@ internal sealed record CompletionRequest : GenerationRequest
     public int? BestOf { get; init; }
 }
 
+/// <summary><c>/v1/embeddings</c>.</summary>
+internal sealed record EmbeddingRequest
+{
+    public string? Model { get; init; }
+
+    /// <summary>Gets a string, an array of strings, an array of token ids, or an array of such arrays.</summary>
+    public JsonElement? Input { get; init; }
+
+    /// <summary>Gets float or base64.</summary>
+    public string? EncodingFormat { get; init; }
+
+    public int? Dimensions { get; init; }
+}
+
 /// <summary><c>/tokenize</c>, with the keys of llama.cpp.</summary>
 internal sealed record TokenizeRequest
 {
@@ -125,11 +139,15 @@ internal sealed record DetokenizeRequest
     DefaultIgnoreCondition = JsonIgnoreCondition.WhenWritingNull)]
 [JsonSerializable(typeof(ChatCompletionRequest))]
 [JsonSerializable(typeof(CompletionRequest))]
+[JsonSerializable(typeof(EmbeddingRequest))]
 [JsonSerializable(typeof(TokenizeRequest))]
 [JsonSerializable(typeof(DetokenizeRequest))]
 [JsonSerializable(typeof(ErrorBody))]
 [JsonSerializable(typeof(ModelList))]
 [JsonSerializable(typeof(Completion))]
+[JsonSerializable(typeof(EmbeddingList))]
+[JsonSerializable(typeof(float[]))]
+[JsonSerializable(typeof(string))]
 [JsonSerializable(typeof(TokenList))]
 [JsonSerializable(typeof(TextContent))]
 [JsonSerializable(typeof(Status))]

@@ -75,10 +75,24 @@ internal sealed record ChoiceLogProbabilities
 /// <summary>A token with its log-probability, in nats.</summary>
 internal sealed record TokenInfo(string Token, double Logprob, IReadOnlyList<int> Bytes, IReadOnlyList<TokenInfo>? TopLogprobs);
 
-/// <summary>What a request cost, in tokens.</summary>
-internal sealed record Usage(int PromptTokens, int CompletionTokens)
+/// <summary>What a request cost, in tokens; embeddings complete nothing.</summary>
+internal sealed record Usage(int PromptTokens, int? CompletionTokens)
 {
-    public int TotalTokens => PromptTokens + CompletionTokens;
+    public int TotalTokens => PromptTokens + (CompletionTokens ?? 0);
+}
+
+/// <summary>The reply of <c>/v1/embeddings</c>.</summary>
+internal sealed record EmbeddingList(IReadOnlyList<EmbeddingInfo> Data, string Model, Usage Usage)
+{
+    public string Object { get; } = "list";
+}
+
+/// <summary>A text's vector.</summary>
+/// <param name="Index">The text, counted from 0.</param>
+/// <param name="Embedding">The C numbers: an array of float, or a string in base64.</param>
+internal sealed record EmbeddingInfo(int Index, object Embedding)
+{
+    public string Object { get; } = "embedding";
 }
 
 /// <summary>The reply of <c>/tokenize</c>.</summary>

@@ -20,33 +20,19 @@ internal sealed record Work(
 internal sealed class Replies(ServedModel model, ServerOptions options, ServerMetrics metrics)
 {
     /// <summary>Answers a request.</summary>
-    /// <exception cref="ApiException">The queue is full, a prompt is too long, or it took too long.</exception>
-    public async Task AnswerAsync(HttpContext context, Work work, ReplyForm form)
+    /// <exception cref="ApiException">The queue is full, or a prompt is too long.</exception>
+    public async Task AnswerAsync(HttpResponse response, Work work, ReplyForm form, CancellationToken stop)
     {
-        // However this ends, nothing goes on that nobody reads.
-        using var end = CancellationTokenSource.CreateLinkedTokenSource(context.RequestAborted);
-        end.CancelAfter(options.Timeout);
-        try
+        List<BatchGeneration> texts = Submit(work, stop);
+        var head = new Completion
         {
-            List<BatchGeneration> texts = Submit(work, end.Token);
-            var head = new Completion
-            {
-                Id = form.IdPrefix + Guid.NewGuid().ToString("N", CultureInfo.InvariantCulture),
-                Object = form.Object(work.Stream),
-                Created = DateTimeOffset.UtcNow.ToUnixTimeSeconds(),
-                Model = model.Name,
-                Choices = [],
-            };
-            await (work.Stream ? StreamAsync(context.Response, work, form, head, texts, end.Token) : WriteAsync(context.Response, work, form, head, texts));
-        }
-        catch (OperationCanceledException) when (end.IsCancellationRequested && !context.RequestAborted.IsCancellationRequested)
-        {
-            throw ApiException.Unavailable($"the reply took longer than {options.Timeout.TotalSeconds:0} s", "timeout");
-        }
-        finally
-        {
-            await end.CancelAsync();
-        }
+            Id = form.IdPrefix + Guid.NewGuid().ToString("N", CultureInfo.InvariantCulture),
+            Object = form.Object(work.Stream),
+            Created = DateTimeOffset.UtcNow.ToUnixTimeSeconds(),
+            Model = model.Name,
+            Choices = [],
+        };
+        await (work.Stream ? StreamAsync(response, work, form, head, texts, stop) : WriteAsync(response, work, form, head, texts));
     }
 
     private static Usage UsageOf(Work work, List<BatchGeneration> texts) =>
@@ -58,18 +44,7 @@ internal sealed class Replies(ServedModel model, ServerOptions options, ServerMe
         foreach (int[] prompt in work.Prompts)
         {
             GenerationOptions fitted = GenerationSettings.Fit(work.Options, prompt.Length, model.Generator.ContextLength, options.MaxTokens);
-            try
-            {
-                texts.AddRange(model.Generator.TrySubmit(prompt, fitted, work.Completions, stop) ?? throw ApiException.QueueFull(options.Queue));
-            }
-            catch (UserErrorException e)
-            {
-                throw ApiException.Invalid(e.Message);
-            }
-            catch (ObjectDisposedException)
-            {
-                throw ApiException.Unavailable("the model has stopped", "model_stopped");
-            }
+            texts.AddRange(model.Enqueue(generator => generator.TrySubmit(prompt, fitted, work.Completions, stop)));
         }
 
         return texts;

@@ -7,6 +7,7 @@ namespace TinyLlama.Server;
 public sealed class ServedModel : IDisposable
 {
     private readonly LanguageModel _model;
+    private readonly int _queue;
 
     /// <summary>Loads the model and takes the memory for all its places.</summary>
     /// <exception cref="UserErrorException">An option is out of range, or there is no such model or template.</exception>
@@ -26,6 +27,7 @@ public sealed class ServedModel : IDisposable
             throw;
         }
 
+        _queue = options.Queue;
         Name = options.Name ?? Path.GetFileNameWithoutExtension(Path.TrimEndingDirectorySeparator(Path.GetFullPath(options.Model)));
         Loaded = DateTimeOffset.UtcNow;
     }
@@ -47,6 +49,26 @@ public sealed class ServedModel : IDisposable
 
     /// <summary>A client for other code of this process; its conversations are computed together with those of requests.</summary>
     public ModelChatClient CreateClient() => new(Chat, Generator);
+
+    /// <summary>Puts work in line.</summary>
+    /// <param name="submit">Asks the generator for it; null says that the queue is full.</param>
+    /// <exception cref="ApiException">The queue is full, or the generator refuses the work.</exception>
+    internal T Enqueue<T>(Func<BatchGenerator, T?> submit)
+        where T : class
+    {
+        try
+        {
+            return submit(Generator) ?? throw ApiException.QueueFull(_queue);
+        }
+        catch (UserErrorException e)
+        {
+            throw ApiException.Invalid(e.Message);
+        }
+        catch (ObjectDisposedException)
+        {
+            throw ApiException.Unavailable("the model has stopped", "model_stopped");
+        }
+    }
 
     /// <inheritdoc/>
     public void Dispose()

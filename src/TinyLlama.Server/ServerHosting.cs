@@ -25,8 +25,8 @@ public static class ServerHosting
     }
 
     /// <summary>
-    /// Maps <c>/v1/models</c>, <c>/v1/chat/completions</c> and <c>/v1/completions</c> of OpenAI's API, <c>/tokenize</c>,
-    /// <c>/detokenize</c>, <c>/health</c> and <c>/metrics</c>.
+    /// Maps <c>/v1/models</c>, <c>/v1/chat/completions</c>, <c>/v1/completions</c> and <c>/v1/embeddings</c> of OpenAI's API,
+    /// <c>/tokenize</c>, <c>/detokenize</c>, <c>/health</c> and <c>/metrics</c>.
     /// </summary>
     /// <exception cref="TinyLlama.Data.UserErrorException">The model of <see cref="AddTinyLlama"/> cannot be loaded.</exception>
     public static IEndpointConventionBuilder MapOpenAI(this IEndpointRouteBuilder endpoints)
@@ -38,6 +38,7 @@ public static class ServerHosting
         Get("/v1/models/{id}", api.ModelAsync);
         Post("/v1/chat/completions", api.ChatAsync);
         Post("/v1/completions", api.CompleteAsync);
+        Post("/v1/embeddings", api.EmbedAsync);
         Post("/tokenize", api.TokenizeAsync);
         Post("/detokenize", api.DetokenizeAsync);
         Get("/health", api.HealthAsync, open: true);

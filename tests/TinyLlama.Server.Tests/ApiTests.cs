@@ -12,6 +12,7 @@ public sealed class ApiTests
 {
     private const string Chat = "/v1/chat/completions";
     private const string Text = "/v1/completions";
+    private const string Embeddings = "/v1/embeddings";
 
     private static CancellationToken Stop => TestContext.Current.CancellationToken;
 
@@ -115,6 +116,11 @@ public sealed class ApiTests
     [InlineData(Text, """{"prompt":[1,"a"]}""", 400, "what is no token", "prompt")]
     [InlineData(Text, """{"prompt":[[1],[99999]]}""", 400, "what is no token", "prompt")]
     [InlineData(Text, """{"prompt":"x","suffix":"y"}""", 400, "'suffix' is not supported", "suffix")]
+    [InlineData(Embeddings, "{}", 400, "'input' must be", "input")]
+    [InlineData(Embeddings, """{"input":"x","encoding_format":"int8"}""", 400, "it must be float or base64", "encoding_format")]
+    [InlineData(Embeddings, """{"input":"x","dimensions":8}""", 400, "'dimensions' is not supported", "dimensions")]
+    [InlineData(Embeddings, """{"input":[[99999]]}""", 400, "what is no token", "input")]
+    [InlineData(Embeddings, """{"input":"x","model":"other"}""", 404, "'random' is served", "model")]
     [InlineData("/detokenize", """{"tokens":[-1]}""", 400, "what is no token", "tokens")]
     [InlineData("/tokenize", "{}", 400, "'content' is missing", "content")]
     [InlineData("/v1/audio", "{}", 404, "nothing at POST /v1/audio", null)]
@@ -134,6 +140,8 @@ public sealed class ApiTests
         await using RunningServer server = await RunningServer.StartAsync(options => options.MaxBodyBytes = 100_000);
         string Long(int characters) => $$"""{"messages":[{"role":"user","content":"{{new string('x', characters)}}"}]}""";
         (HttpStatusCode code, JsonNode body) = await server.PostAsync(Chat, Long(50_000));
+        Assert.Equal((HttpStatusCode.BadRequest, "context_length_exceeded"), (code, (string)body["error"]!["code"]!));
+        (code, body) = await server.PostAsync(Embeddings, $$"""{"input":["short","{{new string('x', 5000)}}"]}""");
         Assert.Equal((HttpStatusCode.BadRequest, "context_length_exceeded"), (code, (string)body["error"]!["code"]!));
         (code, body) = await server.PostAsync(Chat, Long(200_000));
         Assert.Equal((HttpStatusCode.RequestEntityTooLarge, "request_too_large"), (code, (string)body["error"]!["code"]!));

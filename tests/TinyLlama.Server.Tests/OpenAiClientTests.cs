@@ -1,6 +1,8 @@
 using System.ClientModel;
 using System.Text;
+using System.Text.Json.Nodes;
 using OpenAI.Chat;
+using OpenAI.Embeddings;
 
 namespace TinyLlama.Server.Tests;
 
@@ -143,6 +145,30 @@ public sealed class OpenAiClientTests
         options.Temperature = 1;
         ChatCompletion any = await client.CompleteChatAsync(s_hello, options, Stop);
         Assert.Equal('{', any.Content[0].Text.TrimStart()[0]);
+    }
+
+    [Fact]
+    public async Task Embeddings_come_in_order_as_floats_and_in_base64()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options => (options.Places, options.Queue) = (2, 3));
+        EmbeddingClient client = server.Client().GetEmbeddingClient(TestModel.Name);
+        string[] texts = [.. Enumerable.Range(1, 12).Select(i => new string('a', i) + " the weather")];
+        OpenAIEmbeddingCollection all = await client.GenerateEmbeddingsAsync(texts, cancellationToken: Stop);
+        Assert.Equal(Enumerable.Range(0, 12), all.Select(embedding => embedding.Index));
+        Assert.Equal(texts.Sum(text => server.Model.Generator.Encode(text).Length), all.Usage.InputTokenCount);
+        Assert.Equal(all.Usage.InputTokenCount, all.Usage.TotalTokenCount);
+        foreach (int i in (int[])[0, 7, 11])
+        {
+            float[] vector = all[i].ToFloats().ToArray();
+            Assert.Equal(1, vector.Sum(x => (double)x * x), 1e-6);
+            Assert.Equal(vector, await server.Model.Generator.TryEmbed(server.Model.Generator.Encode(texts[i]), Stop)!.Vector);
+
+            // The client asks for base64; by default it is numbers.
+            (_, JsonNode reply) = await server.PostAsync("/v1/embeddings", $$"""{"input":"{{texts[i]}}"}""");
+            Assert.Equal(vector, reply["data"]![0]!["embedding"]!.AsArray().Select(x => (float)x!));
+        }
+
+        Assert.Equal(all[0].ToFloats().ToArray(), (await client.GenerateEmbeddingAsync(texts[0], cancellationToken: Stop)).Value.ToFloats().ToArray());
     }
 
     [Fact]
