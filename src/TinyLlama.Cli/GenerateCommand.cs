@@ -93,6 +93,12 @@ internal sealed class GenerateCommand
         HelpName = "N",
     };
 
+    private readonly Option<string?> _promptCache = new("--prompt-cache")
+    {
+        Description = "Keep the prompt's keys and values in this file: one that begins alike is not computed again",
+        HelpName = "FILE",
+    };
+
     private readonly Option<int?> _context = CommonOptions.Context();
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
@@ -105,7 +111,7 @@ internal sealed class GenerateCommand
         var command = new Command("generate", "Continue a text with a trained model")
         {
             _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _schema, _overflow,
-            _lora, _draft, _draftTokens, _lookup, _context, _threads, _json,
+            _lora, _draft, _draftTokens, _lookup, _promptCache, _context, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
         return command;
@@ -125,14 +131,14 @@ internal sealed class GenerateCommand
         }
 
         RequireOneDraft(parse);
-        using LanguageModel model = Load(parse, parse.GetRequiredValue(_run), parse.GetValue(_lora), error);
+        using LanguageModel model = Load(parse, parse.GetRequiredValue(_run), error, parse.GetValue(_lora), parse.GetValue(_promptCache));
         int trained = model.Model.Config.ContextLength;
         if (parse.GetValue(_context) > trained)
         {
             error.WriteLine($"warning: the model is trained for {trained} tokens of context; expect worse text beyond");
         }
 
-        using LanguageModel? small = parse.GetValue(_draft) is string path ? Load(parse, path, adapter: null, error) : null;
+        using LanguageModel? small = parse.GetValue(_draft) is string path ? Load(parse, path, error) : null;
         using DraftModel? draft = small is null ? null : new DraftModel(small, model, parse.GetValue(_draftTokens) ?? 4);
         model.Draft = parse.GetValue(_lookup) is int tokens ? new PromptLookup(tokens) : draft;
         Generation generation = model.Generate(prompt, options, stop);
@@ -161,8 +167,8 @@ internal sealed class GenerateCommand
         return ExitCode.Success;
     }
 
-    private LanguageModel Load(ParseResult parse, string path, string? adapter, TextWriter error) => LanguageModel.Load(
-        path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line), adapter);
+    private LanguageModel Load(ParseResult parse, string path, TextWriter error, string? adapter = null, string? promptCache = null) => LanguageModel.Load(
+        path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line), adapter, promptCache);
 
     private void RequireOneDraft(ParseResult parse)
     {
@@ -219,7 +225,9 @@ internal sealed class GenerateCommand
         string decode = tokens == 0 ? "" : $" · decode {Rate(tokens, time)}";
         (int proposed, int accepted) = generation.Drafted;
         string drafted = proposed == 0 ? "" : string.Create(CultureInfo.InvariantCulture, $", {accepted} of {proposed} drafted tokens accepted ({100.0 * accepted / proposed:N0} %)");
-        return $"prefill {generation.PromptTokens.Count} tokens, {Rate(generation.PromptTokens.Count, generation.PrefillTime)}"
+        int prefilled = generation.PromptTokens.Count - generation.CachedPromptTokens;
+        string cached = generation.CachedPromptTokens == 0 ? "" : $" after {generation.CachedPromptTokens} cached ones";
+        return $"prefill {prefilled} tokens{cached}, {Rate(prefilled, generation.PrefillTime)}"
             + $"{decode}{drafted} · {generation.Tokens.Count} new tokens, {Ending(generation.Finish)}{seed}";
     }
 
@@ -251,6 +259,7 @@ internal sealed class GenerateCommand
         },
         ["seed"] = seed,
         ["prompt_tokens"] = generation.PromptTokens.Count,
+        ["cached_prompt_tokens"] = generation.CachedPromptTokens,
         ["new_tokens"] = generation.Tokens.Count,
         ["prefill_seconds"] = generation.PrefillTime.TotalSeconds,
         ["decode_tokens"] = generation.Decode.Tokens,

@@ -1,4 +1,6 @@
 using System.Buffers;
+using System.Security.Cryptography;
+using System.Text;
 using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
@@ -204,6 +206,21 @@ public abstract class ModelSource : IDisposable
         ArrayPool<float>.Shared.Return(values);
     }
 
+    /// <summary>SHA-256 of the shape and of all tensors as they are stored, in lower-case hexadecimal: tells models apart, whatever their files are called.</summary>
+    public string Hash()
+    {
+        using var hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
+        hash.AppendData(Encoding.UTF8.GetBytes(Config.ToString()));
+        foreach (ModelTensor tensor in Tensors)
+        {
+            hash.AppendData(Encoding.UTF8.GetBytes($"{tensor.Name} {StorageOf(tensor.Name)}"));
+            ReadPieces(tensor, StorageOf(tensor.Name), (_, rows) => hash.AppendData(rows));
+            DropPages();
+        }
+
+        return Convert.ToHexStringLower(hash.GetHashAndReset());
+    }
+
     /// <inheritdoc/>
     public void Dispose()
     {
@@ -239,14 +256,20 @@ public abstract class ModelSource : IDisposable
         }
 
         var tensor = new ModelTensor(parameter.Name, parameter.Rows, parameter.Columns);
-        int rowBytes = checked((int)weight.Type.RowBytes(weight.Inputs));
+        ReadPieces(tensor, weight.Type, (row, rows) => backend.WriteRows(weight, parameter.Frozen.First + row, rows));
+    }
+
+    // Whole rows, as many as are packed together or a multiple of that, in their order.
+    private void ReadPieces(ModelTensor tensor, DType type, Action<int, ReadOnlySpan<byte>> use)
+    {
+        int rowBytes = checked((int)type.RowBytes(tensor.Columns));
         int rowsAtOnce = Math.Max(1, PieceBytes / rowBytes / Backend.PackedRows) * Backend.PackedRows;
         byte[] bytes = ArrayPool<byte>.Shared.Rent(checked(Math.Min(rowsAtOnce, tensor.Rows) * rowBytes));
         for (int row = 0; row < tensor.Rows; row += rowsAtOnce)
         {
             Span<byte> rows = bytes.AsSpan(0, Math.Min(rowsAtOnce, tensor.Rows - row) * rowBytes);
             ReadRows(rows, tensor, row);
-            backend.WriteRows(weight, parameter.Frozen.First + row, rows);
+            use(row, rows);
         }
 
         ArrayPool<byte>.Shared.Return(bytes);

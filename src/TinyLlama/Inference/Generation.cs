@@ -58,6 +58,9 @@ public sealed class Generation : IEnumerable<string>
     /// <summary>Gets the time from the start to the first new token.</summary>
     public TimeSpan PrefillTime { get; private set; }
 
+    /// <summary>Gets the number of prompt tokens that a prompt cache had, so that they were not computed.</summary>
+    public int CachedPromptTokens { get; private set; }
+
     /// <summary>Gets the number of new tokens after the first, and the time of their forwards with sampling and draft.</summary>
     public (int Tokens, TimeSpan Time) Decode { get; private set; }
 
@@ -99,18 +102,23 @@ public sealed class Generation : IEnumerable<string>
         float[] logits = new float[(1 + (draft?.Tokens ?? 0)) * engine.VocabularySize];
         _tokens.Clear();
         _logProbabilities.Clear();
-        (PrefillTime, Decode, Drafted, Finish) = (default, default, default, state.Finish);
+        (PrefillTime, CachedPromptTokens, Decode, Drafted, Finish) = (default, 0, default, default, state.Finish);
         while (state.Finish == FinishReason.None)
         {
             _stop.ThrowIfCancellationRequested();
             long start = Stopwatch.GetTimestamp();
+            IReadOnlyList<DraftToken> proposed = [];
             if (_tokens.Count == 0)
             {
+                Prefill(engine, sequence, state.Input, logits);
                 draft?.Begin(state.Input.Span, _options, _stop);
             }
+            else
+            {
+                proposed = Propose(engine, sequence, state, draft);
+                Forward(engine, sequence, state.Input[sequence.Length..], proposed, logits);
+            }
 
-            IReadOnlyList<DraftToken> proposed = Propose(engine, sequence, state, draft);
-            Forward(engine, sequence, state.Input[sequence.Length..], proposed, logits);
             List<GeneratedToken> accepted = Accept(state, logits, proposed, engine.VocabularySize);
             engine.Truncate(sequence, state.Slid ? 0 : Math.Min(sequence.Length, state.Input.Length - 1));
             Count(accepted, proposed, Stopwatch.GetElapsedTime(start));
@@ -120,6 +128,13 @@ public sealed class Generation : IEnumerable<string>
                 yield return token.Text;
             }
         }
+    }
+
+    private void Prefill(InferenceEngine engine, CachedSequence sequence, ReadOnlyMemory<int> input, Span<float> logits)
+    {
+        CachedPromptTokens = _generator.PromptCache?.Restore(engine, sequence, input.Span) ?? 0;
+        Forward(engine, sequence, input[CachedPromptTokens..], proposed: [], logits);
+        _generator.PromptCache?.Save(engine, sequence, input.Span);
     }
 
     // Where one token is to be fed: several cost little more. No more than the text and the context have room for.

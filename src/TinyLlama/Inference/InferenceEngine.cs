@@ -151,11 +151,7 @@ public sealed class InferenceEngine : IDisposable
                     $"part {p} has {tokens.Length} tokens after {sequence.Length} of its sequence and {row} of the forward; a sequence holds {ContextLength}, a forward {Capacity}");
             }
 
-            if (!TryReserve(sequence, length))
-            {
-                throw new InvalidOperationException("every block of the key-value cache is taken");
-            }
-
+            Reserve(sequence, length);
             _segments[p] = new Segment(row, tokens.Length, sequence.Length, table);
             sequence.Blocks.AsSpan(0, sequence.BlockCount).CopyTo(_blockTable.AsSpan(table));
             tokens.Span.CopyTo(_hostTokens.AsSpan(row));
@@ -207,6 +203,21 @@ public sealed class InferenceEngine : IDisposable
     /// <param name="part">Its index.</param>
     public void ReadHidden(Span<float> hidden, int part) => _backend.Read(hidden, Output(part));
 
+    /// <summary>Gets the bytes of a cache block.</summary>
+    internal int BlockBytes => _cache.StoredBlockBytes;
+
+    /// <summary>Reads a cache block of a sequence: keys and values of <see cref="TokenLayout.KeyBlock"/> positions, as the device orders them.</summary>
+    internal void ReadBlock(Span<byte> block, CachedSequence sequence, int index) => _cache.ReadBlock(block, _backend, sequence, index);
+
+    /// <summary>Lets a sequence, whose blocks are full, grow by tokens whose keys and values were read as a block.</summary>
+    /// <exception cref="InvalidOperationException">No block of the cache is free.</exception>
+    internal void AppendBlock(CachedSequence sequence, ReadOnlySpan<int> tokens, ReadOnlySpan<byte> block)
+    {
+        Reserve(sequence, sequence.Length + tokens.Length);
+        _cache.WriteBlock(_backend, sequence, sequence.Length / TokenLayout.KeyBlock, block);
+        _cache.Extend(sequence, tokens);
+    }
+
     private Tensor Output(int part)
     {
         Segment segment = _segments[part];
@@ -222,6 +233,14 @@ public sealed class InferenceEngine : IDisposable
             Tensor chunk = _workspace.LogitsChunk.RowRange(0, count);
             _model.Logits(chunk, hidden.RowRange(row, count));
             _backend.Read(logits.Slice(row * v, count * v), chunk);
+        }
+    }
+
+    private void Reserve(CachedSequence sequence, int length)
+    {
+        if (!TryReserve(sequence, length))
+        {
+            throw new InvalidOperationException("every block of the key-value cache is taken");
         }
     }
 

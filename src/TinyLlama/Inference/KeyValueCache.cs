@@ -1,3 +1,4 @@
+using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
 using TinyLlama.Model;
 
@@ -73,6 +74,9 @@ public sealed class KeyValueCache : KeyValueSource
         _ = new KeyValueCache(plan, backend, config, 1);
         return plan.UsedBytes;
     }
+
+    /// <summary>Gets the bytes that <see cref="ReadBlock"/> reads.</summary>
+    internal int StoredBlockBytes => checked((int)(2 * _keys.Length * _keys[0].Type.RowBytes(_keys[0].Columns)));
 
     /// <inheritdoc/>
     public override (Tensor Keys, Tensor Values) Append(Backend backend, int layer, Tensor keys, Tensor values, TokenLayout layout)
@@ -186,6 +190,28 @@ public sealed class KeyValueCache : KeyValueSource
 
         sequence.Length = length;
         sequence.PublishedBlocks = Math.Min(sequence.PublishedBlocks, length / TokenLayout.KeyBlock);
+    }
+
+    /// <summary>Reads a block of a sequence in the device's order: each layer's keys, then each layer's values.</summary>
+    internal void ReadBlock(Span<byte> destination, Backend backend, CachedSequence sequence, int index)
+    {
+        foreach (Tensor blocks in (ReadOnlySpan<Tensor>)[.. _keys, .. _values])
+        {
+            int count = (int)blocks.Type.RowBytes(blocks.Columns);
+            DeviceElements.ReadBytes(destination[..count], backend, blocks.RowRange(sequence.Blocks[index], 1));
+            destination = destination[count..];
+        }
+    }
+
+    /// <summary>Writes what <see cref="ReadBlock"/> read.</summary>
+    internal void WriteBlock(Backend backend, CachedSequence sequence, int index, ReadOnlySpan<byte> source)
+    {
+        foreach (Tensor blocks in (ReadOnlySpan<Tensor>)[.. _keys, .. _values])
+        {
+            int count = (int)blocks.Type.RowBytes(blocks.Columns);
+            DeviceElements.WriteBytes(backend, blocks.RowRange(sequence.Blocks[index], 1), source[..count]);
+            source = source[count..];
+        }
     }
 
     private void Copy(Backend backend, int destination, int source)

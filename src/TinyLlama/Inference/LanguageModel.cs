@@ -22,12 +22,14 @@ namespace TinyLlama.Inference;
 public sealed class LanguageModel : IDisposable
 {
     private readonly Lazy<ChatTemplate?> _chatTemplate;
+    private readonly PromptCache? _promptCache;
     private TextGenerator? _generator;
 
-    private LanguageModel(Backend backend, LlamaModel model, BpeTokenizer tokenizer, bool addsBos, Func<ChatTemplate?> chatTemplate, int contextLength)
+    private LanguageModel(Backend backend, LlamaModel model, BpeTokenizer tokenizer, bool addsBos, Func<ChatTemplate?> chatTemplate, int contextLength,
+        PromptCache? promptCache)
     {
         (Backend, Model, Tokenizer, AddsBos, ContextLength) = (backend, model, tokenizer, addsBos, contextLength);
-        _chatTemplate = new Lazy<ChatTemplate?>(chatTemplate);
+        (_chatTemplate, _promptCache) = (new Lazy<ChatTemplate?>(chatTemplate), promptCache);
     }
 
     /// <summary>Gets the device.</summary>
@@ -58,9 +60,14 @@ public sealed class LanguageModel : IDisposable
     /// <param name="contextLength">Most tokens of a text; by default what the model is trained for.</param>
     /// <param name="warn">Is told, in one line, what is wrong but can be worked around.</param>
     /// <param name="adapter">A folder in which PEFT saved a LoRA adapter, which is added to the weights; null for none. Not of a quantized model.</param>
+    /// <param name="promptCache">
+    /// A file for the keys and values of the last prompt given to <see cref="Generate"/>, so that a prompt that begins alike
+    /// is not computed again; null for none. The weights are hashed, to tell models apart.
+    /// </param>
     /// <exception cref="UserErrorException">There is no such model or adapter, it is damaged, or the model has no tokenizer.</exception>
     /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
-    public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null, string? adapter = null)
+    public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null, string? adapter = null,
+        string? promptCache = null)
     {
         warn ??= static _ => { };
         using ModelSource source = adapter is null ? ModelSource.Open(path, warn) : ModelSource.Open(path, adapter, warn);
@@ -79,7 +86,8 @@ public sealed class LanguageModel : IDisposable
                 tokenizer,
                 source.AddsBos,
                 () => template is null ? null : Chat.ChatTemplate.Parse(template, origin),
-                contextLength ?? source.Config.ContextLength);
+                contextLength ?? source.Config.ContextLength,
+                promptCache is null ? null : new PromptCache(promptCache, $"{source.Hash()} {backend.Path} {backend.Products}"));
         }
         catch
         {
@@ -97,7 +105,7 @@ public sealed class LanguageModel : IDisposable
     public Generation Generate(string prompt, GenerationOptions? options = null, CancellationToken stop = default)
     {
         _generator ??= new TextGenerator(Model, Backend, Tokenizer, AddsBos, ContextLength);
-        _generator.Draft = Draft;
+        (_generator.Draft, _generator.PromptCache) = (Draft, _promptCache);
         return _generator.Generate(prompt, options, stop);
     }
 

@@ -38,6 +38,9 @@ public sealed class TextGenerator : IDisposable
     /// <summary>Gets or sets what proposes tokens to be verified together; null for nothing. Its owner disposes of it.</summary>
     public Draft? Draft { get; set; }
 
+    /// <summary>Gets or sets where the last prompt's keys and values are kept; null for nowhere.</summary>
+    internal PromptCache? PromptCache { get; set; }
+
     internal InferenceEngine Engine { get; }
 
     internal ConstraintCache Constraints => _prompts.Constraints;
