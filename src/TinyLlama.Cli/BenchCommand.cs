@@ -43,6 +43,7 @@ internal sealed class BenchCommand
         new BenchCommand("How long to measure [default: 10]").Inference(
             "decode", "Decode random tokens, one forward a token", tokens: 128, decode: true),
         new BenchCommand("How long to measure [default: 10]").Inference("prefill", "Prefill random tokens", tokens: 512, decode: false),
+        ServeBenchCommand.Create(),
     };
 
     private Command Train()

@@ -252,7 +252,7 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
         }
     }
 
-    private ModelInfo Info() => new(model.Name, model.Loaded.ToUnixTimeSeconds(), new ModelMeta(model.ParameterCount, model.Generator.ContextLength));
+    private ModelInfo Info() => new(model.Name, model.Loaded.ToUnixTimeSeconds(), new ModelMeta(model.ParameterCount, model.Generator.ContextLength, model.Chat.Tokenizer.VocabularySize));
 
     private async Task<T> ReadAsync<T>(HttpContext context, JsonTypeInfo<T> type) => IsEnding
         ? throw Ending()

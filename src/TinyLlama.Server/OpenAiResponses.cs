@@ -16,8 +16,8 @@ internal sealed record ModelInfo(string Id, long Created, ModelMeta Meta)
     public string OwnedBy { get; } = "tinyllama";
 }
 
-/// <summary>What a client may want to know of a model: parameters and most tokens of a text.</summary>
-internal sealed record ModelMeta(long NParams, int NCtx);
+/// <summary>What a client may want to know of a model: parameters, most tokens of a text, size of the vocabulary.</summary>
+internal sealed record ModelMeta(long NParams, int NCtx, int NVocab);
 
 /// <summary>A reply, whole or a chunk of a stream, to either kind of request.</summary>
 internal sealed record Completion
