@@ -65,6 +65,12 @@ public sealed class FolderWriter
 
         void ReadPiece(string name, long first, Span<byte> bytes)
         {
+            if (first == 0)
+            {
+                // The tensor before this one is written.
+                source.DropPages();
+            }
+
             Span<float> piece = singles.AsSpan(0, bytes.Length / type.ByteCount());
             source.Read(piece, name, first);
             ElementCodec.Encode(piece, type, bytes);

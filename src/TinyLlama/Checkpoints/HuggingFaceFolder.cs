@@ -5,21 +5,22 @@ using TinyLlama.Model;
 namespace TinyLlama.Checkpoints;
 
 /// <summary>
-/// A Llama as Hugging Face keeps it: <c>config.json</c> and safetensors, in one file or in several with an index. A
+/// A Llama as Hugging Face keeps it: <c>config.json</c>, and safetensors or PyTorch files, one or several with an index. A
 /// checkpoint is one too.
 /// </summary>
 internal sealed class HuggingFaceFolder : ModelSource
 {
-    private const string IndexName = "model.safetensors.index.json";
+    private const string TorchName = "pytorch_model.bin";
+    private const string IndexSuffix = ".index.json";
     private const int NamedFaults = 3;
 
     // What some programs store beside the parameters: computed from the config, never learned.
     private const string RotaryTable = ".self_attn.rotary_emb.inv_freq";
 
-    private readonly Dictionary<string, SafetensorsFile> _fileOf;
+    private readonly Dictionary<string, Place> _places;
 
-    private HuggingFaceFolder(string path, ModelConfig config, Dictionary<string, SafetensorsFile> fileOf)
-        : base(path, config) => _fileOf = fileOf;
+    private HuggingFaceFolder(string path, ModelConfig config, Dictionary<string, Place> places)
+        : base(path, config) => _places = places;
 
     /// <inheritdoc/>
     public override string? TokenizerPath =>
@@ -29,40 +30,29 @@ internal sealed class HuggingFaceFolder : ModelSource
 
     /// <inheritdoc/>
     public override DType StoredType =>
-        _fileOf[ModelTensors.Embedding].Entry(ModelTensors.Embedding).ElementType is { } type and not DType.F64 ? type : DType.F32;
+        _places[ModelTensors.Embedding].Entry.ElementType is { } type and not DType.F64 ? type : DType.F32;
 
     /// <summary>Opens a folder and checks that it holds the tensors of its config, and no others.</summary>
     /// <exception cref="UserErrorException">Something is missing, damaged, unexpected or not supported.</exception>
-    public static HuggingFaceFolder OpenFolder(string path)
-    {
-        string configPath = System.IO.Path.Combine(path, HuggingFaceConfig.FileName);
-        if (!File.Exists(configPath))
-        {
-            throw new UserErrorException(
-                $"{path}: has no {HuggingFaceConfig.FileName}; name a run, a checkpoint, a Hugging Face folder, a .gguf file or a .bin file of llama2.c");
-        }
+    public static HuggingFaceFolder OpenFolder(string path) => Open(path, FindFiles);
 
-        ModelConfig config = HuggingFaceConfig.Read(configPath);
-        Dictionary<string, SafetensorsFile> fileOf = OpenFiles(path);
-        try
-        {
-            RequireTensors(path, config, fileOf);
-            return new HuggingFaceFolder(path, config, fileOf);
-        }
-        catch
-        {
-            Close(fileOf);
-            throw;
-        }
+    /// <summary>Opens a PyTorch file with the config beside it.</summary>
+    /// <exception cref="UserErrorException">As of <see cref="OpenFolder"/>.</exception>
+    public static HuggingFaceFolder OpenTorchFile(string path)
+    {
+        string folder = System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(path))!;
+        return File.Exists(System.IO.Path.Combine(folder, HuggingFaceConfig.FileName))
+            ? Open(folder, _ => Places(PyTorchFile.Open(path)))
+            : throw new UserErrorException($"{path}: needs {HuggingFaceConfig.FileName} beside it, which says what model it is");
     }
 
     /// <inheritdoc/>
-    public override void Read(Span<float> destination, string name, long first) => _fileOf[name].Read(destination, name, first);
+    public override void Read(Span<float> destination, string name, long first) => _places[name].File.Read(destination, name, first);
 
     /// <inheritdoc/>
     internal override void DropPages()
     {
-        foreach (SafetensorsFile file in _fileOf.Values.Distinct())
+        foreach (ITensorFile file in Files(_places))
         {
             file.DropPages();
         }
@@ -73,74 +63,101 @@ internal sealed class HuggingFaceFolder : ModelSource
     {
         if (disposing)
         {
-            Close(_fileOf);
+            Close(_places);
         }
     }
 
-    private static Dictionary<string, SafetensorsFile> OpenFiles(string path)
+    private static HuggingFaceFolder Open(string path, Func<string, Dictionary<string, Place>> open)
     {
-        string single = System.IO.Path.Combine(path, TrainingCheckpoint.ModelName);
-        if (File.Exists(single))
+        string configPath = System.IO.Path.Combine(path, HuggingFaceConfig.FileName);
+        if (!File.Exists(configPath))
         {
-            SafetensorsFile file = SafetensorsFile.Open(single);
-            return file.Entries.ToDictionary(static entry => entry.Name, _ => file, StringComparer.Ordinal);
+            throw new UserErrorException(
+                $"{path}: has no {HuggingFaceConfig.FileName}; name a run, a checkpoint, a Hugging Face folder, a .gguf file or a .bin file of llama2.c");
         }
 
-        string index = System.IO.Path.Combine(path, IndexName);
-        if (File.Exists(index))
+        ModelConfig config = HuggingFaceConfig.Read(configPath);
+        Dictionary<string, Place> places = open(path);
+        try
         {
-            return OpenShards(path, JsonKeys.Read(index));
+            RequireTensors(path, config, places);
+            return new HuggingFaceFolder(path, config, places);
         }
-
-        throw Directory.EnumerateFiles(path, "pytorch_model*.bin").Any()
-            ? new UserErrorException(
-                $"{path}: holds its weights in pytorch_model.bin, which is not supported; save the model as safetensors")
-            : new UserErrorException($"{path}: has neither {TrainingCheckpoint.ModelName} nor {IndexName}");
+        catch
+        {
+            Close(places);
+            throw;
+        }
     }
 
-    private static Dictionary<string, SafetensorsFile> OpenShards(string path, JsonKeys index)
+    private static Dictionary<string, Place> FindFiles(string path)
+    {
+        (string Name, Func<string, ITensorFile> Open)[] kinds = [(TrainingCheckpoint.ModelName, SafetensorsFile.Open), (TorchName, PyTorchFile.Open)];
+        foreach ((string name, Func<string, ITensorFile> open) in kinds)
+        {
+            string file = System.IO.Path.Combine(path, name);
+            if (File.Exists(file))
+            {
+                return Places(open(file));
+            }
+
+            if (File.Exists(file + IndexSuffix))
+            {
+                return OpenShards(path, JsonKeys.Read(file + IndexSuffix), System.IO.Path.GetExtension(name), open);
+            }
+        }
+
+        throw new UserErrorException(
+            $"{path}: has neither {string.Join(" nor ", kinds.Select(static kind => $"{kind.Name} nor {kind.Name}{IndexSuffix}"))}");
+    }
+
+    private static Dictionary<string, Place> Places(ITensorFile file) =>
+        file.Entries.ToDictionary(static entry => entry.Name, entry => new Place(file, entry), StringComparer.Ordinal);
+
+    private static Dictionary<string, Place> OpenShards(string path, JsonKeys index, string extension, Func<string, ITensorFile> open)
     {
         JsonKeys map = index.Object("weight_map") ?? throw index.Error("weight_map", "is missing");
-        var shards = new Dictionary<string, SafetensorsFile>(StringComparer.Ordinal);
-        var fileOf = new Dictionary<string, SafetensorsFile>(StringComparer.Ordinal);
+        var shards = new Dictionary<string, Dictionary<string, Place>>(StringComparer.Ordinal);
+        var places = new Dictionary<string, Place>(StringComparer.Ordinal);
         try
         {
             foreach (string tensor in map.Names)
             {
                 string name = map.Text(tensor) ?? throw map.Error(tensor, "is null");
-                if (!shards.TryGetValue(name, out SafetensorsFile? shard))
+                if (!shards.TryGetValue(name, out Dictionary<string, Place>? shard))
                 {
                     // An index must not lead out of its folder.
-                    if (!name.EndsWith(".safetensors", StringComparison.Ordinal) || name.IndexOfAny(['/', '\\', ':', '\0']) >= 0)
+                    if (!name.EndsWith(extension, StringComparison.Ordinal) || name.IndexOfAny(['/', '\\', ':', '\0']) >= 0)
                     {
-                        throw map.Error(tensor, $"is '{name}', not the name of a safetensors file in this folder");
+                        throw map.Error(tensor, $"is '{name}', not the name of a {extension} file in this folder");
                     }
 
-                    shard = SafetensorsFile.Open(System.IO.Path.Combine(path, name));
+                    shard = Places(open(System.IO.Path.Combine(path, name)));
                     shards.Add(name, shard);
                 }
 
-                if (!shard.Contains(tensor))
-                {
-                    throw map.Error(tensor, $"is to be in {name}, which has no such tensor");
-                }
-
-                fileOf.Add(tensor, shard);
+                places.Add(tensor, shard.TryGetValue(tensor, out Place place)
+                    ? place
+                    : throw map.Error(tensor, $"is to be in {name}, which has no such tensor"));
             }
 
-            return fileOf;
+            return places;
         }
         catch
         {
-            Close(shards);
+            foreach (Dictionary<string, Place> shard in shards.Values)
+            {
+                Close(shard);
+            }
+
             throw;
         }
     }
 
-    private static void RequireTensors(string path, ModelConfig config, Dictionary<string, SafetensorsFile> fileOf)
+    private static void RequireTensors(string path, ModelConfig config, Dictionary<string, Place> places)
     {
         IReadOnlyList<ModelTensor> needed = ModelTensors.Of(config);
-        string[] missing = [.. needed.Select(static tensor => tensor.Name).Where(name => !fileOf.ContainsKey(name))];
+        string[] missing = [.. needed.Select(static tensor => tensor.Name).Where(name => !places.ContainsKey(name))];
         if (missing.Length > 0)
         {
             string hint = missing is [ModelTensors.Head]
@@ -157,7 +174,7 @@ internal sealed class HuggingFaceFolder : ModelSource
         }
 
         string[] unexpected =
-            [.. fileOf.Keys.Where(name => !known.Contains(name) && !name.EndsWith(RotaryTable, StringComparison.Ordinal))];
+            [.. places.Keys.Where(name => !known.Contains(name) && !name.EndsWith(RotaryTable, StringComparison.Ordinal))];
         if (unexpected.Length > 0)
         {
             throw new UserErrorException($"{path}: {Listed(unexpected)} unknown; a Llama of this {HuggingFaceConfig.FileName} has no such tensor");
@@ -165,17 +182,17 @@ internal sealed class HuggingFaceFolder : ModelSource
 
         foreach (ModelTensor tensor in needed)
         {
-            SafetensorsEntry entry = fileOf[tensor.Name].Entry(tensor.Name);
+            (ITensorFile file, TensorEntry entry) = places[tensor.Name];
             if (entry.ElementType is not { } type || !ElementCodec.IsFloatingPoint(type))
             {
-                throw new UserErrorException($"{fileOf[tensor.Name].Path}: tensor '{tensor.Name}' is {entry.Type}, not F32, BF16, F16 or F64");
+                throw new UserErrorException($"{file.Path}: tensor '{tensor.Name}' is {entry.Type}, not F32, BF16, F16 or F64");
             }
 
             // Tables padded to a round number of rows are common: the rows beyond the vocabulary have no token.
             bool padded = tensor.Name is ModelTensors.Embedding or ModelTensors.Head
                 && entry.Shape.Count == 2 && entry.Shape[0] > tensor.Rows;
             IReadOnlyList<long> shape = padded ? [tensor.Rows, entry.Shape[1]] : entry.Shape;
-            SafetensorsFile.RequireShape(fileOf[tensor.Name].Path, tensor.Name, shape, tensor.Rows, tensor.Columns);
+            SafetensorsFile.RequireShape(file.Path, tensor.Name, shape, tensor.Rows, tensor.Columns);
         }
     }
 
@@ -186,11 +203,15 @@ internal sealed class HuggingFaceFolder : ModelSource
         return names.Length == 1 ? $"tensor '{shown}' is" : $"tensors '{shown}'{more} are";
     }
 
-    private static void Close(Dictionary<string, SafetensorsFile> files)
+    private static IEnumerable<ITensorFile> Files(Dictionary<string, Place> places) => places.Values.Select(static place => place.File).Distinct();
+
+    private static void Close(Dictionary<string, Place> places)
     {
-        foreach (SafetensorsFile file in files.Values)
+        foreach (ITensorFile file in Files(places))
         {
             file.Dispose();
         }
     }
+
+    private readonly record struct Place(ITensorFile File, TensorEntry Entry);
 }

@@ -117,12 +117,6 @@ internal sealed class Llama2CFile : ModelSource
                 $"{file.Path}: version {header[1]} of llama2.c's format is not supported; export it with --version 0");
         }
 
-        if (file.Bytes(0, 2).SequenceEqual("PK"u8) || file.Bytes(0, 2).SequenceEqual((ReadOnlySpan<byte>)[0x80, 0x02]))
-        {
-            throw new UserErrorException(
-                $"{file.Path}: this is a PyTorch file, which is not supported; save the model as safetensors and name its folder");
-        }
-
         var config = new ModelConfig
         {
             Channels = header[0],

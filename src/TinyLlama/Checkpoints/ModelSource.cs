@@ -92,7 +92,8 @@ public abstract class ModelSource : IDisposable
 
     /// <summary>Opens a model.</summary>
     /// <param name="path">
-    /// A run (its newest checkpoint counts), a checkpoint, a Hugging Face folder, a <c>.gguf</c> file, or a <c>.bin</c> file of llama2.c.
+    /// A run (its newest checkpoint counts), a checkpoint, a Hugging Face folder, a <c>.gguf</c> file, a PyTorch file with
+    /// <c>config.json</c> beside it, or a <c>.bin</c> file of llama2.c.
     /// </param>
     /// <param name="warn">Is told, in one line, which newer checkpoint of a run is damaged.</param>
     /// <exception cref="UserErrorException">Nothing of that kind is there, or it is damaged or of another kind of model.</exception>
@@ -102,7 +103,8 @@ public abstract class ModelSource : IDisposable
         {
             return System.IO.Path.GetExtension(path) switch
             {
-                ".bin" => Llama2CFile.OpenFile(path),
+                ".pt" or ".pth" => HuggingFaceFolder.OpenTorchFile(path),
+                ".bin" => PyTorchFile.IsOne(path) ? HuggingFaceFolder.OpenTorchFile(path) : Llama2CFile.OpenFile(path),
                 ".gguf" => GgufModel.OpenFile(path),
                 _ => throw new UserErrorException($"{path}: {WhyNoModel(path)}"),
             };
@@ -290,7 +292,6 @@ public abstract class ModelSource : IDisposable
     private static string WhyNoModel(string path) => System.IO.Path.GetExtension(path) switch
     {
         ".safetensors" => $"name its folder, where {HuggingFaceConfig.FileName} says what model it is",
-        ".pt" or ".pth" or ".ckpt" => "PyTorch files are not supported; save the model as safetensors and name its folder",
         _ => "not a model; name a run, a checkpoint, a Hugging Face folder, a .gguf file or a .bin file of llama2.c",
     };
 }

@@ -7,28 +7,14 @@ using TinyLlama.Data;
 
 namespace TinyLlama.Checkpoints;
 
-/// <summary>One tensor of a file.</summary>
+/// <summary>One tensor of a safetensors file.</summary>
 /// <param name="Name">Its name.</param>
 /// <param name="Type">Its type in the format's words, such as <c>BF16</c>.</param>
 /// <param name="Shape">Its dimensions; none for a scalar.</param>
 /// <param name="Offset">First byte, counted from the beginning of the file.</param>
 /// <param name="ByteCount">Size in bytes.</param>
 public sealed record SafetensorsEntry(string Name, string Type, IReadOnlyList<long> Shape, long Offset, long ByteCount)
-{
-    /// <summary>Gets the element type, or null where it is none that a tensor can have here, such as I64.</summary>
-    public DType? ElementType => Type switch
-    {
-        "F32" => DType.F32,
-        "BF16" => DType.BF16,
-        "F16" => DType.F16,
-        "F64" => DType.F64,
-        "I32" => DType.I32,
-        _ => null,
-    };
-
-    /// <summary>Gets the number of elements.</summary>
-    public long Count => Shape.Aggregate(1L, static (product, dimension) => product * dimension);
-}
+    : TensorEntry(Name, Type, Shape);
 
 /// <summary>
 /// A safetensors file, mapped into memory: an 8-byte little-endian header length, a JSON header
@@ -38,7 +24,7 @@ public sealed record SafetensorsEntry(string Name, string Type, IReadOnlyList<lo
 /// Everything the header claims is checked at opening, before anything is read or allocated by it: the tensors lie
 /// inside the file, cover it without gap or overlap, and are as long as their shapes say.
 /// </remarks>
-public sealed class SafetensorsFile : IDisposable
+public sealed class SafetensorsFile : ITensorFile
 {
     /// <summary>The longest header that is read, as in the format's reference implementation.</summary>
     public const int MaximumHeaderBytes = 100_000_000;
@@ -63,6 +49,9 @@ public sealed class SafetensorsFile : IDisposable
 
     /// <summary>Gets the tensors, in the order of their data.</summary>
     public IReadOnlyList<SafetensorsEntry> Entries { get; }
+
+    /// <inheritdoc/>
+    IReadOnlyList<TensorEntry> ITensorFile.Entries => Entries;
 
     /// <summary>Gets the texts under <c>__metadata__</c>.</summary>
     public IReadOnlyDictionary<string, string> Metadata { get; }

@@ -1,0 +1,20 @@
+namespace TinyLlama.Checkpoints;
+
+/// <summary>A file of named tensors, checked and mapped into memory.</summary>
+internal interface ITensorFile : IDisposable
+{
+    /// <summary>Gets the path the file was opened by.</summary>
+    string Path { get; }
+
+    /// <summary>Gets the tensors; no two have the same name.</summary>
+    IReadOnlyList<TensorEntry> Entries { get; }
+
+    /// <summary>Reads elements as singles, from any floating-point type.</summary>
+    /// <param name="destination">What is filled.</param>
+    /// <param name="name">The tensor.</param>
+    /// <param name="first">Its first element to read, in row-major order.</param>
+    void Read(Span<float> destination, string name, long first = 0);
+
+    /// <summary>Drops what has been read from memory; it can be read again.</summary>
+    void DropPages();
+}
