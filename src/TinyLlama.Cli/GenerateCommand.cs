@@ -93,6 +93,18 @@ internal sealed class GenerateCommand
         HelpName = "N",
     };
 
+    private readonly Option<int?> _beams = new("--beams")
+    {
+        Description = "Search for the likeliest text, following N at a time, instead of drawing one",
+        HelpName = "N",
+    };
+
+    private readonly Option<double?> _lengthPenalty = new("--length-penalty")
+    {
+        Description = "Beams that ended are compared by ln p / length^A [default: 1]",
+        HelpName = "A",
+    };
+
     private readonly Option<string?> _promptCache = new("--prompt-cache")
     {
         Description = "Keep the prompt's keys and values in this file: one that begins alike is not computed again",
@@ -111,7 +123,7 @@ internal sealed class GenerateCommand
         var command = new Command("generate", "Continue a text with a trained model")
         {
             _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _schema, _overflow,
-            _lora, _draft, _draftTokens, _lookup, _promptCache, _context, _threads, _json,
+            _lora, _draft, _draftTokens, _lookup, _beams, _lengthPenalty, _promptCache, _context, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
         return command;
@@ -131,6 +143,7 @@ internal sealed class GenerateCommand
         }
 
         RequireOneDraft(parse);
+        RequireOneWay(parse);
         using LanguageModel model = Load(parse, parse.GetRequiredValue(_run), error, parse.GetValue(_lora), parse.GetValue(_promptCache));
         int trained = model.Model.Config.ContextLength;
         if (parse.GetValue(_context) > trained)
@@ -138,6 +151,14 @@ internal sealed class GenerateCommand
             error.WriteLine($"warning: the model is trained for {trained} tokens of context; expect worse text beyond");
         }
 
+        return parse.GetValue(_beams) is int beams
+            ? Search(parse, model, prompt, beams, stop)
+            : Continue(parse, model, prompt, options, stop);
+    }
+
+    private int Continue(ParseResult parse, LanguageModel model, string prompt, GenerationOptions options, CancellationToken stop)
+    {
+        (TextWriter output, TextWriter error) = (parse.InvocationConfiguration.Output, parse.InvocationConfiguration.Error);
         using LanguageModel? small = parse.GetValue(_draft) is string path ? Load(parse, path, error) : null;
         using DraftModel? draft = small is null ? null : new DraftModel(small, model, parse.GetValue(_draftTokens) ?? 4);
         model.Draft = parse.GetValue(_lookup) is int tokens ? new PromptLookup(tokens) : draft;
@@ -167,6 +188,35 @@ internal sealed class GenerateCommand
         return ExitCode.Success;
     }
 
+    private int Search(ParseResult parse, LanguageModel model, string prompt, int beams, CancellationToken stop)
+    {
+        var options = new BeamSearchOptions
+        {
+            Beams = beams,
+            LengthPenalty = parse.GetValue(_lengthPenalty) ?? 1,
+            MaxTokens = parse.GetValue(_maxTokens),
+        };
+        IReadOnlyList<BeamText> texts;
+        using (ProgressDisplay progress = ProgressDisplay.Start("search", options.MaxTokens ?? 0, "tokens"))
+        {
+            texts = model.Search(prompt, options, length => progress.Report(length), stop);
+        }
+
+        if (parse.GetValue(_json))
+        {
+            var report = new JsonObject { ["prompt"] = prompt, ["beams"] = new JsonArray([.. texts.Select(Report)]) };
+            parse.InvocationConfiguration.Output.WriteLine(report.ToJsonString(JsonOutput.Options));
+            return ExitCode.Success;
+        }
+
+        BeamText best = texts[0];
+        parse.InvocationConfiguration.Output.WriteLine(prompt + best.Text);
+        parse.InvocationConfiguration.Error.WriteLine(string.Create(
+            CultureInfo.InvariantCulture,
+            $"the best of {texts.Count} texts: ln p {best.LogProbability:N2}, {best.Tokens.Count} new tokens, {Ending(best.Finish)}"));
+        return ExitCode.Success;
+    }
+
     private LanguageModel Load(ParseResult parse, string path, TextWriter error, string? adapter = null, string? promptCache = null) => LanguageModel.Load(
         path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line), adapter, promptCache);
 
@@ -180,6 +230,30 @@ internal sealed class GenerateCommand
         if (parse.GetValue(_draft) is null && parse.GetValue(_draftTokens) is not null)
         {
             throw new UserErrorException("--draft-tokens is for a draft model; name one with --draft, or use --lookup N");
+        }
+    }
+
+    // A search draws nothing.
+    private void RequireOneWay(ParseResult parse)
+    {
+        if (parse.GetValue(_beams) is null)
+        {
+            if (parse.GetValue(_lengthPenalty) is not null)
+            {
+                throw new UserErrorException("--length-penalty compares beams; say how many with --beams N");
+            }
+
+            return;
+        }
+
+        Option[] drawing =
+        [
+            _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _schema, _overflow, _draft, _draftTokens, _lookup,
+            _promptCache,
+        ];
+        if (Array.Find(drawing, option => parse.GetResult(option) is { Implicit: false }) is { } given)
+        {
+            throw new UserErrorException($"--beams searches for the likeliest text, {given.Name} is of one that is drawn; leave one of them out");
         }
     }
 
@@ -244,19 +318,30 @@ internal sealed class GenerateCommand
         _ => "not finished",
     };
 
+    private static string Name(FinishReason reason) => reason switch
+    {
+        FinishReason.EndOfText => "end_of_text",
+        FinishReason.StopToken => "stop_token",
+        FinishReason.StopString => "stop_string",
+        FinishReason.MaxTokens => "max_tokens",
+        FinishReason.ContextFull => "context_full",
+        _ => "none",
+    };
+
+    private static JsonObject Report(BeamText text) => new()
+    {
+        ["text"] = text.Text,
+        ["log_probability"] = text.LogProbability,
+        ["score"] = text.Score,
+        ["new_tokens"] = text.Tokens.Count,
+        ["finish_reason"] = Name(text.Finish),
+    };
+
     private static JsonObject Report(Generation generation, string prompt, string text, ulong seed) => new()
     {
         ["prompt"] = prompt,
         ["text"] = text,
-        ["finish_reason"] = generation.Finish switch
-        {
-            FinishReason.EndOfText => "end_of_text",
-            FinishReason.StopToken => "stop_token",
-            FinishReason.StopString => "stop_string",
-            FinishReason.MaxTokens => "max_tokens",
-            FinishReason.ContextFull => "context_full",
-            _ => "none",
-        },
+        ["finish_reason"] = Name(generation.Finish),
         ["seed"] = seed,
         ["prompt_tokens"] = generation.PromptTokens.Count,
         ["cached_prompt_tokens"] = generation.CachedPromptTokens,

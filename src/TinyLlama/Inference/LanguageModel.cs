@@ -109,6 +109,25 @@ public sealed class LanguageModel : IDisposable
         return _generator.Generate(prompt, options, stop);
     }
 
+    /// <summary>Searches for the likeliest continuations of a text (beam search).</summary>
+    /// <param name="prompt">The text to continue.</param>
+    /// <param name="options">What to search for.</param>
+    /// <param name="progress">Is told the number of tokens of the texts that are followed.</param>
+    /// <param name="stop">Ends it with <see cref="OperationCanceledException"/>.</param>
+    /// <returns>As many texts as there are beams, or as there are at all; the best first.</returns>
+    /// <exception cref="UserErrorException">An option is out of range, or prompt and new tokens do not fit the context.</exception>
+    /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
+    public IReadOnlyList<BeamText> Search(
+        string prompt, BeamSearchOptions? options = null, Action<int>? progress = null, CancellationToken stop = default)
+    {
+        options ??= new BeamSearchOptions();
+        options.Validate();
+        var prompts = new PromptReader(Tokenizer, AddsBos, ContextLength, Model.Config.VocabularySize);
+        int[] tokens = prompts.Encode(prompt);
+        prompts.Check(tokens, new GenerationOptions { MaxTokens = options.MaxTokens, StopTokens = options.StopTokens });
+        return BeamSearch.Run(Model, Backend, Tokenizer, ContextLength, tokens, options, progress, stop);
+    }
+
     /// <summary>
     /// Makes what continues many texts together. Nothing else may use the model until it is disposed of, which is before the
     /// model.

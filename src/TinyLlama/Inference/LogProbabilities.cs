@@ -20,14 +20,7 @@ public sealed record LogProbabilities(TokenLogProbability Chosen, IReadOnlyList<
     /// <param name="tokenizer">The vocabulary.</param>
     internal static LogProbabilities Of(ReadOnlySpan<float> logits, int chosen, int top, ITokenizer tokenizer)
     {
-        float largest = logits[Sampler.Greedy(logits)];
-        double sum = 0;
-        foreach (float logit in logits)
-        {
-            sum += Math.Exp((double)logit - largest);
-        }
-
-        double logSum = largest + Math.Log(sum);
+        double logSum = LogSum(logits);
         var best = new PriorityQueue<int, (float Logit, int Rank)>();
         for (int id = 0; id < logits.Length; id++)
         {
@@ -51,5 +44,20 @@ public sealed record LogProbabilities(TokenLogProbability Chosen, IReadOnlyList<
 
         TokenLogProbability One(int token, ReadOnlySpan<float> logits) =>
             new(token, tokenizer.TokenBytes(token), logits[token] - logSum);
+    }
+
+    /// <summary>ln Σ exp logit: a token's ln p is its logit less this.</summary>
+    /// <param name="logits">(V) logits.</param>
+    /// <exception cref="TinyLlama.Data.UserErrorException">A logit is not a number or plus infinity, or all are minus infinity.</exception>
+    internal static double LogSum(ReadOnlySpan<float> logits)
+    {
+        float largest = logits[Sampler.Greedy(logits)];
+        double sum = 0;
+        foreach (float logit in logits)
+        {
+            sum += Math.Exp((double)logit - largest);
+        }
+
+        return largest + Math.Log(sum);
     }
 }

@@ -39,6 +39,9 @@ public sealed class GenerateAndEvalTests
     [InlineData("top-p is 2", "--top-p", "2")]
     [InlineData("--json-schema missing.json: Could not find file", "--json-schema", "missing.json")]
     [InlineData("'sliding'", "--overflow", "ignore")]
+    [InlineData("--top-k is of one that is drawn", "--beams", "2", "--top-k", "3")]
+    [InlineData("say how many with --beams N", "--length-penalty", "2")]
+    [InlineData("257 beams are asked for", "--beams", "257")]
     [InlineData("choose one of them", "--draft", "x", "--lookup", "2")]
     [InlineData("name one with --draft", "--draft-tokens", "2")]
     [InlineData("a draft of 65 tokens is asked for, it must be 1 to 64", "--lookup", "65")]
@@ -48,6 +51,20 @@ public sealed class GenerateAndEvalTests
         Assert.Equal((2, ""), (code, output));
         Assert.Contains(problem, error, StringComparison.Ordinal);
         Assert.Single(error.TrimEnd('\n').Split('\n'));
+    }
+
+    [Fact]
+    public async Task Generate_with_beams_writes_the_best_text_or_all_of_them()
+    {
+        string[] arguments = ["generate", Stories, "-p", "Once upon a time", "--beams", "3", "--max-tokens", "12"];
+        (int code, string output, string error) = await RunAsync(arguments);
+        Assert.Equal(0, code);
+        Assert.StartsWith("the best of 3 texts: ln p -", error, StringComparison.Ordinal);
+        JsonArray beams = JsonNode.Parse((await RunAsync([.. arguments, "--json"])).Output)!["beams"]!.AsArray();
+        Assert.Equal(3, beams.Count);
+        Assert.Equal(output, $"Once upon a time{beams[0]!["text"]}\n");
+        Assert.Equal((double)beams[1]!["log_probability"]! / (int)beams[1]!["new_tokens"]!, (double)beams[1]!["score"]!, 1e-12);
+        Assert.True((double)beams[0]!["score"]! >= (double)beams[1]!["score"]!);
     }
 
     [Fact]
