@@ -47,7 +47,11 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
         }
         catch (Exception) when (context.RequestAborted.IsCancellationRequested)
         {
-            // Nobody is there to be told.
+            // Nobody is there to be told; the metrics are.
+            if (!context.Response.HasStarted)
+            {
+                context.Response.StatusCode = StatusCodes.Status499ClientClosedRequest;
+            }
         }
         catch (ApiException e)
         {

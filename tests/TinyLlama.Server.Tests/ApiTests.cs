@@ -255,38 +255,6 @@ public sealed class ApiTests
     }
 
     [Fact]
-    public async Task Clients_that_vanish_leave_nothing_behind()
-    {
-        await using RunningServer server = await RunningServer.StartAsync(options => (options.Places, options.Queue, options.ContextLength) = (2, 1000, 16_384));
-        const string Body = """{"messages":[{"role":"user","content":"x"}],"max_tokens":16000,"temperature":0,"stream":true}""";
-        byte[] request = Encoding.ASCII.GetBytes(
-            $"POST {Chat} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {Body.Length}\r\n\r\n{Body}");
-        async Task VanishAsync(int i)
-        {
-            using var client = new TcpClient();
-            await client.ConnectAsync("127.0.0.1", server.Address.Port, Stop);
-
-            // Some inside the request, some as soon as it is sent, some after the first bytes of the reply.
-            await client.GetStream().WriteAsync(request.AsMemory(0, i % 3 == 0 ? request.Length / 2 : request.Length), Stop);
-            if (i % 3 == 1)
-            {
-                await client.GetStream().ReadExactlyAsync(new byte[100], Stop);
-            }
-
-            client.LingerState = new LingerOption(enable: i % 2 == 0, seconds: 0);
-        }
-
-        for (int i = 0; i < 200; i += 20)
-        {
-            await Task.WhenAll(Enumerable.Range(i, 20).Select(VanishAsync));
-        }
-
-        await server.UntilIdleAsync();
-        (HttpStatusCode code, _) = await server.PostAsync(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":2}""");
-        Assert.Equal(HttpStatusCode.OK, code);
-    }
-
-    [Fact]
     public async Task A_slow_reader_delays_nobody_else()
     {
         await using RunningServer server = await RunningServer.StartAsync(options => (options.Places, options.ContextLength) = (2, 16_384));
