@@ -113,11 +113,12 @@ internal sealed class BenchCommand
             new Option<int?>("--depth") { Description = "Tokens that a sequence has before a round [default: 0]", HelpName = "N" }, 0);
         Option<int?> sequences = CommonOptions.AtLeast(
             new Option<int?>("--sequences") { Description = "Sequences that run together [default: 1]", HelpName = "N" }, 1);
-        var command = new Command(name, description) { model, tokensOption, depth, sequences, _precision, _seconds, _threads, _json };
+        Option<DType> cacheType = CommonOptions.CacheType();
+        var command = new Command(name, description) { model, tokensOption, depth, sequences, cacheType, _precision, _seconds, _threads, _json };
         command.SetAction((parse, stop) =>
         {
             var round = new InferenceRound(
-                parse.GetValue(sequences) ?? 1, parse.GetValue(depth) ?? 0, parse.GetValue(tokensOption) ?? tokens, decode);
+                parse.GetValue(sequences) ?? 1, parse.GetValue(depth) ?? 0, parse.GetValue(tokensOption) ?? tokens, decode, parse.GetValue(cacheType));
             using CpuBackend device = Device(parse);
             InferenceBench bench = InferenceBench.Run(device, parse.GetRequiredValue(model), round, parse.GetValue(_seconds) ?? 10, stop);
             TextWriter output = parse.InvocationConfiguration.Output;

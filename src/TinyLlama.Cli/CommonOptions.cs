@@ -1,4 +1,5 @@
 using System.CommandLine;
+using TinyLlama.Compute;
 
 namespace TinyLlama.Cli;
 
@@ -48,6 +49,18 @@ internal static class CommonOptions
             HelpName = "N",
         };
         return AtLeast(option, 1);
+    }
+
+    /// <summary><c>--cache-type T</c>: what keys and values are rounded to.</summary>
+    public static Option<DType> CacheType()
+    {
+        var option = new Option<DType>("--cache-type")
+        {
+            Description = "What keys and values are rounded to in the cache",
+            DefaultValueFactory = _ => DType.F16,
+            CustomParser = result => Enum.Parse<DType>(result.Tokens[0].Value, ignoreCase: true),
+        };
+        return option.AcceptOnlyFromAmong("f32", "f16", "q8_0");
     }
 
     /// <summary><c>--device cpu</c>.</summary>

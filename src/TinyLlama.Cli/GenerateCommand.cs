@@ -2,6 +2,7 @@ using System.CommandLine;
 using System.Globalization;
 using System.Security.Cryptography;
 using System.Text.Json.Nodes;
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Inference;
 
@@ -112,6 +113,7 @@ internal sealed class GenerateCommand
     };
 
     private readonly Option<int?> _context = CommonOptions.Context();
+    private readonly Option<DType> _cacheType = CommonOptions.CacheType();
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
 
@@ -123,7 +125,7 @@ internal sealed class GenerateCommand
         var command = new Command("generate", "Continue a text with a trained model")
         {
             _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _schema, _overflow,
-            _lora, _draft, _draftTokens, _lookup, _beams, _lengthPenalty, _promptCache, _context, _threads, _json,
+            _lora, _draft, _draftTokens, _lookup, _beams, _lengthPenalty, _promptCache, _context, _cacheType, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
         return command;
@@ -218,7 +220,7 @@ internal sealed class GenerateCommand
     }
 
     private LanguageModel Load(ParseResult parse, string path, TextWriter error, string? adapter = null, string? promptCache = null) => LanguageModel.Load(
-        path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line), adapter, promptCache);
+        path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line), adapter, promptCache, parse.GetValue(_cacheType));
 
     private void RequireOneDraft(ParseResult parse)
     {

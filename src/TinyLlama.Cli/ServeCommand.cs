@@ -4,6 +4,7 @@ using Microsoft.AspNetCore.Builder;
 using Microsoft.AspNetCore.Hosting.Server;
 using Microsoft.AspNetCore.Hosting.Server.Features;
 using Microsoft.Extensions.DependencyInjection;
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Server;
 
@@ -56,6 +57,7 @@ internal sealed class ServeCommand
     private readonly Option<int?> _timeout = Count("--timeout", "Most seconds that a reply may take, its waiting included [default: 600]");
     private readonly Option<int?> _maxBody = Count("--max-body", "Most bytes of a request [default: 2097152]");
     private readonly Option<int?> _context = CommonOptions.Context();
+    private readonly Option<DType> _cacheType = CommonOptions.CacheType();
     private readonly Option<int?> _threads = CommonOptions.Threads();
 
     /// <summary>The verb.</summary>
@@ -68,7 +70,7 @@ internal sealed class ServeCommand
     {
         var command = new Command("serve", "Serve a model over HTTP: OpenAI's API and a chat page")
         {
-            _model, _host, _port, _name, _template, _lora, _keys, _keyFile, _origins, _places, _queue, _cache, _maxTokens, _timeout, _maxBody, _context, _threads,
+            _model, _host, _port, _name, _template, _lora, _keys, _keyFile, _origins, _places, _queue, _cache, _cacheType, _maxTokens, _timeout, _maxBody, _context, _threads,
         };
         command.SetAction(RunAsync);
         return command;
@@ -121,6 +123,7 @@ internal sealed class ServeCommand
             Adapter = parse.GetValue(_lora),
             Threads = parse.GetValue(_threads) ?? 0,
             ContextLength = parse.GetValue(_context),
+            CacheType = parse.GetValue(_cacheType),
             CacheBytes = parse.GetValue(_cache) is { } mebibytes ? (long)mebibytes << 20 : null,
             MaxTokens = parse.GetValue(_maxTokens),
             Warn = warn,

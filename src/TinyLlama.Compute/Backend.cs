@@ -138,7 +138,12 @@ public abstract class Backend : IDisposable
     /// Takes room for the keys, or the values, of a cache: (blocks, elements), a row for each block of
     /// <see cref="TokenLayout.KeyBlock"/> positions, in the order in which the device's attention reads them.
     /// </summary>
-    public abstract Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim);
+    /// <param name="arena">Its owner.</param>
+    /// <param name="blocks">Number of blocks.</param>
+    /// <param name="keyHeads">Hkv.</param>
+    /// <param name="headDim">D.</param>
+    /// <param name="type">What keys and values are rounded to: F32; F16; or Q8_0, whole multiples of the largest of 32 channels / 127.</param>
+    public abstract Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type);
 
     /// <summary>Copies the batch's keys and values to the cache at their positions. keys and values (N, Hkv · D).</summary>
     public abstract void AppendToCache(

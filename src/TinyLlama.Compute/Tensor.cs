@@ -24,7 +24,7 @@ public readonly record struct Tensor(nint Address, int Rows, int Columns, int St
     public Tensor RowRange(int first, int count)
     {
         Debug.Assert(first >= 0 && count >= 0 && first + count <= Rows, "row range outside the tensor");
-        return this with { Address = Address + ((nint)first * Stride * Type.ByteCount()), Rows = count };
+        return this with { Address = Address + (nint)(first * Type.RowBytes(Stride)), Rows = count };
     }
 
     /// <summary>The view of <paramref name="count"/> columns from <paramref name="first"/> on; rows keep their stride.</summary>

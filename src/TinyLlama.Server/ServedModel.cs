@@ -15,7 +15,7 @@ public sealed class ServedModel : IDisposable
     {
         ArgumentNullException.ThrowIfNull(options);
         options.Validate();
-        _model = LanguageModel.Load(options.Model, options.Threads, options.ContextLength, options.Warn, options.Adapter);
+        _model = LanguageModel.Load(options.Model, options.Threads, options.ContextLength, options.Warn, options.Adapter, cacheType: options.CacheType);
         try
         {
             Chat = _model.CreateChat(options.ChatTemplate, line => options.Warn($"{options.Model}: {line}"));

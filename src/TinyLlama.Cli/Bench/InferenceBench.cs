@@ -2,6 +2,7 @@ using System.Diagnostics;
 using System.Globalization;
 using System.Text.Json.Nodes;
 using TinyLlama.Checkpoints;
+using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
 using TinyLlama.Data;
 using TinyLlama.Inference;
@@ -14,7 +15,8 @@ namespace TinyLlama.Cli.Bench;
 /// <param name="Depth">Tokens that each has before the round, unmeasured.</param>
 /// <param name="Tokens">Tokens of each in the round: prefilled in one piece, or decoded one after the other.</param>
 /// <param name="Decode">Whether they are decoded.</param>
-internal readonly record struct InferenceRound(int Sequences, int Depth, int Tokens, bool Decode);
+/// <param name="CacheType">What keys and values are rounded to.</param>
+internal readonly record struct InferenceRound(int Sequences, int Depth, int Tokens, bool Decode, DType CacheType);
 
 /// <summary>Prefill or decode of random tokens with a model from files, and where the time goes.</summary>
 /// <param name="Config">The model's shape.</param>
@@ -48,7 +50,7 @@ internal sealed record InferenceBench(
         using ModelSource source = ModelSource.Open(path, Console.Error.WriteLine);
         using LlamaModel model = LlamaModel.AllocateFrozen(source.Config, backend, source.StorageOf);
         source.CopyTo(backend, model.Parameters);
-        using var engine = new InferenceEngine(model, backend, round.Depth + round.Tokens + 1, round.Sequences);
+        using var engine = new InferenceEngine(model, backend, round.Depth + round.Tokens + 1, round.Sequences, cacheType: round.CacheType);
         CachedSequence[] sequences = [.. Enumerable.Range(0, round.Sequences).Select(_ => engine.Begin())];
         var random = new Random(1);
         float[] logits = new float[round.Sequences * engine.VocabularySize];
@@ -149,6 +151,7 @@ internal sealed record InferenceBench(
         ["depth"] = Round.Depth,
         ["tokens"] = Round.Tokens,
         ["decode"] = Round.Decode,
+        ["cache_type"] = Round.CacheType.ToString(),
         ["best_tokens_per_second"] = Tokens / Time.Best,
         ["median_tokens_per_second"] = Tokens / Time.Median,
         ["first_token_seconds"] = Load,

@@ -218,7 +218,8 @@ internal sealed class TimedBackend(Backend inner) : Backend
     }
 
     /// <inheritdoc/>
-    public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim) => inner.TakeCache(arena, blocks, keyHeads, headDim);
+    public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type) =>
+        inner.TakeCache(arena, blocks, keyHeads, headDim, type);
 
     /// <inheritdoc/>
     public override void AppendToCache(

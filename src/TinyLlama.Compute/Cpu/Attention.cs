@@ -47,12 +47,13 @@ internal static unsafe class Attention
         where V : struct, ILanes<V>
     {
         bool cached = !layout.BlockTable.IsEmpty;
-        int keyHeads = headDim <= 0 ? 0 : keys.Columns / (cached ? KeyValueCache.HeadElements<V>(headDim) : headDim);
+        int headColumns = cached ? KeyValueCache.HeadElements(headDim) : headDim;
+        int keyHeads = headDim <= 0 ? 0 : keys.Columns / headColumns;
         Geometry geometry = new(query, keyHeads, headDim, ForwardRows);
-        keys.Require(keys.Rows, keyHeads * (cached ? KeyValueCache.HeadElements<V>(headDim) : headDim));
+        keys.Require(keys.Rows, keyHeads * headColumns, cached ? keys.Type : DType.F32);
         output.Require(query.Rows, query.Columns);
         logSumExp.Require(query.Rows, geometry.QueryHeads);
-        values.Require(keys.Rows, keys.Columns);
+        values.Require(keys.Rows, keys.Columns, keys.Type);
         Shape.Require(layout.TokenCount <= query.Rows, "a query row for each token of the layout");
         int tasks = 0;
         for (int s = 0; s < layout.SegmentCount; s++)
@@ -263,9 +264,9 @@ internal static unsafe class Attention
             int paddedRows = RoundUp(rows, Tile<V>.Rows);
             float* q = scratch.Of(thread);
             float* o = q + (ForwardRows * MaxHeadDim);
-            float* keyPanels = o + (ForwardRows * MaxHeadDim);
-            float* valuePanels = keyPanels + (MaxHeadDim * Keys);
-            float* max = valuePanels + (Keys * MaxHeadDim);
+            float* keyRoom = o + (ForwardRows * MaxHeadDim);
+            float* valueRoom = keyRoom + (MaxHeadDim * Keys);
+            float* max = valueRoom + (Keys * MaxHeadDim);
             float* sum = max + ForwardRows;
             int* position = (int*)(sum + ForwardRows);
             float* shrink = sum + (2 * ForwardRows);
@@ -288,11 +289,12 @@ internal static unsafe class Attention
             for (int firstKey = 0; firstKey < keyCount; firstKey += Keys)
             {
                 int count = Math.Min(Keys, keyCount - firstKey);
+                float* keyPanels = keyRoom, valuePanels = valueRoom;
                 if (cached)
                 {
                     int block = layout.KeyBlockOf(segment, firstKey, keys.Rows);
-                    keyPanels = keys.F32(block) + (keyHead * KeyValueCache.HeadElements<V>(headDim));
-                    valuePanels = values.F32(block) + (keyHead * KeyValueCache.HeadElements<V>(headDim));
+                    keyPanels = KeyValueCache.Keys<V>(keyRoom, keys, block, keyHead, headDim, count);
+                    valuePanels = KeyValueCache.Values<V>(valueRoom, values, block, keyHead, headDim, count);
                 }
                 else
                 {

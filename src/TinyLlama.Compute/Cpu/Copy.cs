@@ -6,7 +6,7 @@ namespace TinyLlama.Compute.Cpu;
 /// <remarks>NaN stays NaN; too large becomes infinite; subnormal numbers are kept. Memory-bound.</remarks>
 internal static unsafe class Copy
 {
-    /// <summary>destination = source, of one shape.</summary>
+    /// <summary>destination = source, of one shape; whole rows of a quantized type.</summary>
     public static void Convert(ThreadTeam team, Tensor destination, Tensor source)
     {
         destination.Require(source.Rows, source.Columns, destination.Type);
@@ -114,14 +114,14 @@ internal static unsafe class Copy
     {
         public void Run(int task, int thread)
         {
-            (int to, int from) = (destination.Type.ByteCount(), source.Type.ByteCount());
             for (int n = rows.First(task); n < rows.End(task); n++)
             {
-                byte* y = (byte*)destination.Address + ((nint)n * destination.Stride * to);
-                byte* x = (byte*)source.Address + ((nint)n * source.Stride * from);
+                byte* y = (byte*)destination.RowRange(n, 1).Address;
+                byte* x = (byte*)source.RowRange(n, 1).Address;
                 if (destination.Type == source.Type)
                 {
-                    Buffer.MemoryCopy(x, y, (long)source.Columns * from, (long)source.Columns * from);
+                    long bytes = source.Type.RowBytes(source.Columns);
+                    Buffer.MemoryCopy(x, y, bytes, bytes);
                     continue;
                 }
 

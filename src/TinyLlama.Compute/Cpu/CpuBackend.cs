@@ -229,8 +229,8 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
             Team, Scratch, dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, headDim);
 
     /// <inheritdoc/>
-    public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim) =>
-        KeyValueCache.Take<V>(arena, blocks, keyHeads, headDim);
+    public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type) =>
+        KeyValueCache.Take(arena, blocks, keyHeads, headDim, type);
 
     /// <inheritdoc/>
     public override void AppendToCache(

@@ -1,3 +1,5 @@
+using System.Runtime.CompilerServices;
+
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
@@ -7,23 +9,29 @@ namespace TinyLlama.Compute.Cpu;
 /// <remarks>
 /// In a block, head after head: of keys a panel for each <see cref="ITile.Columns"/> positions, channel after channel; of
 /// values a panel for each so many channels, position after position. The last panel of values may be wider than the head.
+/// Elements are F32, F16, or Q8_0: bytes, then a scale for each run of <see cref="GroupChannels"/> channels of each position,
+/// the largest of them / 127. The two halves of a step of bytes are interleaved, so that they widen word by word.
+/// What is not F32 is widened for each block of queries that reads it. Too large for F16 becomes its largest number.
 /// </remarks>
 internal static unsafe class KeyValueCache
 {
+    // Channels of a position that share a scale.
+    private const int GroupChannels = 32;
+
     private const int Block = TokenLayout.KeyBlock;
 
     // Tokens of a task.
     private const int TokensPerTask = 16;
 
     /// <summary>Room for keys, or values.</summary>
-    public static Tensor Take<V>(Arena arena, int blocks, int keyHeads, int headDim)
-        where V : struct, ILanes<V> =>
-        arena.Take(blocks, checked(keyHeads * HeadElements<V>(headDim)));
+    public static Tensor Take(Arena arena, int blocks, int keyHeads, int headDim, DType type)
+    {
+        Shape.Require(type is DType.F32 or DType.F16 or DType.Q8_0, "a cache in F32, F16 or Q8_0");
+        return arena.Take(blocks, checked(keyHeads * HeadElements(headDim)), type);
+    }
 
     /// <summary>The elements of a block that a head takes.</summary>
-    public static int HeadElements<V>(int headDim)
-        where V : struct, ILanes<V> =>
-        (headDim + Tile<V>.Columns - 1) / Tile<V>.Columns * Tile<V>.Columns * Block;
+    public static int HeadElements(int headDim) => (headDim + GroupChannels - 1) / GroupChannels * GroupChannels * Block;
 
     /// <summary>Copies the keys and values of each token to its position.</summary>
     public static void Append<V>(
@@ -31,11 +39,11 @@ internal static unsafe class KeyValueCache
         where V : struct, ILanes<V>
     {
         Shape.Require(!layout.BlockTable.IsEmpty && headDim > 0 && keys.Columns % headDim == 0, "a layout with a block table, and whole heads");
-        int elements = keys.Columns / headDim * HeadElements<V>(headDim);
+        int elements = keys.Columns / headDim * HeadElements(headDim);
         keys.Require(layout.TokenCount, keys.Columns);
         values.Require(layout.TokenCount, keys.Columns);
-        cacheKeys.Require(cacheKeys.Rows, elements);
-        cacheValues.Require(cacheKeys.Rows, elements);
+        cacheKeys.Require(cacheKeys.Rows, elements, cacheKeys.Type);
+        cacheValues.Require(cacheKeys.Rows, elements, cacheKeys.Type);
         for (int s = 0; s < layout.SegmentCount; s++)
         {
             Segment segment = layout.SegmentAt(s);
@@ -47,6 +55,72 @@ internal static unsafe class KeyValueCache
             AppendWork<V> work = new(cacheKeys, cacheValues, keys, values, layout, segment, headDim);
             team.Run(ref work, (segment.RowCount + TokensPerTask - 1) / TokensPerTask);
         }
+    }
+
+    /// <summary>The panels of the first keys of a block: in place, or widened to <paramref name="room"/>.</summary>
+    public static float* Keys<V>(float* room, Tensor cache, int block, int head, int headDim, int count)
+        where V : struct, ILanes<V>
+    {
+        byte* source = Head(cache, block, head, headDim);
+        if (cache.Type == DType.F32)
+        {
+            return (float*)source;
+        }
+
+        float* scales = stackalloc float[Attention.MaxHeadDim / GroupChannels * Block];
+        WidenScales<V>(scales, source, headDim, cache.Type);
+        float* y = room;
+        for (int position = 0; position < count; position += Tile<V>.Columns)
+        {
+            for (int d = 0; d < headDim; d++, y += Tile<V>.Columns)
+            {
+                if (cache.Type == DType.F16)
+                {
+                    source = WidenHalves<V>(y, source);
+                }
+                else
+                {
+                    float* scale = scales + (d / GroupChannels * Block) + position;
+                    source = WidenBytes(y, source, V.Load(scale), V.Load(scale + V.Count));
+                }
+            }
+        }
+
+        return room;
+    }
+
+    /// <summary>The panels of the first values of a block, the same way.</summary>
+    public static float* Values<V>(float* room, Tensor cache, int block, int head, int headDim, int count)
+        where V : struct, ILanes<V>
+    {
+        byte* source = Head(cache, block, head, headDim);
+        if (cache.Type == DType.F32)
+        {
+            return (float*)source;
+        }
+
+        float* scales = stackalloc float[Attention.MaxHeadDim / GroupChannels * Block];
+        WidenScales<V>(scales, source, headDim, cache.Type);
+        int stepBytes = Tile<V>.Columns * (cache.Type == DType.F16 ? sizeof(ushort) : sizeof(sbyte));
+        for (int d = 0; d < headDim; d += Tile<V>.Columns)
+        {
+            byte* x = source + (d / Tile<V>.Columns * Block * stepBytes);
+            float* y = room + (d * Block);
+            for (int step = 0; step < count; step++, y += Tile<V>.Columns)
+            {
+                if (cache.Type == DType.F16)
+                {
+                    x = WidenHalves<V>(y, x);
+                }
+                else
+                {
+                    V scale = V.Create(scales[(d / GroupChannels * Block) + step]);
+                    x = WidenBytes(y, x, scale, scale);
+                }
+            }
+        }
+
+        return room;
     }
 
     /// <summary>A segment of a layout in host memory.</summary>
@@ -66,6 +140,47 @@ internal static unsafe class KeyValueCache
         return block;
     }
 
+    private static byte* Head(Tensor cache, int block, int head, int headDim) =>
+        (byte*)cache.RowRange(block, 1).Address + cache.Type.RowBytes((long)head * HeadElements(headDim));
+
+    // One step of a panel; returns the next one's place.
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static byte* WidenHalves<V>(float* y, byte* x)
+        where V : struct, ILanes<V>
+    {
+        const int BitsOfHalf = 16;
+        int register = V.Count * sizeof(ushort);
+        V.SecondHalf(V.ShiftLeft(V.LoadWords(x), BitsOfHalf)).Store(y);
+        V.SecondHalf(V.ShiftLeft(V.LoadWords(x + register), BitsOfHalf)).Store(y + V.Count);
+        return x + (2 * register);
+    }
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static byte* WidenBytes<V>(float* y, byte* x, V first, V second)
+        where V : struct, ILanes<V>
+    {
+        const int BitsOfThree = 24;
+        const int BitsOfTwo = 16;
+        V words = V.LoadWords(x);
+        (V.FromInt32(V.ShiftRightSigned(V.ShiftLeft(words, BitsOfThree), BitsOfThree)) * first).Store(y);
+        (V.FromInt32(V.ShiftRightSigned(V.ShiftLeft(words, BitsOfTwo), BitsOfThree)) * second).Store(y + V.Count);
+        return x + Tile<V>.Columns;
+    }
+
+    private static void WidenScales<V>(float* scales, byte* head, int headDim, DType type)
+        where V : struct, ILanes<V>
+    {
+        if (type == DType.Q8_0)
+        {
+            byte* halves = head + HeadElements(headDim);
+            int count = (headDim + GroupChannels - 1) / GroupChannels * Block;
+            for (int done = 0; done < count; done += Tile<V>.Columns)
+            {
+                halves = WidenHalves<V>(scales + done, halves);
+            }
+        }
+    }
+
     private readonly struct AppendWork<V>(
         Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout, Segment segment, int headDim) : IWork
         where V : struct, ILanes<V>
@@ -78,41 +193,58 @@ internal static unsafe class KeyValueCache
                 int position = segment.FirstPosition + token;
                 int block = layout.KeyBlockOf(segment, position, cacheKeys.Rows);
                 int place = position % Block;
-                Scatter(cacheKeys.F32(block), keys.F32(segment.FirstRow + token), place);
-                Gather(cacheValues.F32(block), values.F32(segment.FirstRow + token), place);
+                for (int from = 0; from < keys.Columns; from += headDim)
+                {
+                    byte* key = Head(cacheKeys, block, from / headDim, headDim);
+                    byte* value = Head(cacheValues, block, from / headDim, headDim);
+                    for (int d = 0; d < headDim; d += GroupChannels)
+                    {
+                        PutGroup(key, keys.F32(segment.FirstRow + token) + from, d, place, areKeys: true);
+                        PutGroup(value, values.F32(segment.FirstRow + token) + from, d, place, areKeys: false);
+                    }
+                }
             }
         }
 
-        // A key is a column of its panel.
-        private void Scatter(float* block, float* key, int place)
+        private void PutGroup(byte* head, float* x, int first, int place, bool areKeys)
         {
-            (int panel, int column) = Math.DivRem(place, Tile<V>.Columns);
-            for (int head = 0; head < keys.Columns; head += headDim)
+            int end = Math.Min(first + GroupChannels, headDim);
+            float inverse = cacheKeys.Type == DType.Q8_0 ? PutScale(head, x, first, end, place) : 1;
+            for (int d = first; d < end; d++)
             {
-                float* y = block + (panel * headDim * Tile<V>.Columns) + column;
-                for (int d = 0; d < headDim; d++)
+                // A key is a column of a panel, a value a step of each.
+                (int step, int column) = areKeys
+                    ? ((place / Tile<V>.Columns * headDim) + d, place % Tile<V>.Columns)
+                    : ((d / Tile<V>.Columns * Block) + place, d % Tile<V>.Columns);
+                int at = step * Tile<V>.Columns;
+                switch (cacheKeys.Type)
                 {
-                    y[d * Tile<V>.Columns] = key[head + d];
+                    case DType.F32:
+                        ((float*)head)[at + column] = x[d];
+                        break;
+                    case DType.F16:
+                        ((Half*)head)[at + column] = (Half)Math.Clamp(x[d], (float)Half.MinValue, (float)Half.MaxValue);
+                        break;
+                    default:
+                        (int half, int word) = Math.DivRem(column, V.Count);
+                        ((sbyte*)head)[at + (2 * word) + half] = (sbyte)Math.Clamp(MathF.Round(x[d] * inverse), -sbyte.MaxValue, sbyte.MaxValue);
+                        break;
                 }
-
-                block += HeadElements<V>(headDim);
             }
         }
 
-        // A value is a step of each panel.
-        private void Gather(float* block, float* value, int place)
+        // Its inverse is what the channels are multiplied by.
+        private float PutScale(byte* head, float* x, int first, int end, int place)
         {
-            for (int head = 0; head < keys.Columns; head += headDim)
+            float largest = 0;
+            for (int d = first; d < end; d++)
             {
-                for (int d = 0; d < headDim; d += Tile<V>.Columns)
-                {
-                    int count = Math.Min(Tile<V>.Columns, headDim - d);
-                    float* y = block + (d * Block) + (place * Tile<V>.Columns);
-                    new ReadOnlySpan<float>(value + head + d, count).CopyTo(new Span<float>(y, count));
-                }
-
-                block += HeadElements<V>(headDim);
+                largest = Math.Max(largest, Math.Abs(x[d]));
             }
+
+            var scale = (Half)(largest / sbyte.MaxValue);
+            ((Half*)(head + HeadElements(headDim)))[(first / GroupChannels * Block) + place] = scale;
+            return scale == Half.Zero ? 0 : 1 / (float)scale;
         }
     }
 }

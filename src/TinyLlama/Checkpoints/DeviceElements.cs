@@ -10,6 +10,7 @@ internal static class DeviceElements
     /// <summary>Copies little-endian elements of the tensor's own type to it.</summary>
     public static void WriteBytes(Backend backend, Tensor destination, ReadOnlySpan<byte> source)
     {
+        destination = Words(destination);
         switch (destination.Type.ByteCount())
         {
             case 2:
@@ -27,6 +28,7 @@ internal static class DeviceElements
     /// <summary>Copies the tensor's elements to little-endian bytes.</summary>
     public static void ReadBytes(Span<byte> destination, Backend backend, Tensor source)
     {
+        source = Words(source);
         switch (source.Type.ByteCount())
         {
             case 2:
@@ -59,5 +61,18 @@ internal static class DeviceElements
         ReadBytes(used, backend, source);
         ElementCodec.Decode(used, source.Type, destination);
         ArrayPool<byte>.Shared.Return(bytes);
+    }
+
+    // Blocks of quantized types are whole words of 16 bits.
+    private static Tensor Words(Tensor tensor)
+    {
+        if (!tensor.Type.IsQuantized())
+        {
+            return tensor;
+        }
+
+        const DType Word = DType.F16;
+        int Count(int elements) => checked((int)(tensor.Type.RowBytes(elements) / Word.ByteCount()));
+        return new Tensor(tensor.Address, tensor.Rows, Count(tensor.Columns), Count(tensor.Stride), Word);
     }
 }

@@ -40,16 +40,18 @@ public sealed class BatchGenerator : IDisposable
     /// <param name="cacheBytes">
     /// Memory for keys and values of all texts; by default 1 GiB, or less where all places need less. At least one context.
     /// </param>
+    /// <param name="cacheType">What keys and values are rounded to: F32, F16 or Q8_0.</param>
     /// <exception cref="UserErrorException">The tokenizer is not of the model, or one context does not fit the cache.</exception>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public BatchGenerator(
         LlamaModel model, Backend backend, ITokenizer tokenizer, bool addBos = true, int? contextLength = null, int places = 16, int queue = 256,
-        long? cacheBytes = null)
+        long? cacheBytes = null, DType cacheType = DType.F16)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(queue, 1);
         int context = contextLength ?? model.Config.ContextLength;
         _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);
-        var engine = new InferenceEngine(model, backend, context, places, cacheBlocks: BlocksFor(backend, model.Config, context, places, cacheBytes));
+        int blocks = BlocksFor(KeyValueCache.BlockBytes(backend, model.Config, cacheType), context, places, cacheBytes);
+        var engine = new InferenceEngine(model, backend, context, places, cacheBlocks: blocks, cacheType: cacheType);
         (_queue, _channels) = (queue, engine.Channels);
         _scheduler = new BatchScheduler(engine, places);
         _thread = new Thread(Work) { IsBackground = true, Name = "batch generator" };
@@ -270,9 +272,8 @@ public sealed class BatchGenerator : IDisposable
         }
     }
 
-    private static int BlocksFor(Backend backend, ModelConfig config, int contextLength, int places, long? cacheBytes)
+    private static int BlocksFor(long block, int contextLength, int places, long? cacheBytes)
     {
-        long block = KeyValueCache.BlockBytes(backend, config);
         int context = KeyValueCache.BlocksFor(contextLength);
         if (cacheBytes < context * block)
         {

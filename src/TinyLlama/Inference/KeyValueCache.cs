@@ -42,14 +42,15 @@ public sealed class KeyValueCache : KeyValueSource
     /// <param name="backend">The device, which orders what is in a block.</param>
     /// <param name="config">The model's shape.</param>
     /// <param name="blocks">Number of blocks that sequences share.</param>
-    public KeyValueCache(Arena arena, Backend backend, ModelConfig config, int blocks)
+    /// <param name="type">What keys and values are rounded to: F32, F16 or Q8_0.</param>
+    public KeyValueCache(Arena arena, Backend backend, ModelConfig config, int blocks, DType type)
     {
         _headDim = config.HeadDim;
         (_keys, _values) = (new Tensor[config.Layers], new Tensor[config.Layers]);
         for (int l = 0; l < config.Layers; l++)
         {
-            _keys[l] = backend.TakeCache(arena, blocks, config.KeyValueHeads, config.HeadDim);
-            _values[l] = backend.TakeCache(arena, blocks, config.KeyValueHeads, config.HeadDim);
+            _keys[l] = backend.TakeCache(arena, blocks, config.KeyValueHeads, config.HeadDim, type);
+            _values[l] = backend.TakeCache(arena, blocks, config.KeyValueHeads, config.HeadDim, type);
         }
 
         _blocks = new CacheBlocks(blocks);
@@ -68,10 +69,10 @@ public sealed class KeyValueCache : KeyValueSource
     public static int BlocksFor(int tokens) => (tokens + TokenLayout.KeyBlock - 1) / TokenLayout.KeyBlock;
 
     /// <summary>The memory of a block in bytes: keys and values of its positions in all layers.</summary>
-    public static long BlockBytes(Backend backend, ModelConfig config)
+    public static long BlockBytes(Backend backend, ModelConfig config, DType type)
     {
         Arena plan = Arena.Plan("block");
-        _ = new KeyValueCache(plan, backend, config, 1);
+        _ = new KeyValueCache(plan, backend, config, 1, type);
         return plan.UsedBytes;
     }
 

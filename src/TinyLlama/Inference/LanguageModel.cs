@@ -47,6 +47,9 @@ public sealed class LanguageModel : IDisposable
     /// <summary>Gets the most tokens of a text.</summary>
     public int ContextLength { get; }
 
+    /// <summary>Gets what keys and values of texts are rounded to: F32, F16 or Q8_0.</summary>
+    public DType CacheType { get; private init; }
+
     /// <summary>Gets or sets what proposes tokens to <see cref="Generate"/>; null for nothing. Its owner disposes of it.</summary>
     public Draft? Draft { get; set; }
 
@@ -64,10 +67,11 @@ public sealed class LanguageModel : IDisposable
     /// A file for the keys and values of the last prompt given to <see cref="Generate"/>, so that a prompt that begins alike
     /// is not computed again; null for none. The weights are hashed, to tell models apart.
     /// </param>
+    /// <param name="cacheType">What keys and values of texts are rounded to: F32, F16 or Q8_0.</param>
     /// <exception cref="UserErrorException">There is no such model or adapter, it is damaged, or the model has no tokenizer.</exception>
     /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
     public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null, string? adapter = null,
-        string? promptCache = null)
+        string? promptCache = null, DType cacheType = DType.F16)
     {
         warn ??= static _ => { };
         using ModelSource source = adapter is null ? ModelSource.Open(path, warn) : ModelSource.Open(path, adapter, warn);
@@ -87,7 +91,10 @@ public sealed class LanguageModel : IDisposable
                 source.AddsBos,
                 () => template is null ? null : Chat.ChatTemplate.Parse(template, origin),
                 contextLength ?? source.Config.ContextLength,
-                promptCache is null ? null : new PromptCache(promptCache, $"{source.Hash()} {backend.Path} {backend.Products}"));
+                promptCache is null ? null : new PromptCache(promptCache, $"{source.Hash()} {backend.Path} {backend.Products} {cacheType}"))
+            {
+                CacheType = cacheType,
+            };
         }
         catch
         {
@@ -104,7 +111,7 @@ public sealed class LanguageModel : IDisposable
     /// <exception cref="UserErrorException">An option is out of range, or prompt and new tokens do not fit the context.</exception>
     public Generation Generate(string prompt, GenerationOptions? options = null, CancellationToken stop = default)
     {
-        _generator ??= new TextGenerator(Model, Backend, Tokenizer, AddsBos, ContextLength);
+        _generator ??= new TextGenerator(Model, Backend, Tokenizer, AddsBos, ContextLength, CacheType);
         (_generator.Draft, _generator.PromptCache) = (Draft, _promptCache);
         return _generator.Generate(prompt, options, stop);
     }
@@ -138,7 +145,7 @@ public sealed class LanguageModel : IDisposable
     /// <exception cref="UserErrorException">The tokenizer is not of the model, or one context does not fit the cache.</exception>
     /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
     public BatchGenerator CreateBatch(int places = 16, int queue = 256, long? cacheBytes = null) =>
-        new(Model, Backend, Tokenizer, AddsBos, ContextLength, places, queue, cacheBytes);
+        new(Model, Backend, Tokenizer, AddsBos, ContextLength, places, queue, cacheBytes, CacheType);
 
     /// <summary>How conversations become prompts of this model.</summary>
     /// <param name="template">A built-in template or a file with one; null for the model's own, else <c>zephyr</c>.</param>

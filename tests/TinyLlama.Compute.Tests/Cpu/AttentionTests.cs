@@ -60,6 +60,31 @@ public abstract class AttentionTests(CpuPath path) : OperationTests(path)
         Close(dValues, actual.DValues, 1e-5, "dValues");
     }
 
+    // Heads one after the other, in each of them groups of 32 channels.
+    private static float[] Rounded(float[] rows, int headDim, DType type)
+    {
+        float[] rounded = [.. rows];
+        for (int head = 0; head < rows.Length; head += headDim)
+        {
+            for (int first = 0; first < headDim; first += 32)
+            {
+                Span<float> group = rounded.AsSpan(head + first, Math.Min(32, headDim - first));
+                float scale = (float)(Half)(group.ToArray().Max(Math.Abs) / 127);
+                foreach (ref float value in group)
+                {
+                    value = type switch
+                    {
+                        DType.F32 => value,
+                        DType.F16 => (float)(Half)value,
+                        _ => Math.Clamp(MathF.Round(value * (1 / scale)), -127, 127) * scale,
+                    };
+                }
+            }
+        }
+
+        return rounded;
+    }
+
     [Fact]
     public void Has_the_same_bits_for_any_number_of_threads()
     {
@@ -84,22 +109,32 @@ public abstract class AttentionTests(CpuPath path) : OperationTests(path)
     }
 
     [Theory]
-    [InlineData(4, 2, 32)]
-    [InlineData(3, 3, 6)]
-    [InlineData(8, 1, 64)]
-    public void Prefill_in_parts_and_decode_through_a_block_table_have_the_bits_of_the_full_forward(int heads, int keyHeads, int headDim)
+    [InlineData(4, 2, 32, DType.F32)]
+    [InlineData(3, 3, 6, DType.F32)]
+    [InlineData(8, 1, 64, DType.F32)]
+    [InlineData(4, 2, 40, DType.F16)]
+    [InlineData(8, 1, 64, DType.F16)]
+    [InlineData(4, 2, 40, DType.Q8_0)]
+    [InlineData(8, 1, 64, DType.Q8_0)]
+    public void Prefill_in_parts_and_decode_through_a_block_table_have_the_bits_of_the_full_forward(
+        int heads, int keyHeads, int headDim, DType type)
     {
         int[] lengths = [70, 200];
         Problem problem = Random(lengths, heads, keyHeads, headDim);
-        Result full = Run(Device, problem);
+        Problem rounded = problem with { Keys = Rounded(problem.Keys, headDim, type), Values = Rounded(problem.Values, headDim, type) };
+        Result full = Run(Device, rounded);
 
         // Cache blocks out of order, with NaN wherever nothing was appended yet.
         int[] table = [5, 1, 4, 0, 6, 2];
         int[] firstEntry = [0, 2];
-        Tensor cacheKeys = Device.Backend.TakeCache(Device.Arena, 7, keyHeads, headDim);
-        Tensor cacheValues = Device.Backend.TakeCache(Device.Arena, 7, keyHeads, headDim);
-        cacheKeys.HostSpan<float>().Fill(float.NaN);
-        cacheValues.HostSpan<float>().Fill(float.NaN);
+        Tensor cacheKeys = Device.Backend.TakeCache(Device.Arena, 7, keyHeads, headDim, type);
+        Tensor cacheValues = Device.Backend.TakeCache(Device.Arena, 7, keyHeads, headDim, type);
+        if (type == DType.F32)
+        {
+            cacheKeys.HostSpan<float>().Fill(float.NaN);
+            cacheValues.HostSpan<float>().Fill(float.NaN);
+        }
+
         TokenLayout layout = new(Device.Arena, 270, 2, table.Length);
 
         // Each step takes this many tokens of each sequence: ragged prefill, then single tokens, then nothing of one.
@@ -150,7 +185,7 @@ public abstract class AttentionTests(CpuPath path) : OperationTests(path)
 
         TokenLayout cached = new(Device.Arena, 3, 1, 1);
         cached.Set(Device.Backend, [new Segment(0, 3, 0, 0)], [1]);
-        Tensor cache = Device.Backend.TakeCache(Device.Arena, 1, 1, 4);
+        Tensor cache = Device.Backend.TakeCache(Device.Arena, 1, 1, 4, DType.F32);
         Assert.Throws<ArgumentException>(() => Device.Backend.Attention(output, logSumExp, query, cache, cache, cached, 4));
         Assert.Throws<ArgumentException>(() => Device.Backend.AppendToCache(cache, cache, query, query, cached, 4));
     }

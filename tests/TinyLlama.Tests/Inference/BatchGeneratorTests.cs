@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Inference;
@@ -167,7 +168,7 @@ public sealed class BatchGeneratorTests : IDisposable
     public async Task An_embedding_is_the_mean_of_the_outputs_whatever_runs_beside_it()
     {
         string text = string.Concat(Enumerable.Range(0, 60).Select(i => (char)('a' + (i % 26))));
-        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 3);
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 3, cacheType: DType.F32);
         int[] tokens = batch.Encode(text);
         BatchGeneration beside = batch.TrySubmit(tokens, new() { MaxTokens = 3, LogitBias = s_neverEnd })![0];
         BatchEmbedding[] embeddings = [.. Enumerable.Range(1, 6).Select(i => batch.TryEmbed(tokens.AsSpan(0, i * 10))!)];

@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Inference;
@@ -20,7 +21,7 @@ public sealed class CacheSharingTests : IDisposable
     [Fact]
     public void A_text_that_begins_like_another_takes_its_full_blocks()
     {
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 4);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 4, cacheType: DType.F32);
         int[] text = Text(150, seed: 1);
         CachedSequence first = engine.Begin(text);
         Assert.Equal(0, first.Length);
@@ -43,7 +44,7 @@ public sealed class CacheSharingTests : IDisposable
     [Fact]
     public void Blocks_are_found_after_their_text_ended_until_the_room_is_needed()
     {
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2, cacheBlocks: 5);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2, cacheBlocks: 5, cacheType: DType.F32);
         int[] old = Text(129, seed: 1);
         int[] recent = Text(129, seed: 2);
         Run(engine, old);
@@ -63,7 +64,7 @@ public sealed class CacheSharingTests : IDisposable
     [Fact]
     public void A_block_that_changes_is_found_by_its_new_tokens()
     {
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2, cacheType: DType.F32);
         int[] text = Text(130, seed: 1);
         CachedSequence sequence = engine.Begin(text);
         engine.Feed(sequence, text);
@@ -78,7 +79,7 @@ public sealed class CacheSharingTests : IDisposable
     [Fact]
     public void A_sequence_begun_without_its_text_shares_nothing()
     {
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2, cacheType: DType.F32);
         int[] text = Text(150, seed: 1);
         engine.Feed(engine.Begin(), text);
         Assert.Equal(0, engine.Cache.PublishedBlocks);
@@ -88,7 +89,7 @@ public sealed class CacheSharingTests : IDisposable
     [Fact]
     public void Texts_that_become_alike_share_blocks_too()
     {
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2, tokensPerForward: 260);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2, tokensPerForward: 260, cacheType: DType.F32);
         int[] text = Text(130, seed: 1);
         CachedSequence[] both = [engine.Begin(text), engine.Begin(text)];
         engine.Forward(new Continuation(both[0], text), new Continuation(both[1], text));
@@ -102,7 +103,7 @@ public sealed class CacheSharingTests : IDisposable
     public void Whatever_sequences_share_each_has_the_bits_of_its_own_tokens(int seed)
     {
         var random = new Random(seed);
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 6, tokensPerForward: 64, cacheBlocks: 12);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 6, tokensPerForward: 64, cacheBlocks: 12, cacheType: DType.F32);
         int[][] stems = [Text(Context, 1), Text(Context, 2)];
         var open = new List<(CachedSequence Sequence, List<int> Tokens)>();
         (int forks, int found) = (0, 0);
@@ -184,7 +185,7 @@ public sealed class CacheSharingTests : IDisposable
         }
 
         using var batch = new BatchGenerator(
-            _run.Model, _run.Backend, tokenizer, places: 5, cacheBytes: cacheBlocks * KeyValueCache.BlockBytes(_run.Backend, _run.Model.Config));
+            _run.Model, _run.Backend, tokenizer, places: 5, cacheBytes: cacheBlocks * KeyValueCache.BlockBytes(_run.Backend, _run.Model.Config, DType.F16));
         Assert.Equal(cacheBlocks, batch.CacheBlocks);
         async Task<string[]> Request(int i)
         {

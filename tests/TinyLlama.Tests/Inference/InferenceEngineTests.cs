@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Inference;
 using TinyLlama.Model;
 using TinyLlama.Tests.Model;
@@ -21,7 +22,7 @@ public sealed class InferenceEngineTests : IDisposable
     {
         int[] tokens = Tokens(200, seed: 1);
         float[] expected = FullForward(tokens);
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, tokensPerForward: 48);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, tokensPerForward: 48, cacheType: DType.F32);
         CachedSequence sequence = engine.Begin();
         engine.Feed(sequence, tokens.AsMemory(0, prompt));
         AssertRow(expected, prompt - 1, engine, part: 0, parts: 1);
@@ -34,11 +35,35 @@ public sealed class InferenceEngineTests : IDisposable
         Assert.Equal(200, sequence.Length);
     }
 
+    [Theory]
+    [InlineData(DType.F16, 2e-3)]
+    [InlineData(DType.Q8_0, 3e-2)]
+    public void A_rounded_cache_changes_logits_little_and_takes_its_share_of_the_memory(DType type, double most)
+    {
+        int[] tokens = Tokens(200, seed: 1);
+        float[] expected = FullForward(tokens);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, tokensPerForward: 48, cacheType: type);
+        CachedSequence sequence = engine.Begin();
+        engine.Feed(sequence, tokens.AsMemory(0, 100));
+        float[] logits = new float[engine.VocabularySize];
+        for (int position = 100; position < tokens.Length; position++)
+        {
+            engine.Feed(sequence, tokens.AsMemory(position, 1));
+            engine.ReadLogits(logits);
+            Span<float> row = expected.AsSpan(position * logits.Length, logits.Length);
+            double difference = Math.Sqrt(logits.Zip(row.ToArray(), (a, b) => Math.Pow(a - b, 2)).Sum());
+            Assert.InRange(difference / Math.Sqrt(row.ToArray().Sum(a => (double)a * a)), 1e-6, most);
+        }
+
+        double share = KeyValueCache.BlockBytes(_run.Backend, _run.Model.Config, type) / (double)KeyValueCache.BlockBytes(_run.Backend, _run.Model.Config, DType.F32);
+        Assert.Equal(type == DType.F16 ? 0.5 : 34 / 128.0, share, 0.02);
+    }
+
     [Fact]
     public void Sequences_that_prefill_and_decode_together_give_the_bits_of_each_alone()
     {
         var random = new Random(8);
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 5, tokensPerForward: 64);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 5, tokensPerForward: 64, cacheType: DType.F32);
         int[][] tokens = [Tokens(130, 100), Tokens(64, 101), Tokens(65, 102), Tokens(3, 103), Tokens(200, 104)];
         float[][] expected = [.. tokens.Select(FullForward)];
         CachedSequence[] sequences = [.. tokens.Select(_ => engine.Begin())];
@@ -81,7 +106,7 @@ public sealed class InferenceEngineTests : IDisposable
     {
         int[] tokens = Tokens(150, seed: 4);
         float[] expected = FullForward(tokens);
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, sequences: 2, cacheType: DType.F32);
         int all = engine.Cache.FreeBlocks;
         Assert.Equal(8, all);
         CachedSequence first = engine.Begin();
@@ -108,7 +133,7 @@ public sealed class InferenceEngineTests : IDisposable
     [Fact]
     public void A_sequence_never_leaves_the_context()
     {
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, contextLength: 70);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, contextLength: 70, cacheType: DType.F32);
         CachedSequence sequence = engine.Begin();
         engine.Feed(sequence, Tokens(70, seed: 1));
         Assert.Throws<ArgumentException>(() => engine.Feed(sequence, Tokens(1, seed: 1)));
@@ -120,7 +145,7 @@ public sealed class InferenceEngineTests : IDisposable
     {
         int[] tokens = Tokens(60, seed: 9);
         float[] expected = FullForward(tokens);
-        using var engine = new InferenceEngine(_run.Model, _run.Backend, contextLength: 1000);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, contextLength: 1000, cacheType: DType.F32);
         engine.Feed(engine.Begin(), tokens);
         AssertRow(expected, 59, engine, part: 0, parts: 1);
     }
@@ -128,7 +153,7 @@ public sealed class InferenceEngineTests : IDisposable
     [Fact]
     public void A_decode_step_allocates_nothing()
     {
-        using var engine = new InferenceEngine(_run.Model, _run.Backend);
+        using var engine = new InferenceEngine(_run.Model, _run.Backend, cacheType: DType.F32);
         CachedSequence sequence = engine.Begin();
         int[] tokens = Tokens(100, seed: 2);
         float[] logits = new float[Vocabulary];

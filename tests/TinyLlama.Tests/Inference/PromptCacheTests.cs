@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Inference;
 using TinyLlama.Model;
@@ -12,6 +13,7 @@ public sealed class PromptCacheTests : IDisposable
 
     private readonly TemporaryFolder _folder = new();
     private readonly string _run;
+    private DType _cacheType = DType.F16;
 
     public PromptCacheTests() => _run = Save("run", _ => { });
 
@@ -19,9 +21,13 @@ public sealed class PromptCacheTests : IDisposable
 
     public void Dispose() => _folder.Dispose();
 
-    [Fact]
-    public void A_prompt_that_begins_alike_is_continued_as_without_the_file()
+    [Theory]
+    [InlineData(DType.F32)]
+    [InlineData(DType.F16)]
+    [InlineData(DType.Q8_0)]
+    public void A_prompt_that_begins_alike_is_continued_as_without_the_file(DType cacheType)
     {
+        _cacheType = cacheType;
         string prompt = string.Concat(Enumerable.Repeat("the cat and the dog ", 14));
         string other = prompt + "sat down on a mat. " + prompt;
         Assert.InRange(Tokens(other), 200, 490);
@@ -69,6 +75,14 @@ public sealed class PromptCacheTests : IDisposable
         var error = Assert.Throws<UserErrorException>(() => model.Generate("the cat", s_greedy).ToString());
         Assert.Equal($"{Cache}: is the prompt cache of another model or device; delete it, or name another file for the prompt cache", error.Message);
         Assert.Equal(file, File.ReadAllBytes(Cache));
+    }
+
+    [Fact]
+    public void The_file_of_another_type_of_cache_is_refused()
+    {
+        Generate("the cat");
+        _cacheType = DType.F32;
+        Assert.Contains("of another model or device", Assert.Throws<UserErrorException>(() => Generate("the cat")).Message, StringComparison.Ordinal);
     }
 
     [Fact]
@@ -120,7 +134,7 @@ public sealed class PromptCacheTests : IDisposable
     // A model of its own each time, as a program would load it.
     private (string Text, int Cached) Generate(string prompt, string? cache)
     {
-        using LanguageModel model = LanguageModel.Load(_run, threads: 2, promptCache: cache);
+        using LanguageModel model = LanguageModel.Load(_run, threads: 2, promptCache: cache, cacheType: _cacheType);
         Generation generation = model.Generate(prompt, s_greedy);
         return (generation.ToString(), generation.CachedPromptTokens);
     }
