@@ -1,1 +1,3 @@
-return TinyLlama.Bench.TokenizerBench.Run(args);
+using TinyLlama.Bench;
+
+return args is ["masks", .. var rest] ? TokenMaskBench.Run(rest) : TokenizerBench.Run(args);
