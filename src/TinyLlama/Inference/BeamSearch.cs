@@ -83,20 +83,21 @@ internal sealed class BeamSearch
     /// <param name="backend">The device.</param>
     /// <param name="tokenizer">The model's tokenizer.</param>
     /// <param name="contextLength">Most tokens of prompt and continuation; they fit.</param>
+    /// <param name="cacheType">What keys and values are rounded to.</param>
     /// <param name="prompt">At least one token.</param>
     /// <param name="options">What to search for.</param>
     /// <param name="progress">Is told the number of tokens of a beam.</param>
     /// <param name="stop">Ends it with <see cref="OperationCanceledException"/>.</param>
     /// <returns>The texts, the best first.</returns>
     public static IReadOnlyList<BeamText> Run(
-        LlamaModel model, Backend backend, ITokenizer tokenizer, int contextLength, int[] prompt, BeamSearchOptions options,
+        LlamaModel model, Backend backend, ITokenizer tokenizer, int contextLength, DType cacheType, int[] prompt, BeamSearchOptions options,
         Action<int>? progress = null, CancellationToken stop = default)
     {
         int most = options.MaxTokens ?? contextLength - prompt.Length;
 
         // The prompt's full blocks are everyone's; each beam may need all others for itself.
         int blocks = (prompt.Length / TokenLayout.KeyBlock) + (options.Beams * (KeyValueCache.BlocksFor(most) + 1));
-        using var engine = new InferenceEngine(model, backend, prompt.Length + most, options.Beams, cacheBlocks: blocks);
+        using var engine = new InferenceEngine(model, backend, prompt.Length + most, options.Beams, cacheBlocks: blocks, cacheType: cacheType);
         var search = new BeamSearch(engine, tokenizer, prompt, options);
         search.Follow(most, progress, stop);
         search.EndAll(options.MaxTokens is null ? FinishReason.ContextFull : FinishReason.MaxTokens);

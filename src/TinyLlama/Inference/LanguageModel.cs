@@ -132,7 +132,7 @@ public sealed class LanguageModel : IDisposable
         var prompts = new PromptReader(Tokenizer, AddsBos, ContextLength, Model.Config.VocabularySize);
         int[] tokens = prompts.Encode(prompt);
         prompts.Check(tokens, new GenerationOptions { MaxTokens = options.MaxTokens, StopTokens = options.StopTokens });
-        return BeamSearch.Run(Model, Backend, Tokenizer, ContextLength, tokens, options, progress, stop);
+        return BeamSearch.Run(Model, Backend, Tokenizer, ContextLength, CacheType, tokens, options, progress, stop);
     }
 
     /// <summary>

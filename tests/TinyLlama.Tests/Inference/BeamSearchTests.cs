@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Inference;
@@ -28,7 +29,7 @@ public sealed class BeamSearchTests : IDisposable
     public void Beams_for_every_text_find_all_texts_in_the_order_of_their_scores(double penalty)
     {
         var options = new BeamSearchOptions { Beams = 256, LengthPenalty = penalty, MaxTokens = 4 };
-        IReadOnlyList<BeamText> found = BeamSearch.Run(_small.Model, _small.Backend, s_letters, 96, [3, 0], options);
+        IReadOnlyList<BeamText> found = BeamSearch.Run(_small.Model, _small.Backend, s_letters, 96, DType.F32, [3, 0], options);
         var expected = Texts([], 0).OrderByDescending(text => text.LogProbability / Math.Pow(text.Tokens.Length, penalty)).ToArray();
 
         // Of 3 letters: all texts of four, and those of up to three with either ending.
@@ -68,7 +69,7 @@ public sealed class BeamSearchTests : IDisposable
         {
             // Prompts that end inside a cache block, and texts that go over into the next.
             int[] prompt = [256, .. Enumerable.Range(round, 59).Select(i => 'a' + (i * i % 7))];
-            IReadOnlyList<BeamText> found = BeamSearch.Run(_bytes.Model, _bytes.Backend, new ByteTokenizer(), 160, prompt, options);
+            IReadOnlyList<BeamText> found = BeamSearch.Run(_bytes.Model, _bytes.Backend, new ByteTokenizer(), 160, DType.F32, prompt, options);
             var expected = Definition(prompt, options);
             Assert.Equal(expected.Select(text => string.Join(' ', text.Tokens)), found.Select(text => string.Join(' ', text.Tokens)));
             Assert.All(expected.Zip(found), pair => Assert.Equal(pair.First.Score, pair.Second.Score, 1e-9));
@@ -82,7 +83,7 @@ public sealed class BeamSearchTests : IDisposable
         Generation greedy = generator.Generate("ab", new() { Temperature = 0, MaxTokens = 30 });
         string text = greedy.ToString();
         BeamText found = BeamSearch.Run(
-            _bytes.Model, _bytes.Backend, new ByteTokenizer(), 160, [256, 'a', 'b'], new() { Beams = 1, MaxTokens = 30 }).Single();
+            _bytes.Model, _bytes.Backend, new ByteTokenizer(), 160, DType.F16, [256, 'a', 'b'], new() { Beams = 1, MaxTokens = 30 }).Single();
         Assert.Equal((text, greedy.Finish), (found.Text, found.Finish));
         Assert.Equal(greedy.Tokens, found.Tokens);
     }
@@ -91,7 +92,7 @@ public sealed class BeamSearchTests : IDisposable
     public void Without_a_number_of_tokens_texts_end_with_the_context()
     {
         var options = new BeamSearchOptions { Beams = 2, LengthPenalty = 3 };
-        IReadOnlyList<BeamText> found = BeamSearch.Run(_small.Model, _small.Backend, s_letters, 9, [3], options);
+        IReadOnlyList<BeamText> found = BeamSearch.Run(_small.Model, _small.Backend, s_letters, 9, DType.F32, [3], options);
         Assert.Contains(found, text => text.Finish == FinishReason.ContextFull && text.Tokens.Count == 8);
     }
 
@@ -100,7 +101,7 @@ public sealed class BeamSearchTests : IDisposable
     {
         using var stop = new CancellationTokenSource();
         Assert.Throws<OperationCanceledException>(() => BeamSearch.Run(
-            _bytes.Model, _bytes.Backend, new ByteTokenizer(), 160, [256], new(), length => { Assert.Equal(1, length); stop.Cancel(); }, stop.Token));
+            _bytes.Model, _bytes.Backend, new ByteTokenizer(), 160, DType.F16, [256], new(), length => { Assert.Equal(1, length); stop.Cancel(); }, stop.Token));
     }
 
     [Theory]
