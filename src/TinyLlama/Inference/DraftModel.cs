@@ -23,15 +23,15 @@ public sealed class DraftModel : Draft, IDisposable
     /// <exception cref="UserErrorException">The two have different tokenizers, or the number is out of range.</exception>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public DraftModel(LanguageModel draft, LanguageModel target, int tokens)
-        : this(RequireTokenizer(draft, target), draft.Backend, draft.Tokenizer.VocabularySize, target.ContextLength, tokens)
+        : this(RequireTokenizer(draft, target), draft.Backend, draft.Tokenizer.VocabularySize, target.ContextLength, tokens, draft.CacheType)
     {
     }
 
-    internal DraftModel(LlamaModel model, Backend backend, int tokenCount, int contextLength, int tokens)
+    internal DraftModel(LlamaModel model, Backend backend, int tokenCount, int contextLength, int tokens, DType cacheType)
         : base(tokens)
     {
         _tokenCount = tokenCount;
-        _engine = new InferenceEngine(model, backend, contextLength);
+        _engine = new InferenceEngine(model, backend, contextLength, cacheType: cacheType);
         _sequence = _engine.Begin();
         _logits = new float[tokens * _engine.VocabularySize];
     }

@@ -47,6 +47,7 @@ public sealed class AdaptedModelTests : IDisposable
         Dictionary<string, float[]> factors = WriteFactors();
         using ModelSource plain = ModelSource.Open(_run, Fail);
         using ModelSource adapted = ModelSource.Open(_run, Adapter, Fail);
+        Assert.NotEqual(plain.Hash(), adapted.Hash());
         foreach (ModelTensor tensor in plain.Tensors)
         {
             double[] expected = Array.ConvertAll(Read(plain, tensor), value => (double)value);
@@ -152,6 +153,40 @@ public sealed class AdaptedModelTests : IDisposable
         Assert.Contains("adapts no weight", Refusal(), StringComparison.Ordinal);
         File.WriteAllBytes(Path.Combine(Adapter, "adapter_model.safetensors"), [255, 255, 255, 255, 255, 255, 255, 255, 1]);
         Assert.Contains("not a safetensors file", Refusal(), StringComparison.Ordinal);
+    }
+
+    [Theory]
+    [InlineData("adapter_config.json")]
+    [InlineData("adapter_model.safetensors")]
+    public void A_damaged_file_is_refused_or_read_as_another(string name)
+    {
+        WriteConfig();
+        WriteFactors();
+        string path = Path.Combine(Adapter, name);
+        byte[] sound = File.ReadAllBytes(path);
+        var random = new Random(2);
+        int refused = 0;
+        for (int round = 0; round < 300; round++)
+        {
+            byte[] damaged = round % 3 == 0 ? sound[..random.Next(sound.Length)] : [.. sound];
+            for (int change = random.Next(4); change > 0 && damaged.Length > 0; change--)
+            {
+                damaged[random.Next(Math.Min(damaged.Length, 900))] = (byte)random.Next(256);
+            }
+
+            File.WriteAllBytes(path, damaged);
+            try
+            {
+                ModelSource.Open(_run, Adapter, Fail).Dispose();
+            }
+            catch (UserErrorException e)
+            {
+                Assert.DoesNotContain('\n', e.Message);
+                refused++;
+            }
+        }
+
+        Assert.InRange(refused, 150, 300);
     }
 
     [Fact]

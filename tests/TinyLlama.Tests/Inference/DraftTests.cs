@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Inference;
@@ -23,19 +24,21 @@ public sealed class DraftTests : IDisposable
         _draft.Model.Pack();
     }
 
-    public static TheoryData<GenerationOptions> Options => new(
-        new GenerationOptions { Temperature = 0 },
-        new GenerationOptions { Temperature = 0, MaxTokens = 7 },
-        new GenerationOptions { Temperature = 0, MaxTokens = 300, Overflow = ContextOverflow.Sliding },
-        new GenerationOptions { Temperature = 0, MaxTokens = 40, RepetitionPenalty = 1.3, PresencePenalty = 0.2, FrequencyPenalty = 0.1 },
-        new GenerationOptions { Temperature = 0, MaxTokens = 40, LogProbabilities = 2, StopTokens = ['q'] },
-        new GenerationOptions { Temperature = 0, Json = JsonConstraint.FromSchema("""{"enum":["ab","abc",["abcabc","abc"]]}""") });
+    public static TheoryData<GenerationOptions, DType> Options => new()
+    {
+        { new GenerationOptions { Temperature = 0 }, DType.F16 },
+        { new GenerationOptions { Temperature = 0, MaxTokens = 7 }, DType.F32 },
+        { new GenerationOptions { Temperature = 0, MaxTokens = 300, Overflow = ContextOverflow.Sliding }, DType.Q8_0 },
+        { new GenerationOptions { Temperature = 0, MaxTokens = 40, RepetitionPenalty = 1.3, PresencePenalty = 0.2, FrequencyPenalty = 0.1 }, DType.F16 },
+        { new GenerationOptions { Temperature = 0, MaxTokens = 40, LogProbabilities = 2, StopTokens = ['q'] }, DType.Q8_0 },
+        { new GenerationOptions { Temperature = 0, Json = JsonConstraint.FromSchema("""{"enum":["ab","abc",["abcabc","abc"]]}""") }, DType.F32 },
+    };
 
     [Theory]
     [MemberData(nameof(Options))]
-    public void A_greedy_text_is_the_same_with_any_draft(GenerationOptions options)
+    public void A_greedy_text_is_the_same_with_any_draft(GenerationOptions options, DType cacheType)
     {
-        using var generator = new TextGenerator(_target.Model, _target.Backend, s_tokenizer);
+        using var generator = new TextGenerator(_target.Model, _target.Backend, s_tokenizer, cacheType: cacheType);
         (int[] tokens, string text, Generation plain) = Run(generator, options);
         Assert.Equal((0, 0), plain.Drafted);
         using DraftModel near = Model(_draft, 3);
@@ -57,7 +60,7 @@ public sealed class DraftTests : IDisposable
     [InlineData(0.9)]
     public void What_the_model_itself_proposes_is_always_accepted(double temperature)
     {
-        using var generator = new TextGenerator(_target.Model, _target.Backend, s_tokenizer);
+        using var generator = new TextGenerator(_target.Model, _target.Backend, s_tokenizer, cacheType: DType.F32);
         using DraftModel draft = Model(_target, 4);
         generator.Draft = draft;
         var options = new GenerationOptions { Temperature = temperature, TopP = 0.9, MaxTokens = 31, RepetitionPenalty = 1.1, FrequencyPenalty = 0.3 };
@@ -84,7 +87,7 @@ public sealed class DraftTests : IDisposable
             MaxTokens = 4,
             LogitBias = Enumerable.Range(0, 258).Except(letters).ToDictionary(id => id, _ => double.NegativeInfinity),
         };
-        using var generator = new TextGenerator(_target.Model, _target.Backend, s_tokenizer);
+        using var generator = new TextGenerator(_target.Model, _target.Backend, s_tokenizer, cacheType: DType.F32);
         using DraftModel near = Model(_draft, 2);
         using DraftModel far = Model(_padded, 3);
         foreach (Draft draft in (Draft[])[near, far, new PromptLookup(2)])
@@ -131,7 +134,7 @@ public sealed class DraftTests : IDisposable
     [Fact]
     public void Stopping_while_a_draft_model_reads_the_prompt_leaves_it_usable()
     {
-        using var generator = new TextGenerator(_target.Model, _target.Backend, s_tokenizer);
+        using var generator = new TextGenerator(_target.Model, _target.Backend, s_tokenizer, cacheType: DType.F32);
         using DraftModel draft = Model(_draft, 3);
         generator.Draft = draft;
         using var stop = new CancellationTokenSource();
@@ -195,7 +198,7 @@ public sealed class DraftTests : IDisposable
         return ([.. generation.Tokens], text, generation);
     }
 
-    private static DraftModel Model(ModelRun run, int tokens) => new(run.Model, run.Backend, 258, 64, tokens);
+    private static DraftModel Model(ModelRun run, int tokens) => new(run.Model, run.Backend, 258, 64, tokens, DType.F32);
 
     private static ModelRun Random(int seed, ModelConfig config)
     {
