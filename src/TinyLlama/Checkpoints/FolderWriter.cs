@@ -94,8 +94,7 @@ public sealed class FolderWriter
     public void Write(string name, Action<Stream> write)
     {
         ArgumentOutOfRangeException.ThrowIfNotEqual(Path.GetFileName(name), name);
-        using var file = new FileStream(
-            Path.Combine(_folder, name), FileMode.CreateNew, FileAccess.Write, FileShare.None, bufferSize: 0);
+        using var file = new NewFile(Path.Combine(_folder, name));
         using var hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
         using (var hashing = new HashingStream(file, hash))
         {

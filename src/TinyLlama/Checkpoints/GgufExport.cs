@@ -41,7 +41,7 @@ public static class GgufExport
         string unfinished = $"{path}.{Path.GetRandomFileName()}.tmp";
         try
         {
-            using (var file = new FileStream(unfinished, FileMode.CreateNew, FileAccess.Write, FileShare.None, bufferSize: 0))
+            using (var file = new NewFile(unfinished))
             {
                 Write(file, source, mix, tokenizer, progress);
                 file.Flush(flushToDisk: true);

@@ -342,6 +342,12 @@ public sealed class TrainingCheckpoint
             {
                 Directory.Move(path + Replaced, path);
             }
+
+            string folder = System.IO.Path.GetDirectoryName(path)!;
+            if (Directory.Exists(folder) && !Directory.EnumerateFileSystemEntries(folder).Any())
+            {
+                Directory.Delete(folder);
+            }
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {

@@ -1,0 +1,22 @@
+namespace TinyLlama.Checkpoints;
+
+/// <summary>
+/// A file that is written for the first time. Where it may not grow, as beyond 4 GiB on FAT32, a <see cref="FileStream"/>
+/// complains about an argument; this throws an <see cref="IOException"/>, as a full disk does.
+/// </summary>
+internal sealed class NewFile(string path) : FileStream(path, FileMode.CreateNew, FileAccess.Write, FileShare.None, bufferSize: 0)
+{
+    /// <summary>Writes bytes; spans come here too.</summary>
+    /// <exception cref="IOException">The disk is full or gone, or the file may not grow.</exception>
+    public override void Write(byte[] buffer, int offset, int count)
+    {
+        try
+        {
+            base.Write(buffer, offset, count);
+        }
+        catch (ArgumentOutOfRangeException e)
+        {
+            throw new IOException($"{Name}: the file system or a limit of this session allows no file of this size; write to another disk", e);
+        }
+    }
+}
