@@ -143,6 +143,14 @@ public sealed class ChatPageTests : IAsyncLifetime
         Assert.True(await _page.Locator("#tip .row").CountAsync() >= 5);
         await _page.Locator("#input").HoverAsync();
         await Expect(_page.Locator("#tip")).ToBeHiddenAsync();
+
+        // A tap enters and leaves at once.
+        await _page.Locator(".token").Nth(3).DispatchEventAsync("pointerenter");
+        await _page.Locator(".token").Nth(3).DispatchEventAsync("pointerleave");
+        await _page.Locator(".token").Nth(3).DispatchEventAsync("click");
+        await Expect(_page.Locator("#tip")).ToBeVisibleAsync();
+        await _page.Locator("#model").ClickAsync();
+        await Expect(_page.Locator("#tip")).ToBeHiddenAsync();
         Task<string[]> Colours() => _page.Locator(".token").EvaluateAllAsync<string[]>("all => all.map(token => getComputedStyle(token).backgroundColor)");
         string[] plain = await Colours();
         Assert.Single(plain.Distinct());
@@ -196,9 +204,14 @@ public sealed class ChatPageTests : IAsyncLifetime
         await Expect(_page.Locator("#error")).ToContainTextAsync("more than the context of 65536; ask for");
         await Expect(_page.Locator(".assistant")).ToHaveCountAsync(0);
         await SetAsync("max_tokens", "3");
-        await SendAsync("again");
+        await _page.Locator(".retry").ClickAsync();
         await Expect(_page.Locator("#error")).ToBeHiddenAsync();
         await Expect(_page.Locator(Reply)).ToHaveCountAsync(1);
+        await Expect(_page.Locator(".retry")).ToBeHiddenAsync();
+        await IdleAsync();
+        await SendAsync("again");
+        await Expect(_page.Locator("#error")).ToBeHiddenAsync();
+        await Expect(_page.Locator(Reply)).ToHaveCountAsync(2);
     }
 
     [Theory]

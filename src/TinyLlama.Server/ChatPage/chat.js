@@ -1,6 +1,6 @@
 import { getModel, streamChat } from './api.js';
 import { defaults, messages, save, settings } from './store.js';
-import { hideTip, messageElement, replyElement } from './view.js';
+import { fit, hideTip, messageElement, replyElement } from './view.js';
 
 const $ = id => document.getElementById(id);
 const [list, input, scroll] = [$('messages'), $('input'), $('scroll')];
@@ -23,7 +23,9 @@ function show(from = list.children.length) {
   list.append(...messages.slice(from).map((message, i) => messageElement(message, {
     edit: text => edit(from + i, text),
     regenerate: () => regenerate(from + i),
+    retry: () => regenerate(from + i + 1),
   })));
+  list.hidden = messages.length === 0;
   $('empty').hidden = messages.length > 0;
   save();
 }
@@ -169,8 +171,7 @@ function keepAtEnd() {
 }
 
 function fitInput() {
-  input.style.height = 'auto';
-  input.style.height = `${input.scrollHeight}px`;
+  fit(input);
   $('send').disabled = !input.value.trim();
 }
 
@@ -236,7 +237,9 @@ document.addEventListener('keydown', event => {
     $('new').click();
   }
 });
+document.addEventListener('click', hideTip);
 scroll.addEventListener('scroll', () => {
+  hideTip();
   follows = scroll.scrollTop + scroll.clientHeight > scroll.scrollHeight - 40;
 });
 $('stop').addEventListener('click', stop);

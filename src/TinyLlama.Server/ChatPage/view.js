@@ -1,9 +1,11 @@
 /** How messages look. Text is always set as text, never as HTML. */
 
+const turn = 'M15.500 8A6 6 0 1 0 16 10M16 4v4h-4';
 const icons = {
   copy: 'M7 7V4h9v9h-3M4 7h9v9H4z',
   edit: 'M4 16l1-4 8-8 3 3-8 8z',
-  again: 'M15.500 8A6 6 0 1 0 16 10M16 4v4h-4',
+  again: turn,
+  retry: turn,
 };
 
 // A pointer that only passes over a text asks for nothing.
@@ -31,7 +33,7 @@ function action(name, title, click) {
 }
 
 /** A message with what can be done to it. */
-export function messageElement(message, { edit, regenerate }) {
+export function messageElement(message, { edit, regenerate, retry }) {
   const isUser = message.role === 'user';
   const body = element('div', 'body');
   const actions = element('div', 'actions', action('copy', 'Copy', () => navigator.clipboard.writeText(message.content)));
@@ -40,6 +42,7 @@ export function messageElement(message, { edit, regenerate }) {
   if (isUser) {
     body.textContent = message.content;
     actions.prepend(action('edit', 'Edit', () => editor(made, message.content, edit)));
+    actions.append(action('retry', 'Ask again', retry));
   } else {
     body.append(...(message.tokens ?? []).map(tokenElement));
     actions.append(action('again', 'Regenerate', regenerate));
@@ -80,6 +83,12 @@ function tokenElement(token) {
       waiting = setTimeout(() => showTip(span, token.likely), restMilliseconds);
     });
     span.addEventListener('pointerleave', hideTip);
+
+    // A finger leaves where it taps.
+    span.addEventListener('click', event => {
+      event.stopPropagation();
+      showTip(span, token.likely);
+    });
   }
   return span;
 }
@@ -112,9 +121,16 @@ function tipRow([text, probability], isChosen) {
   return element('div', isChosen ? 'row chosen' : 'row', element('code', '', shown), element('div', 'bar', fill), element('span', '', `${(probability * 100).toFixed(1)} %`));
 }
 
+/** Makes a text area as high as its text. */
+export function fit(area) {
+  area.style.height = 'auto';
+  area.style.height = `${area.scrollHeight}px`;
+}
+
 function editor(article, text, save) {
   const area = element('textarea', 'editor');
   area.value = text;
+  area.rows = 1;
   area.setAttribute('aria-label', 'Edit message');
   const before = [...article.children];
   const cancel = () => article.replaceChildren(...before);
@@ -134,6 +150,7 @@ function editor(article, text, save) {
     }
   });
   article.replaceChildren(area, element('div', 'end', button('Cancel', 'quiet', cancel), button('Send', 'primary', done)));
-  area.style.height = `${area.scrollHeight}px`;
+  area.addEventListener('input', () => fit(area));
+  fit(area);
   area.focus();
 }
