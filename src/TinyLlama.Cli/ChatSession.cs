@@ -97,6 +97,11 @@ internal sealed class ChatSession(
 
                 if (line is null)
                 {
+                    if (isTerminal)
+                    {
+                        error.WriteLine();
+                    }
+
                     return null;
                 }
 

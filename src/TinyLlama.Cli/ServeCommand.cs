@@ -1,5 +1,6 @@
 using System.CommandLine;
 using System.Net;
+using System.Net.Sockets;
 using Microsoft.AspNetCore.Builder;
 using Microsoft.AspNetCore.Hosting.Server;
 using Microsoft.AspNetCore.Hosting.Server.Features;
@@ -97,7 +98,15 @@ internal sealed class ServeCommand
         }
 
         await using WebApplication app = ServerHosting.Create(options, address, port);
-        await app.StartAsync(stop);
+        try
+        {
+            await app.StartAsync(stop);
+        }
+        catch (Exception e) when (e is IOException or SocketException)
+        {
+            throw new UserErrorException($"cannot listen to {host}:{port}: {(e.InnerException ?? e).Message}; --host and --port choose another address", e);
+        }
+
         ServedModel model = app.Services.GetRequiredService<ServedModel>();
         string url = app.Services.GetRequiredService<IServer>().Features.Get<IServerAddressesFeature>()!.Addresses.Single();
         output.WriteLine($"{url}  {model.Name}: {model.ParameterCount:N0} parameters, context {model.Generator.ContextLength}, chat template {model.Chat.Template.Name}");

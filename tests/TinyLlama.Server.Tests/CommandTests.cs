@@ -62,6 +62,15 @@ public sealed class CommandTests : IDisposable
     }
 
     [Fact]
+    public async Task An_address_in_use_is_told_in_a_line()
+    {
+        (_, HttpClient http) = await ServeAsync();
+        (int code, string output, string error) = await RunAsync(["serve", TestModel.Folder, "--chat-template", "zephyr", "--port", $"{http.BaseAddress!.Port}"]);
+        Assert.Equal((2, ""), (code, output));
+        Assert.Equal($"error: cannot listen to 127.0.0.1:{http.BaseAddress.Port}: Address already in use; --host and --port choose another address\n", error);
+    }
+
+    [Fact]
     public async Task Clients_are_measured_at_a_server_of_their_own_and_at_another()
     {
         JsonArray rounds = await MeasureAsync(TestModel.Folder, "--clients", "1,3", "--threads", "1");
