@@ -134,6 +134,7 @@ public static class HuggingFaceConfig
         RequireText(keys, "hidden_act", "silu");
         RequireFalse(keys, "attention_bias");
         RequireFalse(keys, "mlp_bias");
+        RequireFalse(keys, "rope_interleaved");
         RequireNumber(keys, "pretraining_tp", 1);
         RequireNumber(keys, "partial_rotary_factor", 1);
         foreach (string key in (string[])["quantization_config", "sliding_window", "num_local_experts"])

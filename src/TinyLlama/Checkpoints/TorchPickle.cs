@@ -1,4 +1,5 @@
 using System.Buffers.Binary;
+using System.Globalization;
 using System.Text;
 using TinyLlama.Data;
 
@@ -25,8 +26,9 @@ internal sealed record PickledStorage(string Type, string Key, long Count);
 internal sealed record PickledTensor(PickledStorage Storage, long Offset, long[] Shape, long[] Strides);
 
 /// <summary>
-/// Reads a pickle as <c>torch.save</c> writes it (protocol 2): numbers, texts, lists, dictionaries, tensors. Nothing is
-/// executed: of all that a pickle can name, only tensors, their storages and <c>OrderedDict</c> are known.
+/// Reads a pickle as <c>torch.save</c> (protocol 2) and lit-gpt's <c>incremental_save</c> (protocol 5) write it: numbers,
+/// texts, lists, dictionaries, tensors. Nothing is executed: of all that a pickle can name, only tensors, their storages and
+/// <c>OrderedDict</c> are known.
 /// </summary>
 /// <remarks>
 /// Operations are those of Python's <c>pickletools</c>, <c>_rebuild_tensor_v2</c> is that of <c>torch/_utils.py</c>. Each byte of
@@ -34,7 +36,8 @@ internal sealed record PickledTensor(PickledStorage Storage, long Offset, long[]
 /// </remarks>
 internal ref struct TorchPickle
 {
-    private const byte Protocol = 2;
+    private const byte LeastProtocol = 2;
+    private const byte MostProtocol = 5;
     private const string OrderedDictionary = "collections.OrderedDict";
     private const string RebuildTensor = "torch._utils._rebuild_tensor_v2";
 
@@ -73,6 +76,10 @@ internal ref struct TorchPickle
                 case '\x80':
                     RequireProtocol(Byte());
                     break;
+                case '\x95':
+                    // How much follows, which helps those who read from a stream.
+                    _ = Take(8);
+                    break;
                 case '.':
                     object? value = Pop();
                     return _stack.Count == 0 && _marks.Count == 0 ? value : throw Error("ends with values left: damaged");
@@ -103,11 +110,17 @@ internal ref struct TorchPickle
                 case 'X':
                     Push(Text(UInt32()));
                     break;
+                case '\x8c':
+                    Push(Text(Byte()));
+                    break;
                 case 'q':
                     _memo[Byte()] = Top();
                     break;
                 case 'r':
                     _memo[UInt32()] = Top();
+                    break;
+                case '\x94':
+                    _memo[(uint)_memo.Count] = Top();
                     break;
                 case 'h':
                     Push(Remembered(Byte()));
@@ -116,7 +129,7 @@ internal ref struct TorchPickle
                     Push(Remembered(UInt32()));
                     break;
                 case 'c':
-                    Push(Global());
+                    Push(Global($"{Line()}.{Line()}"));
                     break;
                 default:
                     Build(code);
@@ -127,9 +140,9 @@ internal ref struct TorchPickle
 
     private readonly void RequireProtocol(byte protocol)
     {
-        if (protocol != Protocol)
+        if (protocol is < LeastProtocol or > MostProtocol)
         {
-            throw Error($"is of protocol {protocol}; only {Protocol}, which torch.save writes, is supported");
+            throw Error($"is of protocol {protocol}; {LeastProtocol} to {MostProtocol} are supported");
         }
     }
 
@@ -176,6 +189,10 @@ internal ref struct TorchPickle
                 _ = Pop();
                 _ = Top<PickledDictionary>("a dictionary");
                 break;
+            case '\x93':
+                object? name = Pop();
+                Push(Global($"{Pop() as string}.{name as string}"));
+                break;
             case 'R':
                 object? arguments = Pop();
                 Push(Call(Pop(), arguments));
@@ -214,17 +231,14 @@ internal ref struct TorchPickle
         values.All(static value => value is long) ? [.. values.Select(static value => (long)value!)] : throw Error("has a shape that is no numbers: damaged");
 
     private readonly PickledStorage Storage(object? id) =>
-        id is object?[] and ["storage", Name name, string key, string, long count] && StorageType(name.Text) is { } type
-            ? new PickledStorage(type, key, count)
+        id is object?[] and ["storage", Name name, (string or long) and var key, string, long count] && StorageType(name.Text) is { } type
+            ? new PickledStorage(type, Convert.ToString(key, CultureInfo.InvariantCulture)!, count)
             : throw Error("refers to something else than a storage");
 
-    private Name Global()
-    {
-        string name = $"{Line()}.{Line()}";
-        return name is OrderedDictionary or RebuildTensor || StorageType(name) is not null
+    private readonly Name Global(string name) =>
+        name is OrderedDictionary or RebuildTensor || StorageType(name) is not null
             ? new Name(name)
             : throw Error($"names {name}; a file of tensors names none but {OrderedDictionary}, {RebuildTensor} and storages of numbers");
-    }
 
     private static string? StorageType(string name) => name switch
     {

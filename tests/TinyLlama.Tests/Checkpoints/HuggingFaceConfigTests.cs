@@ -106,6 +106,7 @@ public sealed class HuggingFaceConfigTests : IDisposable
     [Theory]
     [InlineData("attention_bias", "true")]
     [InlineData("mlp_bias", "true")]
+    [InlineData("rope_interleaved", "true")]
     [InlineData("hidden_act", "\"gelu\"")]
     [InlineData("pretraining_tp", "2")]
     [InlineData("partial_rotary_factor", "0.5")]

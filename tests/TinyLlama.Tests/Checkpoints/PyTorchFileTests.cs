@@ -57,6 +57,14 @@ public sealed class PyTorchFileTests : IDisposable
     }
 
     [Fact]
+    public void A_model_that_lit_gpt_converted_is_read()
+    {
+        WriteConfig();
+        File.WriteAllBytes(_folder["pytorch_model.bin"], StateDict(DType.F32, ModelTensors.Of(s_tiny), isOfLitGpt: true).Bytes());
+        AssertModel(_folder.Path, DType.F32);
+    }
+
+    [Fact]
     public void A_model_in_several_files_is_read()
     {
         WriteConfig();
@@ -107,7 +115,8 @@ public sealed class PyTorchFileTests : IDisposable
 
     [Theory]
     [InlineData("global", "its pickle, at byte 2, names os.system")]
-    [InlineData("protocol", "is of protocol 4")]
+    [InlineData("protocol", "is of protocol 6; 2 to 5")]
+    [InlineData("stacked", "names os.system")]
     [InlineData("operation", "at byte 2, has the operation 0x69")]
     [InlineData("call", "calls torch.FloatStorage with other arguments")]
     [InlineData("recall", "recalls value 7")]
@@ -136,7 +145,8 @@ public sealed class PyTorchFileTests : IDisposable
         byte[] bytes = wrong switch
         {
             "global" => new TorchArchive().Name("os", "system").Text("true").Emit(0x85).Emit((byte)'R').Bytes(),
-            "protocol" => new TorchArchive().Emit(0x80, 4).Bytes(),
+            "protocol" => new TorchArchive().Emit(0x80, 6).Bytes(),
+            "stacked" => new TorchArchive { IsOfLitGpt = true }.Name("os", "system").Text("true").Emit(0x85).Emit((byte)'R').Bytes(),
             "operation" => new TorchArchive().Emit((byte)'i').Bytes(),
             "call" => new TorchArchive().Name("torch", "FloatStorage").Emit(")R"u8).Bytes(),
             "recall" => new TorchArchive().Emit((byte)'h', 7).Bytes(),
@@ -176,8 +186,11 @@ public sealed class PyTorchFileTests : IDisposable
         }
     }
 
-    [Fact]
-    public void What_PyTorch_itself_saves_is_read()
+    [Theory]
+    [InlineData(2)]
+    [InlineData(4)]
+    [InlineData(5)]
+    public void What_PyTorch_itself_saves_is_read(int protocol)
     {
         const string Python = "/usr/bin/python3";
         const string Script = """
@@ -191,12 +204,12 @@ public sealed class PyTorchFileTests : IDisposable
             state["scalar"] = torch.tensor(2.5, dtype=torch.float64)
             for i in range(300):
                 state["many.%d" % i] = torch.tensor([float(i)])
-            torch.save(state, sys.argv[1])
+            torch.save(state, sys.argv[1], pickle_protocol=int(sys.argv[2]))
             for key in state:
                 print(key, " ".join(repr(x) for x in state[key].to(torch.float32).flatten().tolist()[:50]))
             """;
         Assert.SkipUnless(File.Exists(Python), $"needs {Python} with PyTorch");
-        var start = new ProcessStartInfo(Python, ["-c", Script, _folder["x.pt"]]) { RedirectStandardOutput = true, RedirectStandardError = true, UseShellExecute = false };
+        var start = new ProcessStartInfo(Python, ["-c", Script, _folder["x.pt"], $"{protocol}"]) { RedirectStandardOutput = true, RedirectStandardError = true, UseShellExecute = false };
         using Process process = Process.Start(start)!;
         string[] lines = process.StandardOutput.ReadToEnd().Split('\n', StringSplitOptions.RemoveEmptyEntries);
         string errors = process.StandardError.ReadToEnd();
@@ -215,9 +228,9 @@ public sealed class PyTorchFileTests : IDisposable
 
     private static float Value(int tensor, int element) => ((tensor * 5) + element) % 32;
 
-    private static TorchArchive StateDict(DType type, IReadOnlyList<ModelTensor> tensors)
+    private static TorchArchive StateDict(DType type, IReadOnlyList<ModelTensor> tensors, bool isOfLitGpt = false)
     {
-        TorchArchive archive = new TorchArchive().Dictionary().Begin();
+        TorchArchive archive = new TorchArchive { IsOfLitGpt = isOfLitGpt }.Dictionary().Begin();
         foreach (ModelTensor tensor in tensors)
         {
             int id = ModelTensors.Of(s_tiny).ToList().IndexOf(tensor);

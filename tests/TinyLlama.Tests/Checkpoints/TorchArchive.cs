@@ -1,3 +1,4 @@
+using System.Globalization;
 using System.IO.Compression;
 using System.Text;
 using TinyLlama.Compute;
@@ -11,12 +12,11 @@ internal sealed class TorchArchive
     private readonly List<byte> _pickle = [];
     private int _tensors;
 
-    public TorchArchive() => Emit(0x80, 2);
-
-    public int Position => _pickle.Count;
-
-    /// <summary>Gets or sets a value indicating whether files are compressed, as torch.save never does.</summary>
+    /// <summary>Gets a value indicating whether files are compressed, as torch.save never does.</summary>
     public bool Compresses { get; init; }
+
+    /// <summary>Gets a value indicating whether the pickle is of protocol 5 and numbers its storages, as lit-gpt writes it.</summary>
+    public bool IsOfLitGpt { get; init; }
 
     public static string StorageName(DType type) => type switch
     {
@@ -77,7 +77,9 @@ internal sealed class TorchArchive
     public TorchArchive Text(string text)
     {
         byte[] bytes = Encoding.UTF8.GetBytes(text);
-        return Emit((byte)'X').Emit(BitConverter.GetBytes(bytes.Length)).Emit(bytes);
+        return IsOfLitGpt
+            ? Emit(0x8C, (byte)bytes.Length).Emit(bytes).Emit(0x94)
+            : Emit((byte)'X').Emit(BitConverter.GetBytes(bytes.Length)).Emit(bytes);
     }
 
     public TorchArchive Number(long value) => value is >= 0 and < 256 ? Emit((byte)'K', (byte)value)
@@ -85,7 +87,9 @@ internal sealed class TorchArchive
         : value is >= int.MinValue and <= int.MaxValue ? Emit((byte)'J').Emit(BitConverter.GetBytes((int)value))
         : Emit(0x8A, 8).Emit(BitConverter.GetBytes(value));
 
-    public TorchArchive Name(string module, string name) => Emit((byte)'c').Emit(Encoding.UTF8.GetBytes($"{module}\n{name}\n"));
+    public TorchArchive Name(string module, string name) => IsOfLitGpt
+        ? Text(module).Text(name).Emit(0x93)
+        : Emit((byte)'c').Emit(Encoding.UTF8.GetBytes($"{module}\n{name}\n"));
 
     /// <summary>An empty dictionary, in which pairs are put between <see cref="Begin"/> and <see cref="End"/>.</summary>
     public TorchArchive Dictionary() => Name("collections", "OrderedDict").Emit(")R"u8);
@@ -107,8 +111,9 @@ internal sealed class TorchArchive
             File($"data/{key}", data);
         }
 
-        Name("torch._utils", "_rebuild_tensor_v2").Emit("(("u8).Text("storage").Name("torch", type).Text(key).Text("cpu");
-        Number(count ?? (data.Length / elementBytes)).Emit("tQ"u8).Number(offset);
+        Name("torch._utils", "_rebuild_tensor_v2").Emit("(("u8).Text("storage").Name("torch", type);
+        _ = IsOfLitGpt ? Number(long.Parse(key, CultureInfo.InvariantCulture)) : Text(key);
+        Text("cpu").Number(count ?? (data.Length / elementBytes)).Emit("tQ"u8).Number(offset);
         Tuple(shape);
         Tuple(strides ?? [.. shape.Select((_, i) => shape[(i + 1)..].Aggregate(1L, (a, b) => a * b))]);
         return Emit(0x89).Dictionary().Emit("tR"u8);
@@ -116,10 +121,11 @@ internal sealed class TorchArchive
 
     public byte[] Bytes()
     {
+        byte[] header = IsOfLitGpt ? [0x80, 5, 0x95, .. BitConverter.GetBytes(_pickle.Count + 1L)] : [0x80, 2];
         using var stream = new MemoryStream();
         using (var archive = new ZipArchive(stream, ZipArchiveMode.Create, leaveOpen: true))
         {
-            foreach ((string name, byte[] bytes) in (IEnumerable<(string, byte[])>)[("data.pkl", [.. _pickle, (byte)'.']), .. _files])
+            foreach ((string name, byte[] bytes) in (IEnumerable<(string, byte[])>)[("data.pkl", [.. header, .. _pickle, (byte)'.']), .. _files])
             {
                 using Stream entry = archive.CreateEntry($"archive/{name}", Compresses ? CompressionLevel.Fastest : CompressionLevel.NoCompression).Open();
                 entry.Write(bytes);
