@@ -8,7 +8,7 @@ namespace TinyLlama.Server;
 internal sealed class ResponseFormats
 {
     private const string Key = "response_format";
-    private const int MostKept = 32;
+    private const int MostKept = 8;
 
     private readonly Dictionary<string, JsonConstraint> _schemas = new(StringComparer.Ordinal);
     private readonly Queue<string> _order = new();

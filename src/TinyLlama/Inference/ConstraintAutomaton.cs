@@ -41,12 +41,14 @@ internal sealed class ConstraintState
 internal sealed class ConstraintAutomaton
 {
     private const int MostStates = 4096;
+    private const int MostPlaces = 1 << 20;
 
     private readonly JsonGrammar _grammar;
     private readonly Dictionary<(int ReturnTo, ConstraintState.Frame? Outer), ConstraintState.Frame> _frames = [];
     private readonly Dictionary<PlaceSet, ConstraintState> _states = [];
     private readonly List<ConstraintState.Place> _places = [];
     private readonly HashSet<ConstraintState.Place> _seen = [];
+    private int _placeCount;
 
     public ConstraintAutomaton(JsonGrammar grammar, int root)
     {
@@ -142,15 +144,18 @@ internal sealed class ConstraintAutomaton
     {
         if (!_states.TryGetValue(set, out ConstraintState? state))
         {
-            if (_states.Count == MostStates)
+            if (_states.Count == MostStates || _placeCount > MostPlaces)
             {
-                // Those in use live on with their texts; the others are computed again when they are reached again.
+                // Those in use live on with their texts; the others, which only the start leads to, are computed again when they are reached again.
                 _states.Clear();
                 _frames.Clear();
+                _placeCount = 0;
+                Array.Clear(Start.Next);
             }
 
             state = new ConstraintState(set.Places, set.IsComplete);
             _states.Add(set, state);
+            _placeCount += set.Places.Length;
         }
 
         return state;

@@ -10,7 +10,7 @@ namespace TinyLlama.Inference;
 internal sealed class JsonGrammar
 {
     /// <summary>Most nodes: what a schema may grow to.</summary>
-    public const int MostNodes = 200_000;
+    public const int MostNodes = 50_000;
 
     private readonly List<List<Edge>> _nodes = [];
     private readonly List<Rule> _rules = [];

@@ -88,11 +88,7 @@ internal sealed class JsonSchemaCompiler
 
     private int AddRule(string path)
     {
-        if (_grammar.NodeCount > JsonGrammar.MostNodes)
-        {
-            throw Refused(path, "the schema is too large; ask for fewer or shorter values");
-        }
-
+        RequireSize(path);
         int rule = _grammar.AddRule();
         _paths.Add(rule, path);
         return rule;
@@ -236,7 +232,9 @@ internal sealed class JsonSchemaCompiler
         {
             string memberPath = $"{path}/properties/{property.Name}";
             int member = AddRule(memberPath);
-            int colon = _grammar.Bytes(_grammar.Start(member), Utf8(writer => writer.WriteStringValue(property.Name)));
+            byte[] name = Utf8(writer => writer.WriteStringValue(property.Name));
+            RequireSize(memberPath, name.Length);
+            int colon = _grammar.Bytes(_grammar.Start(member), name);
             int value = _grammar.Call(_grammar.Bytes(colon, ":"u8), _grammar.Whitespace);
             _grammar.Link(_grammar.Call(value, Value(property.Value, memberPath)), _grammar.End(member));
 
@@ -292,7 +290,9 @@ internal sealed class JsonSchemaCompiler
             throw Refused(path, $"is not of the type {string.Join(" or ", types)}");
         }
 
-        Alternative(rule, Utf8(value.WriteTo));
+        byte[] literal = Utf8(value.WriteTo);
+        RequireSize(path, literal.Length);
+        Alternative(rule, literal);
     }
 
     private static string[] Types(JsonElement schema, string path)
@@ -327,9 +327,9 @@ internal sealed class JsonSchemaCompiler
             : throw Refused($"{path}/{key}", "must be a whole number, 0 or more");
     }
 
-    private void RequireSize(string path)
+    private void RequireSize(string path, int more = 0)
     {
-        if (_grammar.NodeCount > JsonGrammar.MostNodes)
+        if (_grammar.NodeCount + more > JsonGrammar.MostNodes)
         {
             throw Refused(path, "the schema is too large; ask for fewer or shorter values");
         }

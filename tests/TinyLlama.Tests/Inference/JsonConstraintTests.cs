@@ -1,3 +1,4 @@
+using System.Runtime.CompilerServices;
 using System.Text;
 using System.Text.Json;
 using System.Text.Json.Nodes;
@@ -12,6 +13,13 @@ public sealed class JsonConstraintTests
 {
     private static readonly ByteTokenizer s_bytes = new();
     private static readonly string[] s_names = ["a", "b\"", "ü c", "d"];
+
+    public static TheoryData<string, string> LargeSchemas => new()
+    {
+        { $"{{\"enum\":[{string.Join(',', Enumerable.Range(0, 20_000))}]}}", "the schema is too large" },
+        { $"{{\"const\":\"{new string('x', 60_000)}\"}}", "#/const: the schema is too large" },
+        { $"{{\"properties\":{{\"{new string('x', 60_000)}\":true}}}}", "the schema is too large" },
+    };
 
     [Theory]
     [InlineData("""{"type":"object","properties":{"a":{"type":"integer"},"b":{"type":"string"}},"required":["a"],"additionalProperties":false}""",
@@ -54,6 +62,7 @@ public sealed class JsonConstraintTests
     [InlineData("""{"type":"array","minItems":3,"maxItems":2}""", "#/maxItems: is 2, less than minItems 3")]
     [InlineData("""{"type":"string","maxLength":-1}""", "#/maxLength: must be a whole number")]
     [InlineData("""{"type":"string","maxLength":1000000000}""", "#/maxLength: the schema is too large")]
+    [MemberData(nameof(LargeSchemas))]
     [InlineData("""{"type":"integer","enum":[1,"a"]}""", "#/enum/1: is not of the type integer")]
     [InlineData("false", "#: allows no value")]
     [InlineData("[]", "#: must be an object")]
@@ -117,6 +126,30 @@ public sealed class JsonConstraintTests
             string text = Generate(JsonConstraint.AnyObject, new WordTokenizer(random), random);
             using JsonDocument document = JsonDocument.Parse(text);
             Assert.Equal(JsonValueKind.Object, document.RootElement.ValueKind);
+        }
+    }
+
+    [Fact]
+    public void States_that_no_text_is_in_are_forgotten()
+    {
+        var masks = new TokenMasks(JsonConstraint.AnyObject, new SortedVocabulary(s_bytes));
+        WeakReference first = Enter(0);
+        for (int nesting = 1; nesting < 1 << 11; nesting++)
+        {
+            Enter(nesting);
+        }
+
+        GC.Collect();
+        Assert.False(first.IsAlive);
+
+        // Twelve arrays and objects in each other: another state for each of their orders.
+        [MethodImpl(MethodImplOptions.NoInlining)]
+        WeakReference Enter(int nesting)
+        {
+            IEnumerable<string> levels = Enumerable.Range(0, 11).Select(level => (nesting >> level & 1) == 0 ? "[" : "{\"\":");
+            ConstraintState state = masks.Advance(masks.Start, Encoding.UTF8.GetBytes("{\"\":" + string.Concat(levels)));
+            Assert.NotEqual(ConstraintState.Dead, state);
+            return new WeakReference(state);
         }
     }
 
