@@ -43,24 +43,12 @@ internal unsafe interface IBlockFormat<V>
 internal static unsafe class BlockFormat<V>
     where V : struct, ILanes<V>
 {
-    /// <summary>The float that a half in the high bits of each dword is; the low bits do not matter. Only of finite ones.</summary>
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V FromHalf(V bits)
-    {
-        // Sign, exponent and mantissa at the places that they have in a float, whose exponent counts from 127, not from 15.
-        return V.And(V.ShiftRightSigned(bits, 3), V.CreateDword(0x8FFFE000)) * V.Create(5.192296858534828e33f);
-    }
-
-    /// <summary>The halves at p, one a lane.</summary>
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Halves(byte* p) => FromHalf(V.ShiftLeft(V.LoadWords(p), 16));
-
     /// <summary>The two halves of each lane at p.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void HalfPairs(byte* p, out V first, out V second)
     {
         V pairs = V.LoadDwords(p);
-        (first, second) = (FromHalf(V.ShiftLeft(pairs, 16)), FromHalf(pairs));
+        (first, second) = (Halves<V>.FromLow(pairs), Halves<V>.FromHigh(pairs));
     }
 
     /// <summary>Dword plane i after some bytes of each lane.</summary>
@@ -121,7 +109,7 @@ internal readonly unsafe struct Q8Format<V> : IBlockFormat<V>
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Units(byte* block, out V scale, out V offset) =>
-        (scale, offset) = (BlockFormat<V>.Halves(block), default);
+        (scale, offset) = (Halves<V>.Load(block), default);
 
     public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
     {
@@ -151,7 +139,7 @@ internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Units(byte* block, out V scale, out V offset)
     {
-        scale = BlockFormat<V>.Halves(block);
+        scale = Halves<V>.Load(block);
         offset = scale * V.Create(-8);
     }
 
@@ -213,7 +201,7 @@ internal readonly unsafe struct Q5Format<V> : IBlockFormat<V>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Units(byte* block, out V scale, out V offset)
     {
-        scale = BlockFormat<V>.Halves(block);
+        scale = Halves<V>.Load(block);
         offset = scale * V.Create(-16);
     }
 
@@ -350,7 +338,7 @@ internal readonly unsafe struct Q6KFormat<V> : IBlockFormat<V>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Units(byte* block, out V scale, out V offset)
     {
-        scale = BlockFormat<V>.Halves(block) * V.Create(1f / (1 << 24));
+        scale = Halves<V>.Load(block) * V.Create(1f / (1 << 24));
         offset = V.Create(-32);
     }
 

@@ -148,10 +148,9 @@ internal static unsafe class KeyValueCache
     private static byte* WidenHalves<V>(float* y, byte* x)
         where V : struct, ILanes<V>
     {
-        const int BitsOfHalf = 16;
         int register = V.Count * sizeof(ushort);
-        V.SecondHalf(V.ShiftLeft(V.LoadWords(x), BitsOfHalf)).Store(y);
-        V.SecondHalf(V.ShiftLeft(V.LoadWords(x + register), BitsOfHalf)).Store(y + V.Count);
+        Halves<V>.Load(x).Store(y);
+        Halves<V>.Load(x + register).Store(y + V.Count);
         return x + (2 * register);
     }
 

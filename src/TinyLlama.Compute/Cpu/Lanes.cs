@@ -56,9 +56,6 @@ internal unsafe partial interface ILanes<TSelf>
     /// <summary>The floats that the second bfloat16 of each pair are.</summary>
     static abstract TSelf Second(TSelf pairs);
 
-    /// <summary>The floats that the half-precision numbers in the high halves are, if they are finite. Low halves are ignored.</summary>
-    static abstract TSelf SecondHalf(TSelf pairs);
-
     /// <summary>a + b.</summary>
     static abstract TSelf operator +(TSelf a, TSelf b);
 
@@ -92,12 +89,6 @@ internal static class LaneBits
 
     /// <summary>Just less than half of the last place of the high half: with that place's own bit added, ties go to even.</summary>
     public const uint AlmostHalf = 0x7FFF;
-
-    /// <summary>Where sign, exponent and fraction of a half-precision number lie in a float, once it is shifted there with its sign.</summary>
-    public const int HalfAsSingle = unchecked((int)0x8FFF_E000);
-
-    /// <summary>2¹¹²: the float that has the bits of a half-precision number is so much too small, subnormal or not.</summary>
-    public const float HalfScale = 5.192296858534828e33f;
 
     /// <summary>What makes any NaN one that stays one when its low half is dropped.</summary>
     public const uint Quiet = 0x0040_0000;
@@ -150,10 +141,6 @@ internal unsafe partial struct Lanes512(Vector512<float> value) : ILanes<Lanes51
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 Second(Lanes512 pairs) => new((pairs._value.AsUInt32() & Vector512.Create(LaneBits.HighHalf)).AsSingle());
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes512 SecondHalf(Lanes512 pairs) =>
-        new(((pairs._value.AsInt32() >> 3) & Vector512.Create(LaneBits.HalfAsSingle)).AsSingle() * LaneBits.HalfScale);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 operator +(Lanes512 a, Lanes512 b) => new(a._value + b._value);
@@ -233,10 +220,6 @@ internal unsafe partial struct Lanes256(Vector256<float> value) : ILanes<Lanes25
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 Second(Lanes256 pairs) => new((pairs._value.AsUInt32() & Vector256.Create(LaneBits.HighHalf)).AsSingle());
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes256 SecondHalf(Lanes256 pairs) =>
-        new(((pairs._value.AsInt32() >> 3) & Vector256.Create(LaneBits.HalfAsSingle)).AsSingle() * LaneBits.HalfScale);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 operator +(Lanes256 a, Lanes256 b) => new(a._value + b._value);
@@ -321,10 +304,6 @@ internal readonly unsafe partial struct Lanes128(Vector128<float> value) : ILane
     public static Lanes128 Second(Lanes128 pairs) => new((pairs._value.AsUInt32() & Vector128.Create(LaneBits.HighHalf)).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes128 SecondHalf(Lanes128 pairs) =>
-        new(((pairs._value.AsInt32() >> 3) & Vector128.Create(LaneBits.HalfAsSingle)).AsSingle() * LaneBits.HalfScale);
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes128 operator +(Lanes128 a, Lanes128 b) => new(a._value + b._value);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -394,9 +373,6 @@ internal readonly unsafe partial struct Lanes1(float value) : ILanes<Lanes1>
     public static Lanes1 First(Lanes1 pairs) => FromBits(BitConverter.SingleToUInt32Bits(pairs._value) << 16);
 
     public static Lanes1 Second(Lanes1 pairs) => FromBits(BitConverter.SingleToUInt32Bits(pairs._value) & LaneBits.HighHalf);
-
-    public static Lanes1 SecondHalf(Lanes1 pairs) =>
-        new((float)BitConverter.UInt16BitsToHalf((ushort)(BitConverter.SingleToUInt32Bits(pairs._value) >> 16)));
 
     public static Lanes1 operator +(Lanes1 a, Lanes1 b) => new(a._value + b._value);
 

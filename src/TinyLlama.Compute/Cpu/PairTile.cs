@@ -43,11 +43,11 @@ internal readonly struct Float16Pairs<V> : IPairs<V>
 
     /// <inheritdoc/>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V First(V pairs) => V.SecondHalf(V.First(pairs));
+    public static V First(V pairs) => Halves<V>.FromLow(pairs);
 
     /// <inheritdoc/>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Second(V pairs) => V.SecondHalf(pairs);
+    public static V Second(V pairs) => Halves<V>.FromHigh(pairs);
 }
 
 /// <summary>
