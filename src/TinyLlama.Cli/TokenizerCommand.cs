@@ -235,6 +235,11 @@ internal static class TokenizerCommand
 
         Row("merges", $"{(model.Merges is null ? "any that make a piece, by score" : $"{model.Merges.Count:N0} listed")}");
         Row("text", $"{(model.CharacterMap.IsEmpty ? "as it is" : $"normalized by {model.NormalizerName}")}{(model.RemoveExtraWhitespace ? ", extra spaces removed" : "")}, space before it: {model.DummyPrefix}");
+        if (model.WordSplit != WordSplit.None)
+        {
+            Row("words", $"{WordsOf(model.WordSplit)}, in pieces of bytes");
+        }
+
         Row("BOS, EOS", $"{tokenizer.Bos?.ToString(CultureInfo.InvariantCulture) ?? "none"}, {tokenizer.Eos?.ToString(CultureInfo.InvariantCulture) ?? "none"}");
         Row("SHA-256", $"{tokenizer.Hash}");
         Row("longest", $"{string.Join("  ", Longest(model))}");
@@ -267,6 +272,13 @@ internal static class TokenizerCommand
     }
 
     private static double PerToken((long Bytes, long Tokens, long Fallbacks) measured) => (double)measured.Bytes / Math.Max(1, measured.Tokens);
+
+    private static string WordsOf(WordSplit split) => split switch
+    {
+        WordSplit.Gpt2 => "as GPT-2",
+        WordSplit.SingleDigits => "as SmolLM",
+        _ => "as Llama 3",
+    };
 
     private static IEnumerable<(string Name, int Count)> Kinds(BpeModel model) => model.Pieces
         .GroupBy(piece => piece.Kind)

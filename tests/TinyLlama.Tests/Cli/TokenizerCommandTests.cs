@@ -4,6 +4,7 @@ using TinyLlama.Cli;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Tests.Checkpoints;
+using TinyLlama.Tests.Common;
 
 namespace TinyLlama.Tests.Cli;
 
@@ -52,6 +53,16 @@ public sealed class TokenizerCommandTests : IDisposable
         string table = Run("inspect", _folder["out"], "--text", _folder["text"]).Text;
         Assert.Contains("500 ids", table, StringComparison.Ordinal);
         Assert.Contains("bytes per token", table, StringComparison.Ordinal);
+    }
+
+    [Theory]
+    [InlineData("gpt2", "as GPT-2")]
+    [InlineData("smollm", "as SmolLM")]
+    [InlineData("llama3", "as Llama 3")]
+    public void Inspect_tells_how_a_byte_level_tokenizer_cuts_words(string kind, string told)
+    {
+        File.WriteAllText(_folder["tokenizer.json"], ByteLevelJson.Make(kind, "some text, some more text", 5));
+        Assert.Contains($"words       {told}, in pieces of bytes", Run("inspect", _folder["tokenizer.json"]).Text, StringComparison.Ordinal);
     }
 
     [Fact]
