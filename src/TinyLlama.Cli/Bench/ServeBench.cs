@@ -81,22 +81,24 @@ internal sealed class ServeBench
     /// <summary>Lets clients ask at the same time, each its next text as soon as it has the last.</summary>
     /// <param name="clients">Their number.</param>
     /// <param name="load">What each asks for.</param>
+    /// <param name="answered">Is called after each request, from any thread.</param>
     /// <param name="stop">Ends it.</param>
-    public async Task<ServeRound> RunAsync(int clients, ServeLoad load, CancellationToken stop)
+    public async Task<ServeRound> RunAsync(int clients, ServeLoad load, Action answered, CancellationToken stop)
     {
         string[][] bodies = [.. Enumerable.Range(0, clients).Select(_ => Enumerable.Range(0, load.Requests).Select(_ => Body(load)).ToArray())];
         long start = Stopwatch.GetTimestamp();
-        ServedRequest[][] requests = await Task.WhenAll(bodies.Select(async own =>
+        ServedRequest[][] all = await Task.WhenAll(bodies.Select(async own =>
         {
-            var answered = new ServedRequest[own.Length];
+            var requests = new ServedRequest[own.Length];
             for (int i = 0; i < own.Length; i++)
             {
-                answered[i] = await AskAsync(own[i], stop);
+                requests[i] = await AskAsync(own[i], stop);
+                answered();
             }
 
-            return answered;
+            return requests;
         }));
-        return new ServeRound(clients, Stopwatch.GetElapsedTime(start).TotalSeconds, [.. requests.SelectMany(static own => own)]);
+        return new ServeRound(clients, Stopwatch.GetElapsedTime(start).TotalSeconds, [.. all.SelectMany(static own => own)]);
     }
 
     // Prompts have nothing in common: none is in the server's cache.

@@ -19,10 +19,9 @@ internal sealed class ServeBenchCommand
 
     private readonly Option<int[]> _clients = new("--clients")
     {
-        Description = "Clients that ask at the same time; a round for each number",
+        Description = "Clients that ask at the same time; a round for each number [default: 1,8,32]",
         HelpName = "N,N…",
         CustomParser = Counts,
-        DefaultValueFactory = _ => [1, 8, 32],
     };
 
     private readonly Option<int?> _requests = Count("--requests", "Requests of each client, one after the other [default: 3]");
@@ -69,7 +68,7 @@ internal sealed class ServeBenchCommand
     private async Task<int> RunAsync(ParseResult parse, CancellationToken stop)
     {
         string model = parse.GetRequiredValue(_model);
-        int[] clients = parse.GetRequiredValue(_clients);
+        int[] clients = parse.GetValue(_clients) is { Length: > 0 } given ? given : [1, 8, 32];
         var load = new ServeLoad(parse.GetValue(_requests) ?? 3, parse.GetValue(_prompt) ?? 128, parse.GetValue(_tokens) ?? 64);
         if (Uri.TryCreate(model, UriKind.Absolute, out Uri? address) && address.Scheme is "http" or "https")
         {
@@ -99,19 +98,19 @@ internal sealed class ServeBenchCommand
         ServeBench bench = await ServeBench.ConnectAsync(http, stop);
 
         // Unmeasured: code is compiled then.
-        ServeRound first = await bench.RunAsync(1, load with { Requests = 1 }, stop);
+        ServeRound first = await bench.RunAsync(1, load with { Requests = 1 }, static () => { }, stop);
         if (first.Failed.Any())
         {
             throw new UserErrorException($"{server}: {first.Requests[0].Failure}");
         }
 
         var rounds = new List<ServeRound>();
-        using (ProgressDisplay progress = ProgressDisplay.Start("bench", clients.Length, "rounds"))
+        long done = 0;
+        using (ProgressDisplay progress = ProgressDisplay.Start("bench", clients.Sum() * (long)load.Requests, "requests"))
         {
             foreach (int count in clients)
             {
-                rounds.Add(await bench.RunAsync(count, load, stop));
-                progress.Report(rounds.Count);
+                rounds.Add(await bench.RunAsync(count, load, () => progress.Report(Interlocked.Increment(ref done)), stop));
             }
         }
 
