@@ -8,7 +8,7 @@ using TinyLlama.Data.Tokenizers;
 
 namespace TinyLlama.Cli;
 
-/// <summary><c>tinyllama export</c>: a model as a Hugging Face folder or a GGUF file.</summary>
+/// <summary><c>tinyllama export</c>: a model as a Hugging Face folder, a GGUF file, or files of llama2.c.</summary>
 internal static class ExportCommand
 {
     /// <summary>What a model may be named by.</summary>
@@ -16,6 +16,7 @@ internal static class ExportCommand
 
     private const string FolderFormat = "hf";
     private const string FileFormat = "gguf";
+    private const string Llama2CFormat = "llama2c";
 
     private static readonly string[] s_folderTypes = ["f32", "bf16", "f16"];
 
@@ -23,16 +24,16 @@ internal static class ExportCommand
     public static Command Create()
     {
         var model = new Argument<string>("MODEL") { Description = ModelHelp };
-        var to = new Option<string>("--out") { Description = "The folder or the .gguf file to write", HelpName = "PATH", Required = true };
+        var to = new Option<string>("--out") { Description = "The folder, or the .gguf or .bin file, to write", HelpName = "PATH", Required = true };
         Option<string?> format = new Option<string?>("--format")
         {
-            Description = "A Hugging Face folder or a GGUF file [default: gguf where PATH ends in .gguf]",
-        }.AcceptOnlyFromAmong(FolderFormat, FileFormat);
+            Description = "A Hugging Face folder, a GGUF file, or model.bin and tokenizer.bin of llama2.c [default: by the ending of PATH: .gguf, .bin, else hf]",
+        }.AcceptOnlyFromAmong(FolderFormat, FileFormat, Llama2CFormat);
         Option<string?> type = Type([.. GgufMix.All.Select(static mix => mix.Name)]);
         Option<string?> tokenizer = TokenizerPath();
         var force = new Option<bool>("--force") { Description = "Replace files that are there" };
         Option<bool> json = CommonOptions.Json();
-        var command = new Command("export", "Write a model as a Hugging Face folder or a GGUF file")
+        var command = new Command("export", "Write a model as a Hugging Face folder, a GGUF file, or files of llama2.c")
         {
             model, to, format, type, tokenizer, force, json,
         };
@@ -41,14 +42,17 @@ internal static class ExportCommand
             using ModelSource source = ModelSource.Open(parse.GetRequiredValue(model), Warn);
             var request = new Request(
                 parse.GetRequiredValue(to), parse.GetValue(type), parse.GetValue(tokenizer), parse.GetValue(force), parse.GetValue(json));
-            bool isFile = (parse.GetValue(format) ?? (request.Path.EndsWith(".gguf", StringComparison.Ordinal) ? FileFormat : FolderFormat)) == FileFormat;
-            if (isFile)
+            switch (parse.GetValue(format) ?? FormatOf(request.Path))
             {
-                WriteFile(parse.InvocationConfiguration.Output, source, request);
-            }
-            else
-            {
-                WriteFolder(parse, source, request);
+                case FileFormat:
+                    WriteFile(parse.InvocationConfiguration.Output, source, request);
+                    break;
+                case Llama2CFormat:
+                    WriteLlama2C(parse, source, request);
+                    break;
+                default:
+                    WriteFolder(parse, source, request);
+                    break;
             }
 
             return ExitCode.Success;
@@ -128,6 +132,13 @@ internal static class ExportCommand
     public static ProgressDisplay Progress(ModelSource source) =>
         ProgressDisplay.Start("export", source.Tensors.Sum(static tensor => tensor.Count), "elements");
 
+    private static string FormatOf(string path) => Path.GetExtension(path) switch
+    {
+        ".gguf" => FileFormat,
+        ".bin" => Llama2CFormat,
+        _ => FolderFormat,
+    };
+
     private static void WriteFolder(ParseResult parse, ModelSource source, Request request)
     {
         if (request.Type is { } name && !s_folderTypes.Contains(name, StringComparer.Ordinal))
@@ -181,6 +192,25 @@ internal static class ExportCommand
             output.WriteLine(string.Create(
                 CultureInfo.InvariantCulture, $"{request.Path}: {exported.ByteCount:N0} bytes, {mix.Name}, {exported.BitsPerWeight:0.00} bits per weight"));
         }
+    }
+
+    private static void WriteLlama2C(ParseResult parse, ModelSource source, Request request)
+    {
+        if (request.Type is not (null or "f32"))
+        {
+            throw new UserErrorException($"--type {request.Type}: llama2.c's files hold f32; other types need --format gguf");
+        }
+
+        string path = FormatOf(request.Path) == Llama2CFormat ? request.Path : Path.Combine(request.Path, Llama2CExport.ModelName);
+        Llama2CExport.RequirePlace(path, request.Force);
+        BpeTokenizer? tokenizer = LoadTokenizer(request.Tokenizer ?? source.TokenizerPath, source);
+        IReadOnlyList<ListedFile> files;
+        using (ProgressDisplay progress = Progress(source))
+        {
+            files = Llama2CExport.Write(path, source, tokenizer, request.Force, done => progress.Report(done));
+        }
+
+        Report(parse, request.Json, path, DType.F32, files);
     }
 
     private sealed record Request(string Path, string? Type, string? Tokenizer, bool Force, bool Json);

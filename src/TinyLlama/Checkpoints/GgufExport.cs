@@ -16,10 +16,6 @@ public sealed record GgufExported(long ByteCount, double BitsPerWeight, IReadOnl
 /// <summary>Writes a model as a GGUF file, which llama.cpp and programs built on it load.</summary>
 public static class GgufExport
 {
-    // Elements on their way from the source to the file: 4 MiB of singles, whatever the model's size.
-    private const int PieceElements = 1 << 20;
-    private const int ElementsPerTask = 1 << 14;
-
     /// <summary>Writes the file beside its place and renames it, so that it is never seen half written.</summary>
     /// <param name="path">Where to; nothing may be there, unless <paramref name="force"/>.</param>
     /// <param name="source">The model.</param>
@@ -137,68 +133,4 @@ public static class GgufExport
                 $"rows of {group.Key.Columns} elements are no multiple of {group.Key.Due.BlockElements()}: stored in {group.Key.Type} instead of "
                 + $"{group.Key.Due} (tensors: {group.Count()})"),
     ];
-
-    /// <summary>Copies tensors to a stream piece by piece, in the order and the type of the file.</summary>
-    private sealed class TensorPieces(ModelSource source, Action<int> wrote)
-    {
-        private float[] _values = [];
-        private byte[] _bytes = [];
-
-        public void Write(Stream destination, ModelTensor tensor, DType type)
-        {
-            int columns = tensor.Columns;
-            int most = Math.Min(tensor.Rows, Math.Max(1, PieceElements / columns));
-            Reserve(most * columns, most * (int)type.RowBytes(columns));
-            bool interleaved = GgufNames.IsInterleaved(tensor.Name);
-            for (int row = 0; row < tensor.Rows; row += most)
-            {
-                int rows = Math.Min(most, tensor.Rows - row);
-                if (interleaved)
-                {
-                    for (int r = 0; r < rows; r++)
-                    {
-                        long from = ModelTensors.HalfSplitRow(row + r, source.Config.HeadDim);
-                        source.Read(_values.AsSpan(r * columns, columns), tensor.Name, from * columns);
-                    }
-                }
-                else
-                {
-                    source.Read(_values.AsSpan(0, rows * columns), tensor.Name, (long)row * columns);
-                }
-
-                Encode(tensor.Name, type, rows * columns);
-                destination.Write(_bytes.AsSpan(0, rows * (int)type.RowBytes(columns)));
-                wrote(rows * columns);
-            }
-
-            source.DropPages();
-        }
-
-        private void Reserve(int elements, int bytes)
-        {
-            _values = _values.Length < elements ? new float[elements] : _values;
-            _bytes = _bytes.Length < bytes ? new byte[bytes] : _bytes;
-        }
-
-        // Blocks are independent: the bytes are the same for any number of threads.
-        private void Encode(string name, DType type, int count)
-        {
-            try
-            {
-                Parallel.For(0, (count + ElementsPerTask - 1) / ElementsPerTask, task =>
-                {
-                    int first = task * ElementsPerTask;
-                    int length = Math.Min(ElementsPerTask, count - first);
-                    ElementCodec.Encode(
-                        _values.AsSpan(first, length),
-                        type,
-                        _bytes.AsSpan((int)type.RowBytes(first), (int)type.RowBytes(length)));
-                });
-            }
-            catch (AggregateException e) when (e.InnerExceptions[0] is UserErrorException inner)
-            {
-                throw new UserErrorException($"{source.Path}: tensor '{name}': {inner.Message}", inner);
-            }
-        }
-    }
 }

@@ -52,7 +52,7 @@ internal sealed class GgufModel : ModelSource
     {
         GgufPlace place = _places[name];
         long columns = place.Entry.Shape[^1];
-        bool interleaved = GgufNames.IsInterleaved(name);
+        bool interleaved = ModelTensors.IsInterleaved(name);
         while (!destination.IsEmpty)
         {
             (long row, long column) = Math.DivRem(first, columns);
@@ -72,7 +72,7 @@ internal sealed class GgufModel : ModelSource
     {
         GgufPlace place = _places[tensor.Name];
         int rowBytes = checked((int)place.Entry.Type.RowBytes(tensor.Columns));
-        if (!GgufNames.IsInterleaved(tensor.Name))
+        if (!ModelTensors.IsInterleaved(tensor.Name))
         {
             place.Bytes((long)firstRow * rowBytes, destination.Length).CopyTo(destination);
             return;

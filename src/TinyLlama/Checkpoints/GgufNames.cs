@@ -36,8 +36,4 @@ internal static class GgufNames
         };
         return $"blk.{parts[2]}.{part}.weight";
     }
-
-    /// <summary>Whether rows are stored in the order of <see cref="ModelTensors.InterleavedRow"/>.</summary>
-    public static bool IsInterleaved(string name) =>
-        name.EndsWith("self_attn.q_proj.weight", StringComparison.Ordinal) || name.EndsWith("self_attn.k_proj.weight", StringComparison.Ordinal);
 }

@@ -16,16 +16,25 @@ namespace TinyLlama.Checkpoints;
 /// </remarks>
 internal sealed class Llama2CFile : ModelSource
 {
+    /// <summary>Cosines and sines of the rotary embedding, (T, D/2) each, follow this tensor.</summary>
+    public const string BeforeTables = ModelTensors.Norm;
+
     private const int HeaderBytes = 7 * sizeof(int);
 
     // "ak42": the versions 1 and 2 begin with it, where version 0 has the channels.
     private const int LaterVersions = 0x616B3432;
 
-    private readonly MappedFile _file;
-    private readonly Dictionary<string, Place> _places;
+    private static readonly string[] s_inLayers =
+    [
+        "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj",
+    ];
 
-    private Llama2CFile(MappedFile file, ModelConfig config, Dictionary<string, Place> places)
-        : base(file.Path, config) => (_file, _places) = (file, places);
+    private readonly MappedFile _file;
+    private readonly Dictionary<string, long> _offsets;
+
+    private Llama2CFile(MappedFile file, ModelConfig config, Dictionary<string, long> offsets)
+        : base(file.Path, config) => (_file, _offsets) = (file, offsets);
 
     /// <inheritdoc/>
     public override string? TokenizerPath
@@ -50,14 +59,14 @@ internal sealed class Llama2CFile : ModelSource
         {
             file = MappedFile.Open(path);
             ModelConfig config = ReadHeader(file);
-            (Dictionary<string, Place> places, long end) = Arrange(config);
+            (Dictionary<string, long> offsets, long end) = Arrange(config);
             if (file.Length != end)
             {
                 throw new UserErrorException(
                     $"{path}: {file.Length} bytes, its header implies {end}: cut off, damaged, or not a file of llama2.c's version 0");
             }
 
-            return new Llama2CFile(file, config, places);
+            return new Llama2CFile(file, config, offsets);
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
@@ -71,13 +80,23 @@ internal sealed class Llama2CFile : ModelSource
         }
     }
 
+    /// <summary>The tensors in the order of the file.</summary>
+    public static IEnumerable<ModelTensor> Order(ModelConfig config)
+    {
+        Dictionary<string, ModelTensor> tensors = ModelTensors.Of(config).ToDictionary(static tensor => tensor.Name, StringComparer.Ordinal);
+        IEnumerable<string> inLayers = s_inLayers.SelectMany(name => Enumerable.Range(0, config.Layers).Select(layer => ModelTensors.InLayer(layer, name)));
+        string[] head = config.TiedEmbeddings ? [] : [ModelTensors.Head];
+        string[] names = [ModelTensors.Embedding, .. inLayers, ModelTensors.Norm, .. head];
+        return names.Select(name => tensors[name]);
+    }
+
     /// <inheritdoc/>
     public override void Read(Span<float> destination, string name, long first)
     {
-        Place place = _places[name];
-        if (!place.Interleaved)
+        long offset = _offsets[name];
+        if (!ModelTensors.IsInterleaved(name))
         {
-            Singles(place.Offset, first, destination.Length).CopyTo(destination);
+            Singles(offset, first, destination.Length).CopyTo(destination);
             return;
         }
 
@@ -85,7 +104,7 @@ internal sealed class Llama2CFile : ModelSource
         {
             (long row, long column) = Math.DivRem(first, Config.Channels);
             int count = (int)Math.Min(Config.Channels - column, destination.Length);
-            Singles(place.Offset, (ModelTensors.InterleavedRow(row, Config.HeadDim) * Config.Channels) + column, count).CopyTo(destination);
+            Singles(offset, (ModelTensors.InterleavedRow(row, Config.HeadDim) * Config.Channels) + column, count).CopyTo(destination);
             destination = destination[count..];
             first += count;
         }
@@ -135,48 +154,20 @@ internal sealed class Llama2CFile : ModelSource
             : config;
     }
 
-    private static (Dictionary<string, Place> Places, long End) Arrange(ModelConfig c)
+    private static (Dictionary<string, long> Offsets, long End) Arrange(ModelConfig config)
     {
-        var places = new Dictionary<string, Place>(StringComparer.Ordinal);
+        var offsets = new Dictionary<string, long>(StringComparer.Ordinal);
         long next = HeaderBytes;
-        Add(ModelTensors.Embedding, c.VocabularySize, c.Channels);
-        AddLayers("input_layernorm", 1, c.Channels);
-        AddLayers("self_attn.q_proj", c.Channels, c.Channels, interleaved: true);
-        AddLayers("self_attn.k_proj", c.KeyValueChannels, c.Channels, interleaved: true);
-        AddLayers("self_attn.v_proj", c.KeyValueChannels, c.Channels);
-        AddLayers("self_attn.o_proj", c.Channels, c.Channels);
-        AddLayers("post_attention_layernorm", 1, c.Channels);
-        AddLayers("mlp.gate_proj", c.Hidden, c.Channels);
-        AddLayers("mlp.down_proj", c.Channels, c.Hidden);
-        AddLayers("mlp.up_proj", c.Hidden, c.Channels);
-        Add(ModelTensors.Norm, 1, c.Channels);
-
-        // Cosines and sines of the rotary embedding, which are computed here.
-        next += (long)c.ContextLength * c.HeadDim * sizeof(float);
-        if (!c.TiedEmbeddings)
+        foreach (ModelTensor tensor in Order(config))
         {
-            Add(ModelTensors.Head, c.VocabularySize, c.Channels);
+            offsets.Add(tensor.Name, next);
+            long tables = tensor.Name == BeforeTables ? (long)config.ContextLength * config.HeadDim : 0;
+            next = checked(next + ((tensor.Count + tables) * sizeof(float)));
         }
 
-        return (places, next);
-
-        void AddLayers(string name, int rows, int columns, bool interleaved = false)
-        {
-            for (int layer = 0; layer < c.Layers; layer++)
-            {
-                Add(ModelTensors.InLayer(layer, name), rows, columns, interleaved);
-            }
-        }
-
-        void Add(string name, int rows, int columns, bool interleaved = false)
-        {
-            places.Add(name, new Place(next, interleaved));
-            next = checked(next + ((long)rows * columns * sizeof(float)));
-        }
+        return (offsets, next);
     }
 
     private ReadOnlySpan<float> Singles(long offset, long first, int count) =>
         MemoryMarshal.Cast<byte, float>(_file.Bytes(offset + (first * sizeof(float)), checked(count * sizeof(float))));
-
-    private readonly record struct Place(long Offset, bool Interleaved);
 }

@@ -63,6 +63,10 @@ internal static class ModelTensors
     /// <summary>The layer in a name that <see cref="InLayer"/> made.</summary>
     public static int LayerOf(string name) => int.Parse(name.Split('.', 4)[2], CultureInfo.InvariantCulture);
 
+    /// <summary>Whether GGUF and llama2.c store the rows in the order of <see cref="InterleavedRow"/>: a q or k weight.</summary>
+    public static bool IsInterleaved(string name) =>
+        name.EndsWith("self_attn.q_proj.weight", StringComparison.Ordinal) || name.EndsWith("self_attn.k_proj.weight", StringComparison.Ordinal);
+
     /// <summary>
     /// The row of a q or k weight in files that rotate the pairs (2i, 2i + 1) of a head, where ours rotates (i, i + D/2):
     /// of a head's D rows first the even ones, then the odd ones.

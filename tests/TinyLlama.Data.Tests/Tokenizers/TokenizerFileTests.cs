@@ -83,6 +83,33 @@ public sealed class TokenizerFileTests : IDisposable
         Assert.Equal(NaiveBpe.Encode(tokenizer.Model, story), ids);
     }
 
+    [Theory]
+    [InlineData("byte-level", "byte-level BPE")]
+    [InlineData("merges", "do not follow from an order")]
+    [InlineData("no prefix", "puts no space before it")]
+    [InlineData("no bytes", "id 3 is 'a' (Normal)")]
+    [InlineData("short", "id 258 is missing")]
+    [InlineData("other EOS", "id 2 is '</s>' (Control)")]
+    [InlineData("control", "id 259 is '<|user|>' (Control)")]
+    public void What_llama2_c_would_encode_otherwise_is_not_written(string change, string said)
+    {
+        Piece[] bytes = [.. Enumerable.Range(0, 256).Select(value => new Piece($"<0x{value:X2}>", 0, PieceKind.Byte))];
+        Piece[] special = [new("<unk>", 0, PieceKind.Unknown), new("<s>", 0, PieceKind.Control), new("</s>", 0, PieceKind.Control)];
+        var model = new BpeModel { Pieces = [.. special, .. bytes, new("a", -1, PieceKind.Normal)], ByteFallback = true };
+        Assert.Equal(model.Pieces, Llama2CTokenizer.Read(Llama2CTokenizer.Write(model, 260), "x.bin").Pieces);
+        BpeModel changed = change switch
+        {
+            "byte-level" => model with { WordSplit = WordSplit.Gpt2 },
+            "merges" => model with { Merges = [] },
+            "no prefix" => model with { DummyPrefix = DummyPrefix.None },
+            "no bytes" => model with { Pieces = [.. special, new("a", -1, PieceKind.Normal)] },
+            "short" => model with { Pieces = [.. special, .. bytes[..^1]] },
+            "other EOS" => model with { EosPiece = "<|end|>" },
+            _ => model with { Pieces = [.. special, .. bytes, new("<|user|>", 0, PieceKind.Control)] },
+        };
+        Assert.Contains(said, Assert.Throws<UserErrorException>(() => Llama2CTokenizer.Write(changed, 300)).Message, StringComparison.Ordinal);
+    }
+
     [Fact]
     public void SentencePiece_loads_our_model_and_gives_the_same_ids()
     {
