@@ -13,7 +13,7 @@ internal static class CommonOptions
     /// <summary><c>--chat-template NAME</c>: how conversations become prompts.</summary>
     public static Option<string?> ChatTemplate() => new("--chat-template")
     {
-        Description = "human-assistant, chatml, zephyr, or a file with a Jinja template [default: the model's own, else zephyr]",
+        Description = "human-assistant, chatml, zephyr, plain, or a file with a Jinja template [default: the model's own, else plain]",
         HelpName = "NAME",
     };
 

@@ -12,7 +12,7 @@ public sealed class ServerOptions
     /// <summary>Gets or sets the name that requests call the model by; by default its file or folder.</summary>
     public string? Name { get; set; }
 
-    /// <summary>Gets or sets a built-in chat template or a file with one; by default the model's own, else <c>zephyr</c>.</summary>
+    /// <summary>Gets or sets a built-in chat template or a file with one; by default the model's own, else <c>plain</c>.</summary>
     public string? ChatTemplate { get; set; }
 
     /// <summary>Gets or sets a folder in which PEFT saved a LoRA adapter, which is added to the weights; null for none.</summary>

@@ -51,8 +51,17 @@ public sealed class ChatTemplate
         """,
         "zephyr");
 
+    /// <summary>Gets the template of a model that was not taught to talk: it continues what is written.</summary>
+    public static ChatTemplate Plain { get; } = Parse(
+        """
+        {%- for message in messages -%}
+        {{ message.content }}{% if message.role != 'user' and not loop.last %}{{ '\n' }}{% endif -%}
+        {%- endfor -%}
+        """,
+        "plain");
+
     /// <summary>Gets the templates that can be asked for by name.</summary>
-    public static IReadOnlyList<ChatTemplate> BuiltIn { get; } = [HumanAssistant, ChatMl, Zephyr];
+    public static IReadOnlyList<ChatTemplate> BuiltIn { get; } = [HumanAssistant, ChatMl, Zephyr, Plain];
 
     /// <summary>Gets the name, or where the template was read from.</summary>
     public string Name { get; }

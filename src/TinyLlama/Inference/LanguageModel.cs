@@ -148,7 +148,7 @@ public sealed class LanguageModel : IDisposable
         new(Model, Backend, Tokenizer, AddsBos, ContextLength, places, queue, cacheBytes, CacheType);
 
     /// <summary>How conversations become prompts of this model.</summary>
-    /// <param name="template">A built-in template or a file with one; null for the model's own, else <c>zephyr</c>.</param>
+    /// <param name="template">A built-in template or a file with one; null for the model's own, else <c>plain</c>.</param>
     /// <param name="warn">Is told, in one line, that the model has none of its own.</param>
     /// <exception cref="UserErrorException">There is no such template, or it uses what is not supported.</exception>
     public ChatFormat CreateChat(string? template = null, Action<string>? warn = null)
@@ -156,8 +156,8 @@ public sealed class LanguageModel : IDisposable
         ChatTemplate? chosen = template is null ? ChatTemplate : Chat.ChatTemplate.Load(template);
         if (chosen is null)
         {
-            chosen = Chat.ChatTemplate.Zephyr;
-            warn?.Invoke($"the model has no chat template; conversations are written as {chosen.Name} (--chat-template)");
+            chosen = Chat.ChatTemplate.Plain;
+            warn?.Invoke("the model has no chat template: it continues messages as text; --chat-template names the form that it was taught");
         }
 
         return new ChatFormat(chosen, Tokenizer, AddsBos);

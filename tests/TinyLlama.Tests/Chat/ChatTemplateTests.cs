@@ -29,7 +29,7 @@ public sealed class ChatTemplateTests
     private static readonly BpeTokenizer s_tokenizer = MakeTokenizer();
 
     [Fact]
-    public void Prompts_of_the_three_chat_models_are_those_they_were_taught()
+    public void Prompts_of_chat_models_are_those_they_were_taught()
     {
         Assert.Equal(
             "Be brief. ### Human: Hi ### Assistant: Hello! ### Human: Bye ### Assistant:",
@@ -40,6 +40,7 @@ public sealed class ChatTemplateTests
             + "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
             ChatTemplate.ChatMl.Render(s_conversation, s_tokenizer));
         const string Zephyr = "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello!</s>\n<|user|>\nBye</s>\n<|assistant|>\n";
+        Assert.Equal("Be brief.\nHiHello!\nBye", ChatTemplate.Plain.Render(s_conversation, s_tokenizer));
         Assert.Equal(Zephyr, ChatTemplate.Zephyr.Render(s_conversation, s_tokenizer));
         Assert.Equal(Zephyr, ChatTemplate.Parse(PublishedZephyr, "published").Render(s_conversation, s_tokenizer));
         Assert.Equal(
@@ -108,6 +109,7 @@ public sealed class ChatTemplateTests
     {
         Assert.Equal((Id("<|im_end|>"), null), ChatTemplate.ChatMl.TurnEnd(s_tokenizer));
         Assert.Equal((null, null), ChatTemplate.Zephyr.TurnEnd(s_tokenizer));
+        Assert.Equal((null, null), ChatTemplate.Plain.TurnEnd(s_tokenizer));
         Assert.Equal((null, "### Human:"), ChatTemplate.HumanAssistant.TurnEnd(s_tokenizer));
         Assert.Equal((null, null), ChatTemplate.Parse(PublishedLlama2, "published").TurnEnd(s_tokenizer));
         Assert.Equal((null, null), ChatTemplate.Parse("{{ raise_exception('no') }}", "refuses").TurnEnd(s_tokenizer));
