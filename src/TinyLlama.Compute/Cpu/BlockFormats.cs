@@ -31,11 +31,15 @@ internal unsafe interface IBlockFormat<V>
     /// <summary>Elements 4i … 4i + 3 of a group.</summary>
     static abstract V Bytes(byte* block, int group, int i);
 
-    /// <summary>What scales and offsets of all groups of a block are multiples of.</summary>
-    static abstract void Units(byte* block, out V scale, out V offset);
+    /// <summary>What scales and offsets of all groups of a block are multiples of; and those, where they need work that groups share.</summary>
+    /// <param name="block">The block.</param>
+    /// <param name="scales">Room for four registers.</param>
+    /// <param name="scale">The unit of scales.</param>
+    /// <param name="offset">The unit of offsets.</param>
+    static abstract void Units(byte* block, byte* scales, out V scale, out V offset);
 
     /// <summary>The scales and offsets of a group, or of one of its halves: in units, out values.</summary>
-    static abstract void Scale(byte* block, int group, int half, ref V scale, ref V offset);
+    static abstract void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset);
 }
 
 /// <summary>What the formats share.</summary>
@@ -69,22 +73,28 @@ internal static unsafe class BlockFormat<V>
         return V.Or(low, V.Or(V.ShiftLeft(V.And(four, V.CreateDword(4)), 18), V.ShiftLeft(V.And(four, V.CreateDword(8)), 25)));
     }
 
-    /// <summary>Byte number <paramref name="index"/> of each dword, as a dword.</summary>
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Byte(V dwords, int index, uint mask) => V.And(V.ShiftRight(dwords, 8 * index), V.CreateDword(mask));
-
     /// <summary>
-    /// A scale of 6 bits of Q4_K and Q5_K: those of groups 0 to 3 lie in the low bits of their own bytes, those of 4 to 7
-    /// in four bits of the last four bytes and the high bits of the others.
+    /// The scales of 6 bits of Q4_K and Q5_K, a byte each: those of groups 0 to 3 lie in the low bits of their own bytes,
+    /// those of 4 to 7 in the low bits of the last four bytes and the high bits of the others; minima in the same way.
     /// </summary>
-    /// <param name="own">The four bytes of groups 0 to 3.</param>
-    /// <param name="last">The last four bytes.</param>
-    /// <param name="shift">Of the four bits in the last bytes: 0 for scales, 4 for minima.</param>
-    /// <param name="group">0 … 7.</param>
+    /// <param name="own">The bytes of groups 0 to 3.</param>
+    /// <param name="last">The last four bytes, their four bits lowest.</param>
+    /// <param name="p">Receives two registers: groups 0 to 3, groups 4 to 7.</param>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V SixBits(V own, V last, int shift, int group) => V.FromInt32(group < 4
-        ? Byte(own, group, 0x3F)
-        : V.Or(V.And(V.ShiftRight(last, (8 * (group - 4)) + shift), V.CreateDword(0x0F)), V.ShiftLeft(V.And(V.ShiftRight(own, (8 * (group - 4)) + 6), V.CreateDword(3)), 4)));
+    public static void UnpackSixBits(V own, V last, byte* p)
+    {
+        V.And(own, V.CreateDword(0x3F3F3F3F)).Store((float*)p);
+        V high = V.And(V.ShiftRight(own, 2), V.CreateDword(0x30303030));
+        V.Or(V.And(last, V.CreateDword(0x0F0F0F0F)), high).Store((float*)p + V.Count);
+    }
+
+    /// <summary>One of the eight that <see cref="UnpackSixBits"/> stored.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static V SixBits(byte* p, int group)
+    {
+        V four = V.LoadDwords(p + ((nint)(group >> 2) * (sizeof(float) * V.Count)));
+        return V.FromInt32(V.And(V.ShiftRight(four, 8 * (group & 3)), V.CreateDword(0xFF)));
+    }
 }
 
 /// <summary>A scale, then 32 signed bytes.</summary>
@@ -108,10 +118,10 @@ internal readonly unsafe struct Q8Format<V> : IBlockFormat<V>
     public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Plane(block, 2, i);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, out V scale, out V offset) =>
+    public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         (scale, offset) = (Halves<V>.Load(block), default);
 
-    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
     {
     }
 }
@@ -137,13 +147,13 @@ internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
     public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Nibbles(block, 2, i);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, out V scale, out V offset)
+    public static void Units(byte* block, byte* scales, out V scale, out V offset)
     {
         scale = Halves<V>.Load(block);
         offset = scale * V.Create(-8);
     }
 
-    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
     {
     }
 }
@@ -169,10 +179,10 @@ internal readonly unsafe struct Q41Format<V> : IBlockFormat<V>
     public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Nibbles(block, 4, i);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, out V scale, out V offset) =>
+    public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         BlockFormat<V>.HalfPairs(block, out scale, out offset);
 
-    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
     {
     }
 }
@@ -199,13 +209,13 @@ internal readonly unsafe struct Q5Format<V> : IBlockFormat<V>
         V.Or(BlockFormat<V>.Nibbles(block, 6, i), BlockFormat<V>.FifthBits(BlockFormat<V>.Plane(block, 2, 0), i));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, out V scale, out V offset)
+    public static void Units(byte* block, byte* scales, out V scale, out V offset)
     {
         scale = Halves<V>.Load(block);
         offset = scale * V.Create(-16);
     }
 
-    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
     {
     }
 }
@@ -232,10 +242,10 @@ internal readonly unsafe struct Q51Format<V> : IBlockFormat<V>
         V.Or(BlockFormat<V>.Nibbles(block, 8, i), BlockFormat<V>.FifthBits(BlockFormat<V>.Plane(block, 4, 0), i));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, out V scale, out V offset) =>
+    public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         BlockFormat<V>.HalfPairs(block, out scale, out offset);
 
-    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
     {
     }
 }
@@ -259,18 +269,28 @@ internal readonly unsafe struct Q4KFormat<V> : IBlockFormat<V>
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V Bytes(byte* block, int group, int i) =>
-        V.LoadNibbles(block + ((16 + ((group >> 1) * 32) + (4 * i)) * (nint)V.Count), (group & 1) * 4);
+        V.LoadNibbles(block + ((nint)(group >> 1) * (32 * V.Count)) + ((16 + (4 * i)) * V.Count), (group & 1) * 4);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, out V scale, out V offset) =>
-        BlockFormat<V>.HalfPairs(block, out scale, out offset);
+    public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
+        UnpackScales(block, scales, out scale, out offset);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
     {
+        scale *= BlockFormat<V>.SixBits(scales, group);
+        offset *= BlockFormat<V>.SixBits(scales + (2 * sizeof(float) * V.Count), group);
+    }
+
+    /// <summary>Also those of <see cref="Q5KFormat{V}"/>.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void UnpackScales(byte* block, byte* scales, out V scale, out V offset)
+    {
+        BlockFormat<V>.HalfPairs(block, out scale, out V minimum);
+        offset = V.Create(0) - minimum;
         V last = BlockFormat<V>.Plane(block, 4, 2);
-        scale *= BlockFormat<V>.SixBits(BlockFormat<V>.Plane(block, 4, 0), last, 0, group);
-        offset *= V.Create(0) - BlockFormat<V>.SixBits(BlockFormat<V>.Plane(block, 4, 1), last, 4, group);
+        BlockFormat<V>.UnpackSixBits(BlockFormat<V>.Plane(block, 4, 0), last, scales);
+        BlockFormat<V>.UnpackSixBits(BlockFormat<V>.Plane(block, 4, 1), V.ShiftRight(last, 4), scales + (2 * sizeof(float) * V.Count));
     }
 }
 
@@ -294,18 +314,18 @@ internal readonly unsafe struct Q5KFormat<V> : IBlockFormat<V>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V Bytes(byte* block, int group, int i)
     {
-        V nibble = V.LoadNibbles(block + ((48 + ((group >> 1) * 32) + (4 * i)) * (nint)V.Count), (group & 1) * 4);
+        V nibble = V.LoadNibbles(block + ((nint)(group >> 1) * (32 * V.Count)) + ((48 + (4 * i)) * V.Count), (group & 1) * 4);
         V bit = V.And(V.ShiftRight(BlockFormat<V>.Plane(block, 16, i), group), V.CreateDword(0x01010101));
         return V.Or(nibble, V.ShiftLeft(bit, 4));
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, out V scale, out V offset) =>
-        BlockFormat<V>.HalfPairs(block, out scale, out offset);
+    public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
+        Q4KFormat<V>.UnpackScales(block, scales, out scale, out offset);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset) =>
-        Q4KFormat<V>.Scale(block, group, half, ref scale, ref offset);
+    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset) =>
+        Q4KFormat<V>.Scale(block, scales, group, half, ref scale, ref offset);
 }
 
 /// <summary>A scale of the block, nibbles, two high bits of each element, a signed scale of each 16 elements; values 32 too large.</summary>
@@ -329,26 +349,27 @@ internal readonly unsafe struct Q6KFormat<V> : IBlockFormat<V>
     public static V Bytes(byte* block, int group, int i)
     {
         // Of 128 elements, groups 0 and 2 share bytes, as do 1 and 3.
-        V high = BlockFormat<V>.Plane(block, 2 + 128 + ((group >> 2) * 32), i);
-        V nibble = V.LoadNibbles(block + ((2 + ((group >> 2) * 64) + ((group & 1) * 32) + (4 * i)) * (nint)V.Count), (group & 2) * 2);
+        V high = BlockFormat<V>.Plane(block + ((nint)(group >> 2) * (32 * V.Count)), 2 + 128, i);
+        V nibble = V.LoadNibbles(
+            block + ((nint)(((group >> 2) * 2) + (group & 1)) * (32 * V.Count)) + ((2 + (4 * i)) * V.Count), (group & 2) * 2);
         V bits = V.And(V.ShiftRight(high, (group & 3) * 2), V.CreateDword(0x03030303));
         return V.Or(nibble, V.ShiftLeft(bits, 4));
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, out V scale, out V offset)
+    public static void Units(byte* block, byte* scales, out V scale, out V offset)
     {
         scale = Halves<V>.Load(block) * V.Create(1f / (1 << 24));
         offset = V.Create(-32);
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Scale(byte* block, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
     {
         // The byte with its sign: at the top of a dword, which is then 2²⁴ too large.
         int index = (2 * group) + half;
-        V scales = V.LoadDwords(block + ((2 + 192 + (index & ~3)) * (nint)V.Count));
-        scale *= V.FromInt32(V.And(V.ShiftLeft(scales, 8 * (3 - (index & 3))), V.CreateDword(0xFF000000)));
+        V four = V.LoadDwords(block + ((nint)(index & ~3) * V.Count) + ((2 + 192) * V.Count));
+        scale *= V.FromInt32(V.And(V.ShiftLeft(four, 8 * (3 - (index & 3))), V.CreateDword(0xFF000000)));
         offset *= scale;
     }
 }

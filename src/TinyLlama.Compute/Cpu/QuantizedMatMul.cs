@@ -240,13 +240,15 @@ internal static unsafe class QuantizedMatMul
         }
 
         // One row and one panel: the bits of MultiplyRows.
+        [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         private static V MultiplyRow(byte* weights, byte* rounded, int groups)
         {
+            byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
             V sum = V.Create(0);
             for (int done = 0; done < groups; done += F.Groups)
             {
-                F.Units(weights, out V unit, out V offsetUnit);
+                F.Units(weights, scales, out V unit, out V offsetUnit);
                 for (int group = 0; group < F.Groups; group++)
                 {
                     Prefetch(weights + PrefetchBytes + (group * (F.BlockBytes / F.Groups * V.Count)));
@@ -262,7 +264,7 @@ internal static unsafe class QuantizedMatMul
                     if (F.HasHalfScales)
                     {
                         (V halfScale, V halfOffset) = (unit, offsetUnit);
-                        F.Scale(weights, group, 0, ref halfScale, ref halfOffset);
+                        F.Scale(weights, scales, group, 0, ref halfScale, ref halfOffset);
                         sum = AddScaled(sum, a, halfScale, halfOffset, rounded, 1);
                         a = default;
                     }
@@ -276,7 +278,7 @@ internal static unsafe class QuantizedMatMul
                     a = Add(a, u0, v0, rounded + 24);
 
                     (V scale, V offset) = (unit, offsetUnit);
-                    F.Scale(weights, group, 1, ref scale, ref offset);
+                    F.Scale(weights, scales, group, 1, ref scale, ref offset);
                     sum = AddScaled(sum, a, scale, offset, rounded, F.HasHalfScales ? 2 : 3);
                     rounded += GroupBytes;
                 }
@@ -288,9 +290,11 @@ internal static unsafe class QuantizedMatMul
         }
 
         // Some rows and one panel. Small enough for the JIT to inline all that it calls.
+        [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         private static void MultiplyRows(float* sums, byte* weights, byte* rounded, int groups, int rows)
         {
+            byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
             nint lanes = V.Count;
             float* end = sums + (rows * lanes);
             for (float* sum = sums; sum < end; sum += lanes)
@@ -300,7 +304,7 @@ internal static unsafe class QuantizedMatMul
 
             for (int done = 0; done < groups; done += F.Groups)
             {
-                F.Units(weights, out V unit, out V offsetUnit);
+                F.Units(weights, scales, out V unit, out V offsetUnit);
                 for (int group = 0; group < F.Groups; group++)
                 {
                     V w0 = F.Bytes(weights, group, 0);
@@ -312,10 +316,10 @@ internal static unsafe class QuantizedMatMul
                     V w6 = F.Bytes(weights, group, 6);
                     V w7 = F.Bytes(weights, group, 7);
                     (V scale0, V offset0, V scale1, V offset1) = (unit, offsetUnit, unit, offsetUnit);
-                    F.Scale(weights, group, 1, ref scale1, ref offset1);
+                    F.Scale(weights, scales, group, 1, ref scale1, ref offset1);
                     if (F.HasHalfScales)
                     {
-                        F.Scale(weights, group, 0, ref scale0, ref offset0);
+                        F.Scale(weights, scales, group, 0, ref scale0, ref offset0);
                     }
 
                     for (float* sum = sums; sum < end; sum += lanes)
