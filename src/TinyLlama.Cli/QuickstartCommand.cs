@@ -228,6 +228,7 @@ internal static class QuickstartCommand
 
             Say($"The run is in {folder}. Try next:");
             Say($"   tinyllama generate {folder} -p \"{prompts[0]}\"");
+            Say($"   tinyllama serve {folder}");
             Say($"   tinyllama eval {folder} --tasks perplexity");
             Say($"   tinyllama export {folder} --out my-llama");
         }
