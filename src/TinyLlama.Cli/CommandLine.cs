@@ -27,7 +27,7 @@ internal static class CommandLine
         if (parse.Errors.Count > 0 && !asksForHelp)
         {
             string mistake = string.Join(' ', Lines(parse.Errors[0].Message)).TrimEnd('.');
-            await error.WriteLineAsync($"error: {mistake}; see '{string.Join(' ', Verb(parse))} --help'");
+            Write(error, [$"error: {mistake}; see '{string.Join(' ', Verb(parse))} --help'"]);
             return ExitCode.UserError;
         }
 
@@ -59,25 +59,30 @@ internal static class CommandLine
             exception = only;
         }
 
-        switch (exception)
+        (int code, IEnumerable<string> lines) = exception switch
         {
-            case OperationCanceledException when stop.IsCancellationRequested:
-                error.WriteLine("stopped");
-                return ExitCode.Stopped;
-            case UserErrorException or DeviceException or IOException or UnauthorizedAccessException:
-                foreach (string line in Lines(exception.Message))
-                {
-                    error.WriteLine($"error: {line}");
-                }
+            OperationCanceledException when stop.IsCancellationRequested => (ExitCode.Stopped, ["stopped"]),
+            UserErrorException or DeviceException or IOException or UnauthorizedAccessException =>
+                (ExitCode.UserError, Lines(exception.Message).Select(static line => $"error: {line}")),
+            OutOfMemoryException => (ExitCode.UserError, ["error: this machine has too little memory for that"]),
+            _ => (ExitCode.Defect, [$"This is a defect of tinyllama {Program.Version}; {ReportTo}:", exception.ToString()]),
+        };
+        Write(error, lines);
+        return code;
+    }
 
-                return ExitCode.UserError;
-            case OutOfMemoryException:
-                error.WriteLine("error: this machine has too little memory for that");
-                return ExitCode.UserError;
-            default:
-                error.WriteLine($"This is a defect of tinyllama {Program.Version}; {ReportTo}:");
-                error.WriteLine(exception.ToString());
-                return ExitCode.Defect;
+    private static void Write(TextWriter error, IEnumerable<string> lines)
+    {
+        try
+        {
+            foreach (string line in lines)
+            {
+                error.WriteLine(line);
+            }
+        }
+        catch (IOException)
+        {
+            // Standard error is closed, or its disk is full: the exit code alone tells.
         }
     }
 

@@ -16,6 +16,8 @@ public sealed record GgufExported(long ByteCount, double BitsPerWeight, IReadOnl
 /// <summary>Writes a model as a GGUF file, which llama.cpp and programs built on it load.</summary>
 public static class GgufExport
 {
+    private const string Extension = ".gguf";
+
     /// <summary>Writes the file beside its place and renames it, so that it is never seen half written.</summary>
     /// <param name="path">Where to; nothing may be there, unless <paramref name="force"/>.</param>
     /// <param name="source">The model.</param>
@@ -59,17 +61,13 @@ public static class GgufExport
     /// <summary>Throws unless a file may be written: before the work, to say so early.</summary>
     /// <param name="path">The file.</param>
     /// <param name="force">Whether one that is there is replaced.</param>
-    /// <exception cref="UserErrorException">It is a folder, or it is there.</exception>
+    /// <exception cref="UserErrorException">It is a folder, or it is there, or its name does not end in <c>.gguf</c>.</exception>
     public static void RequirePlace(string path, bool force)
     {
-        if (Directory.Exists(path))
+        NewFile.RequirePlace(path, force);
+        if (Path.GetExtension(path) != Extension)
         {
-            throw new UserErrorException($"{path}: is a folder; name a file");
-        }
-
-        if (!force && File.Exists(path))
-        {
-            throw new UserErrorException($"{path}: is there already; name another file");
+            throw new UserErrorException($"{path}: a GGUF file is known by its ending; name it {Path.ChangeExtension(path, Extension)}");
         }
     }
 

@@ -18,6 +18,9 @@ internal sealed class GgufModel : ModelSource
     public override string? TokenizerPath => null;
 
     /// <inheritdoc/>
+    public override string TokenizerAdvice => "export it again with one (--tokenizer)";
+
+    /// <inheritdoc/>
     public override DType StoredType => _places[ModelTensors.Embedding].Entry.Type is var type && type.IsQuantized() ? DType.F32 : type;
 
     /// <inheritdoc/>

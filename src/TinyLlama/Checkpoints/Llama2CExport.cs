@@ -77,8 +77,8 @@ public static class Llama2CExport
             throw new UserErrorException($"{path}: is the name of the tokenizer, which is written beside the weights; name another file");
         }
 
-        GgufExport.RequirePlace(path, force);
-        GgufExport.RequirePlace(Path.Combine(Path.GetDirectoryName(path) ?? "", TokenizerName), force);
+        NewFile.RequirePlace(path, force);
+        NewFile.RequirePlace(Path.Combine(Path.GetDirectoryName(path) ?? "", TokenizerName), force);
     }
 
     private static void RequireExpressible(ModelSource source)

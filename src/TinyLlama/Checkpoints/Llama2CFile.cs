@@ -48,6 +48,9 @@ internal sealed class Llama2CFile : ModelSource
     }
 
     /// <inheritdoc/>
+    public override string TokenizerAdvice => "put its tokenizer.bin beside the weights";
+
+    /// <inheritdoc/>
     public override DType StoredType => DType.F32;
 
     /// <summary>Opens a file and checks that its size is the one that its header implies.</summary>

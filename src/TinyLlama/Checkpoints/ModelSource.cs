@@ -40,6 +40,9 @@ public abstract class ModelSource : IDisposable
     /// <summary>Gets the file or folder of the tokenizer that came beside the model, or null where none did.</summary>
     public abstract string? TokenizerPath { get; }
 
+    /// <summary>Gets what to do where no tokenizer came with the model: the end of an error's sentence.</summary>
+    public virtual string TokenizerAdvice => "put its tokenizer.model or tokenizer.json beside the weights";
+
     /// <summary>Gets what the weights are stored in; F32 also where the file has F64.</summary>
     public abstract DType StoredType { get; }
 
@@ -118,11 +121,14 @@ public abstract class ModelSource : IDisposable
         if (Directory.Exists(System.IO.Path.Combine(path, TrainingCheckpoint.FolderName)))
         {
             TrainingCheckpoint newest = TrainingCheckpoint.FindNewest(path, warn)
-                ?? throw new UserErrorException($"{path}: this run has no checkpoint yet");
+                ?? throw new UserErrorException($"{path}: this run has no checkpoint yet, or none that is whole");
             return HuggingFaceFolder.OpenFolder(newest.Path);
         }
 
-        return HuggingFaceFolder.OpenFolder(path);
+        string weights = System.IO.Path.Combine(path, Llama2CExport.ModelName);
+        return File.Exists(weights) && !File.Exists(System.IO.Path.Combine(path, HuggingFaceConfig.FileName))
+            ? Llama2CFile.OpenFile(weights)
+            : HuggingFaceFolder.OpenFolder(path);
     }
 
     /// <summary>Opens a model and adds a LoRA adapter to its weights.</summary>

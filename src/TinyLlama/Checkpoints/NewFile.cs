@@ -1,3 +1,5 @@
+using TinyLlama.Data;
+
 namespace TinyLlama.Checkpoints;
 
 /// <summary>
@@ -6,6 +8,23 @@ namespace TinyLlama.Checkpoints;
 /// </summary>
 internal sealed class NewFile(string path) : FileStream(path, FileMode.CreateNew, FileAccess.Write, FileShare.None, bufferSize: 0)
 {
+    /// <summary>Throws unless a file may be written: before the work, to say so early.</summary>
+    /// <param name="path">The file.</param>
+    /// <param name="force">Whether one that is there is replaced.</param>
+    /// <exception cref="UserErrorException">It is a folder, or it is there.</exception>
+    public static void RequirePlace(string path, bool force)
+    {
+        if (Directory.Exists(path))
+        {
+            throw new UserErrorException($"{path}: is a folder; name a file");
+        }
+
+        if (!force && File.Exists(path))
+        {
+            throw new UserErrorException($"{path}: is there already; name another file, or replace it (--force)");
+        }
+    }
+
     /// <summary>Writes bytes; spans come here too.</summary>
     /// <exception cref="IOException">The disk is full or gone, or the file may not grow.</exception>
     public override void Write(byte[] buffer, int offset, int count)

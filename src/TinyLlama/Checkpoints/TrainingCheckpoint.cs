@@ -188,7 +188,7 @@ public sealed class TrainingCheckpoint
             }
             catch (UserErrorException e)
             {
-                warn($"{e.Message}; an older checkpoint is used");
+                warn($"{e.Message}; this checkpoint is passed over");
             }
         }
 

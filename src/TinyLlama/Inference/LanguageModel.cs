@@ -76,7 +76,7 @@ public sealed class LanguageModel : IDisposable
         warn ??= static _ => { };
         using ModelSource source = adapter is null ? ModelSource.Open(path, warn) : ModelSource.Open(path, adapter, warn);
         BpeTokenizer tokenizer = source.LoadTokenizer()
-            ?? throw new UserErrorException($"{source.Path}: has no tokenizer; put its tokenizer.model or tokenizer.json beside the weights");
+            ?? throw new UserErrorException($"{source.Path}: has no tokenizer; {source.TokenizerAdvice}");
         CpuBackend backend = CpuBackend.Create(threads);
         LlamaModel? model = null;
         try

@@ -58,7 +58,7 @@ internal sealed class PromptCache(string path, string model)
     /// <param name="engine">The engine of the sequence.</param>
     /// <param name="sequence">What was fed: the text.</param>
     /// <param name="text">Its tokens, all of them fed.</param>
-    /// <exception cref="IOException">The disk is full or gone; what was begun is removed.</exception>
+    /// <exception cref="IOException">The disk is full or gone, or no file can be there; what was begun is removed.</exception>
     public void Save(InferenceEngine engine, CachedSequence sequence, ReadOnlySpan<int> text)
     {
         if (_isCurrent)
@@ -100,7 +100,7 @@ internal sealed class PromptCache(string path, string model)
         string unfinished = $"{path}.{Path.GetRandomFileName()}.tmp";
         try
         {
-            using (var file = new FileStream(unfinished, FileMode.CreateNew, FileAccess.Write, FileShare.None, bufferSize: 0))
+            using (var file = new NewFile(unfinished))
             {
                 write(file);
                 file.Flush(flushToDisk: true);
@@ -108,6 +108,10 @@ internal sealed class PromptCache(string path, string model)
 
             File.Move(unfinished, path, overwrite: true);
             DirectoryFlush.Flush(Path.GetDirectoryName(path)!);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new IOException($"{path}: the prompt cache cannot be written: {e.Message}; name another file", e);
         }
         finally
         {

@@ -5,6 +5,7 @@ using TinyLlama.Checkpoints;
 using TinyLlama.Cli;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
+using TinyLlama.Inference;
 using TinyLlama.Model;
 using TinyLlama.Tests.Common;
 
@@ -148,8 +149,12 @@ public sealed class GgufExportTests : IDisposable
         Assert.Equal("mine", File.ReadAllText(_folder["x.gguf"]));
         Directory.CreateDirectory(_folder["folder"]);
         Assert.Throws<UserErrorException>(() => Run(run, "--out", _folder["folder"], "--format", "gguf"));
+        message = Assert.Throws<UserErrorException>(() => Run(run, "--out", _folder["x.bin"], "--format", "gguf")).Message;
+        Assert.Contains($"name it {_folder["x.gguf"]}", message, StringComparison.Ordinal);
+        Assert.False(File.Exists(_folder["x.bin"]));
         Assert.Equal(0, Run(run, "--out", _folder["x.gguf"], "--force", "--json"));
-        ModelSource.Open(_folder["x.gguf"], Assert.Fail).Dispose();
+        message = Assert.Throws<UserErrorException>(() => LanguageModel.Load(_folder["x.gguf"])).Message;
+        Assert.Contains("has no tokenizer; export it again", message, StringComparison.Ordinal);
     }
 
     [Fact]

@@ -50,7 +50,7 @@ public sealed class Llama2CExportTests : IDisposable
             Assert.Equal(theirs, ours, 3e-5f);
         }
 
-        using LanguageModel model = LanguageModel.Load(Path.Combine(_folder["out"], "model.bin"));
+        using LanguageModel model = LanguageModel.Load(_folder["out"]);
         Assert.Equal(
             File.ReadAllText(SharedFiles.Require("oracles/stories260K/expected_stdout_200.txt")),
             model.Generate("", new() { Temperature = 0, MaxTokens = 200 }).ToString());
@@ -108,6 +108,8 @@ public sealed class Llama2CExportTests : IDisposable
         string message = Assert.Throws<UserErrorException>(() => Export(run, "--out", _folder["x.bin"], "--type", "q8_0")).Message;
         Assert.Contains("hold f32", message, StringComparison.Ordinal);
         Assert.Equal(0, Export(run, "--out", _folder["x.bin"], "--type", "f32"));
+        message = Assert.Throws<UserErrorException>(() => LanguageModel.Load(_folder["x.bin"])).Message;
+        Assert.Contains("has no tokenizer; put its tokenizer.bin", message, StringComparison.Ordinal);
     }
 
     [Fact]

@@ -271,6 +271,17 @@ public sealed class ModelSourceTests : IDisposable
     }
 
     [Fact]
+    public void A_run_without_a_whole_checkpoint_says_so()
+    {
+        SmallModel.Save(_folder["run"], s_tiny, tokenizer: null);
+        File.Delete(Path.Combine(_folder["run"], "checkpoints", "step-00000000", "config.json"));
+        var warnings = new List<string>();
+        string message = Assert.Throws<UserErrorException>(() => ModelSource.Open(_folder["run"], warnings.Add)).Message;
+        Assert.Contains("none that is whole", message, StringComparison.Ordinal);
+        Assert.EndsWith("passed over", Assert.Single(warnings), StringComparison.Ordinal);
+    }
+
+    [Fact]
     public void The_llama2c_model_has_the_shape_and_the_tensors_of_its_file()
     {
         string path = SharedFiles.Require("oracles/stories260K/stories260K.bin");

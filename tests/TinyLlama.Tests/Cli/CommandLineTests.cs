@@ -30,6 +30,17 @@ public sealed class CommandLineTests
         Assert.Equal(lines, error.TrimEnd().Split(Environment.NewLine));
     }
 
+    [Theory]
+    [InlineData("env", "--nix")]
+    [InlineData("generate", "missing")]
+    public async Task Where_no_error_can_be_written_the_exit_code_tells(params string[] words)
+    {
+        using var output = new StringWriter();
+        using var closed = new ClosedWriter();
+        Assert.Equal(2, await CommandLine.RunAsync(Program.CreateRoot(), words, output, closed, CancellationToken.None));
+        Assert.Equal("", output.ToString());
+    }
+
     [Fact]
     public async Task Anything_else_is_a_defect_and_shows_where_it_happened()
     {
@@ -141,5 +152,15 @@ public sealed class CommandLineTests
         using var error = new StringWriter();
         int code = await CommandLine.RunAsync(root, words, output, error, stop);
         return (code, output.ToString(), error.ToString());
+    }
+
+    /// <summary>A standard error that is closed.</summary>
+    private sealed class ClosedWriter : StringWriter
+    {
+        public override void Write(char value) => throw new IOException("Bad file descriptor");
+
+        public override void Write(string? value) => throw new IOException("Bad file descriptor");
+
+        public override void WriteLine(string? value) => throw new IOException("Bad file descriptor");
     }
 }

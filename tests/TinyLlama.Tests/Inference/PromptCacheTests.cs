@@ -60,6 +60,15 @@ public sealed class PromptCacheTests : IDisposable
     }
 
     [Fact]
+    public void A_place_where_no_file_can_be_is_named()
+    {
+        using LanguageModel model = LanguageModel.Load(_run, threads: 1, promptCache: _folder.Path);
+        var error = Assert.Throws<IOException>(() => model.Generate("the cat", s_greedy).ToString());
+        Assert.StartsWith($"{_folder.Path}: the prompt cache cannot be written", error.Message, StringComparison.Ordinal);
+        Assert.Empty(Directory.GetFiles(Path.GetDirectoryName(_folder.Path)!, $"{Path.GetFileName(_folder.Path)}.*"));
+    }
+
+    [Fact]
     public void The_file_of_other_weights_is_refused_and_stays()
     {
         Generate("the cat");
