@@ -83,7 +83,7 @@ public sealed class CommandTests : IDisposable
             Assert.InRange(Value("median_first_token_seconds"), double.Epsilon, Value("p95_first_token_seconds"));
             Assert.InRange(Value("p95_first_token_seconds"), 0, Value("seconds"));
             Assert.True(Value("client_tokens_per_second") > 0);
-            Assert.InRange(Value("tokens_per_second") * Value("seconds"), 1, 5 * Value("requests"));
+            Assert.InRange(Math.Round(Value("tokens_per_second") * Value("seconds"), 6), 1, 5 * Value("requests"));
         });
 
         (_, HttpClient http) = await ServeAsync("--api-key", "secret", "--queue", "1", "--places", "1");
@@ -121,6 +121,7 @@ public sealed class CommandTests : IDisposable
 
     private static async Task SignalAsync(Process process, string signal)
     {
+        Assert.SkipWhen(OperatingSystem.IsWindows(), "needs kill");
         using Process kill = System.Diagnostics.Process.Start("kill", [$"-{signal}", $"{process.Id}"]);
         await kill.WaitForExitAsync(Stop);
     }
