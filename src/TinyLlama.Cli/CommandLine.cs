@@ -80,9 +80,9 @@ internal static class CommandLine
                 error.WriteLine(line);
             }
         }
-        catch (IOException)
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
-            // Standard error is closed, or its disk is full: the exit code alone tells.
+            // The disk of standard error is full, or it is closed: the exit code alone tells.
         }
     }
 

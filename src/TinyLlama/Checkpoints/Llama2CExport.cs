@@ -101,7 +101,7 @@ public static class Llama2CExport
         destination.Write(MemoryMarshal.AsBytes<int>([c.Channels, c.Hidden, c.Layers, c.Heads, c.KeyValueHeads, vocabulary, c.ContextLength]));
         long done = 0;
         var pieces = new TensorPieces(source, count => progress?.Invoke(done += count));
-        foreach (ModelTensor tensor in Llama2CFile.Order(c))
+        foreach (ModelTensor tensor in Llama2CFile.Order(source.Tensors))
         {
             pieces.Write(destination, tensor, DType.F32);
             if (tensor.Name == Llama2CFile.BeforeTables)

@@ -24,17 +24,27 @@ internal sealed class Llama2CFile : ModelSource
     // "ak42": the versions 1 and 2 begin with it, where version 0 has the channels.
     private const int LaterVersions = 0x616B3432;
 
-    private static readonly string[] s_inLayers =
+    // The ends of the tensors' names, in the order of the file: of each kind those of all layers together.
+    private static readonly string[] s_kinds =
     [
-        "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj", "mlp.up_proj",
+        ModelTensors.Embedding, ".input_layernorm.weight", ".q_proj.weight", ".k_proj.weight", ".v_proj.weight", ".o_proj.weight",
+        ".post_attention_layernorm.weight", ".gate_proj.weight", ".down_proj.weight", ".up_proj.weight", ModelTensors.Norm, ModelTensors.Head,
     ];
 
     private readonly MappedFile _file;
-    private readonly Dictionary<string, long> _offsets;
+    private readonly Dictionary<string, long> _offsets = new(StringComparer.Ordinal);
 
-    private Llama2CFile(MappedFile file, ModelConfig config, Dictionary<string, long> offsets)
-        : base(file.Path, config) => (_file, _offsets) = (file, offsets);
+    private Llama2CFile(MappedFile file, ModelConfig config)
+        : base(file.Path, config)
+    {
+        _file = file;
+        long next = HeaderBytes;
+        foreach (ModelTensor tensor in Order(Tensors))
+        {
+            _offsets.Add(tensor.Name, next);
+            next += (tensor.Count + (tensor.Name == BeforeTables ? TableElements(config) : 0)) * sizeof(float);
+        }
+    }
 
     /// <inheritdoc/>
     public override string? TokenizerPath
@@ -62,14 +72,14 @@ internal sealed class Llama2CFile : ModelSource
         {
             file = MappedFile.Open(path);
             ModelConfig config = ReadHeader(file);
-            (Dictionary<string, long> offsets, long end) = Arrange(config);
+            long end = HeaderBytes + ((config.ParameterCount + TableElements(config)) * sizeof(float));
             if (file.Length != end)
             {
                 throw new UserErrorException(
                     $"{path}: {file.Length} bytes, its header implies {end}: cut off, damaged, or not a file of llama2.c's version 0");
             }
 
-            return new Llama2CFile(file, config, offsets);
+            return new Llama2CFile(file, config);
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException)
         {
@@ -83,15 +93,9 @@ internal sealed class Llama2CFile : ModelSource
         }
     }
 
-    /// <summary>The tensors in the order of the file.</summary>
-    public static IEnumerable<ModelTensor> Order(ModelConfig config)
-    {
-        Dictionary<string, ModelTensor> tensors = ModelTensors.Of(config).ToDictionary(static tensor => tensor.Name, StringComparer.Ordinal);
-        IEnumerable<string> inLayers = s_inLayers.SelectMany(name => Enumerable.Range(0, config.Layers).Select(layer => ModelTensors.InLayer(layer, name)));
-        string[] head = config.TiedEmbeddings ? [] : [ModelTensors.Head];
-        string[] names = [ModelTensors.Embedding, .. inLayers, ModelTensors.Norm, .. head];
-        return names.Select(name => tensors[name]);
-    }
+    /// <summary>The tensors of a model in the order of the file.</summary>
+    /// <param name="tensors">As <see cref="ModelSource.Tensors"/> has them: the order of layers is kept.</param>
+    public static IEnumerable<ModelTensor> Order(IEnumerable<ModelTensor> tensors) => tensors.OrderBy(static tensor => KindOf(tensor.Name));
 
     /// <inheritdoc/>
     public override void Read(Span<float> destination, string name, long first)
@@ -157,18 +161,17 @@ internal sealed class Llama2CFile : ModelSource
             : config;
     }
 
-    private static (Dictionary<string, long> Offsets, long End) Arrange(ModelConfig config)
+    private static long TableElements(ModelConfig config) => (long)config.ContextLength * config.HeadDim;
+
+    private static int KindOf(string name)
     {
-        var offsets = new Dictionary<string, long>(StringComparer.Ordinal);
-        long next = HeaderBytes;
-        foreach (ModelTensor tensor in Order(config))
+        int kind = 0;
+        while (!name.EndsWith(s_kinds[kind], StringComparison.Ordinal))
         {
-            offsets.Add(tensor.Name, next);
-            long tables = tensor.Name == BeforeTables ? (long)config.ContextLength * config.HeadDim : 0;
-            next = checked(next + ((tensor.Count + tables) * sizeof(float)));
+            kind++;
         }
 
-        return (offsets, next);
+        return kind;
     }
 
     private ReadOnlySpan<float> Singles(long offset, long first, int count) =>

@@ -115,7 +115,11 @@ internal sealed class PromptCache(string path, string model)
         }
         finally
         {
-            File.Delete(unfinished);
+            // In a folder that is not there, deleting would fail in its turn.
+            if (File.Exists(unfinished))
+            {
+                File.Delete(unfinished);
+            }
         }
     }
 

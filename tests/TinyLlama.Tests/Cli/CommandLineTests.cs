@@ -157,10 +157,10 @@ public sealed class CommandLineTests
     /// <summary>A standard error that is closed.</summary>
     private sealed class ClosedWriter : StringWriter
     {
-        public override void Write(char value) => throw new IOException("Bad file descriptor");
+        public override void Write(char value) => throw new UnauthorizedAccessException("Bad file descriptor");
 
-        public override void Write(string? value) => throw new IOException("Bad file descriptor");
+        public override void Write(string? value) => throw new UnauthorizedAccessException("Bad file descriptor");
 
-        public override void WriteLine(string? value) => throw new IOException("Bad file descriptor");
+        public override void WriteLine(string? value) => throw new UnauthorizedAccessException("Bad file descriptor");
     }
 }
