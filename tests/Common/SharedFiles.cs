@@ -15,21 +15,19 @@ internal static class SharedFiles
         return path;
     }
 
-    private static string Root()
+    /// <summary>The folder of the checkout that the tests were built in, or null where they lie elsewhere.</summary>
+    public static string? Checkout()
     {
-        if (Environment.GetEnvironmentVariable("TINYLLAMA_SHARED") is { Length: > 0 } named)
+        DirectoryInfo? folder = new(AppContext.BaseDirectory);
+        while (folder is not null && !File.Exists(Path.Combine(folder.FullName, "TinyLlama.slnx")))
         {
-            return named;
+            folder = folder.Parent;
         }
 
-        for (DirectoryInfo? folder = new(AppContext.BaseDirectory); folder is not null; folder = folder.Parent)
-        {
-            if (File.Exists(Path.Combine(folder.FullName, "TinyLlama.slnx")))
-            {
-                return Path.Combine(folder.Parent?.FullName ?? folder.FullName, "shared");
-            }
-        }
-
-        return "shared";
+        return folder?.FullName;
     }
+
+    private static string Root() =>
+        Environment.GetEnvironmentVariable("TINYLLAMA_SHARED") is { Length: > 0 } named ? named
+        : Path.Combine(Path.GetDirectoryName(Checkout()) ?? "", "shared");
 }

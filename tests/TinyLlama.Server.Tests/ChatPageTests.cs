@@ -1,5 +1,6 @@
 using System.Text.RegularExpressions;
 using Microsoft.Playwright;
+using TinyLlama.Tests.Common;
 using static Microsoft.Playwright.Assertions;
 
 namespace TinyLlama.Server.Tests;
@@ -239,6 +240,22 @@ public sealed class ChatPageTests : IAsyncLifetime
         {
             _problems.Add(text);
         }
+    }
+
+    /// <summary>Makes docs/pictures/chat.png: <c>-explicit only -method "*The_picture_of_the_readme"</c>.</summary>
+    [Fact(Explicit = true)]
+    public async Task The_picture_of_the_readme()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options =>
+            (options.Model, options.ChatTemplate) = (SharedFiles.Require("oracles/stories260K/stories260K.bin"), "plain"));
+        await _page.SetViewportSizeAsync(1100, 680);
+        await _page.GotoAsync(server.Address.AbsoluteUri);
+        await SendAsync("Once upon a time, there was a little girl who");
+        await _page.Locator("#colours").ClickAsync();
+        await _page.Locator("#input").FillAsync("One day, Tom went to the park with his friend");
+        await _page.Locator(".token").Nth(80).HoverAsync();
+        await Expect(_page.Locator("#tip")).ToBeVisibleAsync();
+        await _page.ScreenshotAsync(new PageScreenshotOptions { Path = Path.Combine(SharedFiles.Checkout()!, "docs/pictures/chat.png") });
     }
 
     private async Task SendAsync(string text, bool waits = true)
