@@ -62,7 +62,7 @@ public static class ModelExport
 
         if (!force && Directory.Exists(folder) && Directory.EnumerateFileSystemEntries(folder).Any())
         {
-            throw new UserErrorException($"{folder}: is not empty; name another folder");
+            throw new UserErrorException($"{folder}: is not empty; name another folder, or replace files in it with --force");
         }
     }
 
