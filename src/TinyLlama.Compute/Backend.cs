@@ -35,8 +35,8 @@ public abstract class Backend : IDisposable
     public Arena AllocateAs(Arena plan) => Allocate(plan.Name, plan.UsedBytes);
 
     /// <summary>
-    /// Takes room for the packed form of an (outputs, inputs) matrix; see <see cref="Weight"/>. Floating-point types are
-    /// packed in the type of the device's products, quantized ones as they are.
+    /// Takes room for the packed form of an (outputs, inputs) matrix; see <see cref="Weight"/>. F32 is packed in the type of
+    /// the device's products; 16 bits stay 16 where the inputs are even in number; quantized types stay as they are.
     /// </summary>
     public abstract Tensor TakePacked(Arena arena, int outputs, int inputs, DType type);
 

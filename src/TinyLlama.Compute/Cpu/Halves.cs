@@ -2,7 +2,7 @@ using System.Runtime.CompilerServices;
 
 namespace TinyLlama.Compute.Cpu;
 
-/// <summary>Finite numbers in half precision, widened lane by lane; no width of registers has an instruction for it in .NET 10.</summary>
+/// <summary>Finite numbers in half precision, widened lane by lane: .NET 10 has no intrinsic of the instructions that do it.</summary>
 /// <typeparam name="V">The register.</typeparam>
 internal static unsafe class Halves<V>
     where V : struct, ILanes<V>
