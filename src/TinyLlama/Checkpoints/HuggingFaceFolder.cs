@@ -29,8 +29,7 @@ internal sealed class HuggingFaceFolder : ModelSource
             : null;
 
     /// <inheritdoc/>
-    public override DType StoredType =>
-        _places[ModelTensors.Embedding].Entry.ElementType is { } type and not DType.F64 ? type : DType.F32;
+    public override DType StoredType => StorageOf(ModelTensors.Embedding);
 
     /// <summary>Opens a folder and checks that it holds the tensors of its config, and no others.</summary>
     /// <exception cref="UserErrorException">Something is missing, damaged, unexpected or not supported.</exception>
@@ -45,6 +44,9 @@ internal sealed class HuggingFaceFolder : ModelSource
             ? Open(folder, _ => Places(PyTorchFile.Open(path)))
             : throw new UserErrorException($"{path}: needs {HuggingFaceConfig.FileName} beside it, which says what model it is");
     }
+
+    /// <inheritdoc/>
+    public override DType StorageOf(string name) => _places[name].Entry.ElementType is { } type and not DType.F64 ? type : DType.F32;
 
     /// <inheritdoc/>
     public override void Read(Span<float> destination, string name, long first) => _places[name].File.Read(destination, name, first);
