@@ -12,6 +12,7 @@ internal sealed class StopSignals : IDisposable
 
     private readonly CancellationTokenSource _stop = new();
     private readonly PosixSignalRegistration[] _registrations;
+    private bool _asked;
 
     public StopSignals()
     {
@@ -53,7 +54,7 @@ internal sealed class StopSignals : IDisposable
             return;
         }
 
-        if (_stop.IsCancellationRequested)
+        if (Interlocked.Exchange(ref _asked, true))
         {
             return;
         }
