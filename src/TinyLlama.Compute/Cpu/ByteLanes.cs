@@ -35,16 +35,19 @@ internal unsafe partial interface ILanes<TSelf>
     static abstract TSelf Or(TSelf a, TSelf b);
 
     /// <summary>
-    /// sums + a · x + b · y in int16, two a lane: products of neighbouring bytes add up. x and y are dwords at p and p + 4, in
-    /// each lane. Bytes of a and b are 0 … 63, of x and y -127 … 127.
+    /// Products of the bytes of a and x, those of neighbours added: two int16 a lane. Bytes of a are 0 … 63, of x -127 … 127;
+    /// or a and x are <see cref="Magnitudes"/> and <see cref="WithSigns"/>.
     /// </summary>
-    static abstract TSelf AddWordProducts(TSelf sums, TSelf a, TSelf b, byte* p);
+    static abstract TSelf WordProducts(TSelf a, TSelf x);
 
-    /// <summary>The same in int32: the sum of four products a lane of a and x, four of b and y.</summary>
-    static abstract TSelf AddDwordProducts(TSelf sums, TSelf a, TSelf b, byte* p);
+    /// <summary>What stands for signed bytes a in <see cref="WordProducts"/>: it may be without their signs.</summary>
+    static abstract TSelf Magnitudes(TSelf a);
 
-    /// <summary>The same with bytes of a and b from -128 to 127.</summary>
-    static abstract TSelf AddSignedProducts(TSelf sums, TSelf a, TSelf b, byte* p);
+    /// <summary>What stands for x then: it has the signs that <see cref="Magnitudes"/> takes from a.</summary>
+    static abstract TSelf WithSigns(TSelf x, TSelf a);
+
+    /// <summary>Sums of int16.</summary>
+    static abstract TSelf AddWords(TSelf a, TSelf b);
 
     /// <summary>The four bits of each byte that begin at bit <paramref name="shift"/>: 0 or 4.</summary>
     static abstract TSelf LoadNibbles(byte* p, int shift);
@@ -93,16 +96,21 @@ internal unsafe partial struct Lanes512
     public static Lanes512 Or(Lanes512 a, Lanes512 b) => new((a._value.AsUInt32() | b._value.AsUInt32()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes512 AddWordProducts(Lanes512 sums, Lanes512 a, Lanes512 b, byte* p) =>
-        new((sums._value.AsInt16() + (Products(a._value, p) + Products(b._value, p + sizeof(int)))).AsSingle());
+    public static Lanes512 WordProducts(Lanes512 a, Lanes512 x) => new((Avx512BW.IsSupported
+        ? Avx512BW.MultiplyAddAdjacent(a._value.AsByte(), x._value.AsSByte())
+        : EvenAndOdd(a._value.AsInt16(), x._value.AsInt16())).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes512 AddDwordProducts(Lanes512 sums, Lanes512 a, Lanes512 b, byte* p) =>
-        new((sums._value.AsInt32() + Neighbours(Products(a._value, p) + Products(b._value, p + sizeof(int)))).AsSingle());
+    public static Lanes512 Magnitudes(Lanes512 a) => Avx512BW.IsSupported ? new(Avx512BW.Abs(a._value.AsSByte()).AsSingle()) : a;
+
+    // A byte whose partner is 0 may become anything.
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes512 WithSigns(Lanes512 x, Lanes512 a) => Avx512BW.IsSupported
+        ? new(Vector512.ConditionalSelect(Vector512.LessThan(a._value.AsSByte(), Vector512<sbyte>.Zero), -x._value.AsSByte(), x._value.AsSByte()).AsSingle())
+        : x;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes512 AddSignedProducts(Lanes512 sums, Lanes512 a, Lanes512 b, byte* p) =>
-        new((sums._value.AsInt32() + (Neighbours(SignedProducts(a._value, p)) + Neighbours(SignedProducts(b._value, p + sizeof(int))))).AsSingle());
+    public static Lanes512 AddWords(Lanes512 a, Lanes512 b) => new((a._value.AsInt16() + b._value.AsInt16()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 LoadNibbles(byte* p, int shift) =>
@@ -125,19 +133,6 @@ internal unsafe partial struct Lanes512
         Vector256<sbyte> bytes = Vector256.Narrow(words, words);
         bytes.GetLower().Store(p);
     }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector512<short> Products(Vector512<float> a, byte* p) => Avx512BW.IsSupported
-        ? Avx512BW.MultiplyAddAdjacent(a.AsByte(), Vector512.Create(*(int*)p).AsSByte())
-        : EvenAndOdd(a.AsInt16(), Vector512.Create(*(int*)p).AsInt16());
-
-    // The sign goes to the other factor.
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector512<short> SignedProducts(Vector512<float> a, byte* p) => Avx512BW.IsSupported
-        ? Avx512BW.MultiplyAddAdjacent(
-                Avx512BW.Abs(a.AsSByte()),
-                Vector512.ConditionalSelect(Vector512.LessThan(a.AsSByte(), Vector512<sbyte>.Zero), -Vector512.Create(*(int*)p).AsSByte(), Vector512.Create(*(int*)p).AsSByte()))
-        : EvenAndOdd(a.AsInt16(), Vector512.Create(*(int*)p).AsInt16());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static Vector512<int> Neighbours(Vector512<short> words) => Avx512BW.IsSupported
@@ -181,16 +176,19 @@ internal unsafe partial struct Lanes256
     public static Lanes256 Or(Lanes256 a, Lanes256 b) => new((a._value.AsUInt32() | b._value.AsUInt32()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes256 AddWordProducts(Lanes256 sums, Lanes256 a, Lanes256 b, byte* p) =>
-        new((sums._value.AsInt16() + (Products(a._value, p) + Products(b._value, p + sizeof(int)))).AsSingle());
+    public static Lanes256 WordProducts(Lanes256 a, Lanes256 x) => new((Avx2.IsSupported
+        ? Avx2.MultiplyAddAdjacent(a._value.AsByte(), x._value.AsSByte())
+        : EvenAndOdd(a._value.AsInt16(), x._value.AsInt16())).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes256 AddDwordProducts(Lanes256 sums, Lanes256 a, Lanes256 b, byte* p) =>
-        new((sums._value.AsInt32() + Neighbours(Products(a._value, p) + Products(b._value, p + sizeof(int)))).AsSingle());
+    public static Lanes256 Magnitudes(Lanes256 a) => Avx2.IsSupported ? new(Avx2.Abs(a._value.AsSByte()).AsSingle()) : a;
+
+    // A byte whose partner is 0 may become anything.
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes256 WithSigns(Lanes256 x, Lanes256 a) => Avx2.IsSupported ? new(Avx2.Sign(x._value.AsSByte(), a._value.AsSByte()).AsSingle()) : x;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes256 AddSignedProducts(Lanes256 sums, Lanes256 a, Lanes256 b, byte* p) =>
-        new((sums._value.AsInt32() + (Neighbours(SignedProducts(a._value, p)) + Neighbours(SignedProducts(b._value, p + sizeof(int))))).AsSingle());
+    public static Lanes256 AddWords(Lanes256 a, Lanes256 b) => new((a._value.AsInt16() + b._value.AsInt16()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 LoadNibbles(byte* p, int shift) =>
@@ -213,17 +211,6 @@ internal unsafe partial struct Lanes256
         Vector128<sbyte> bytes = Vector128.Narrow(words, words);
         bytes.GetLower().Store(p);
     }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector256<short> Products(Vector256<float> a, byte* p) => Avx2.IsSupported
-        ? Avx2.MultiplyAddAdjacent(a.AsByte(), Vector256.Create(*(int*)p).AsSByte())
-        : EvenAndOdd(a.AsInt16(), Vector256.Create(*(int*)p).AsInt16());
-
-    // The sign goes to the other factor.
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector256<short> SignedProducts(Vector256<float> a, byte* p) => Avx2.IsSupported
-        ? Avx2.MultiplyAddAdjacent(Avx2.Abs(a.AsSByte()), Avx2.Sign(Vector256.Create(*(int*)p).AsSByte(), a.AsSByte()))
-        : EvenAndOdd(a.AsInt16(), Vector256.Create(*(int*)p).AsInt16());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static Vector256<int> Neighbours(Vector256<short> words) => Avx2.IsSupported
@@ -263,16 +250,19 @@ internal readonly unsafe partial struct Lanes128
     public static Lanes128 Or(Lanes128 a, Lanes128 b) => new((a._value.AsUInt32() | b._value.AsUInt32()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes128 AddWordProducts(Lanes128 sums, Lanes128 a, Lanes128 b, byte* p) =>
-        new((sums._value.AsInt16() + (Products(a._value, p) + Products(b._value, p + sizeof(int)))).AsSingle());
+    public static Lanes128 WordProducts(Lanes128 a, Lanes128 x) => new((Ssse3.IsSupported
+        ? Ssse3.MultiplyAddAdjacent(a._value.AsByte(), x._value.AsSByte())
+        : EvenAndOdd(a._value.AsInt16(), x._value.AsInt16())).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes128 AddDwordProducts(Lanes128 sums, Lanes128 a, Lanes128 b, byte* p) =>
-        new((sums._value.AsInt32() + Neighbours(Products(a._value, p) + Products(b._value, p + sizeof(int)))).AsSingle());
+    public static Lanes128 Magnitudes(Lanes128 a) => Ssse3.IsSupported ? new(Ssse3.Abs(a._value.AsSByte()).AsSingle()) : a;
+
+    // A byte whose partner is 0 may become anything.
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes128 WithSigns(Lanes128 x, Lanes128 a) => Ssse3.IsSupported ? new(Ssse3.Sign(x._value.AsSByte(), a._value.AsSByte()).AsSingle()) : x;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static Lanes128 AddSignedProducts(Lanes128 sums, Lanes128 a, Lanes128 b, byte* p) =>
-        new((sums._value.AsInt32() + (Neighbours(SignedProducts(a._value, p)) + Neighbours(SignedProducts(b._value, p + sizeof(int))))).AsSingle());
+    public static Lanes128 AddWords(Lanes128 a, Lanes128 b) => new((a._value.AsInt16() + b._value.AsInt16()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes128 LoadNibbles(byte* p, int shift) =>
@@ -293,17 +283,6 @@ internal readonly unsafe partial struct Lanes128
         Vector128<short> words = Vector128.Narrow(_value.AsInt32(), _value.AsInt32());
         *(uint*)p = Vector128.Narrow(words, words).AsUInt32().ToScalar();
     }
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector128<short> Products(Vector128<float> a, byte* p) => Ssse3.IsSupported
-        ? Ssse3.MultiplyAddAdjacent(a.AsByte(), Vector128.Create(*(int*)p).AsSByte())
-        : EvenAndOdd(a.AsInt16(), Vector128.Create(*(int*)p).AsInt16());
-
-    // The sign goes to the other factor.
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector128<short> SignedProducts(Vector128<float> a, byte* p) => Ssse3.IsSupported
-        ? Ssse3.MultiplyAddAdjacent(Ssse3.Abs(a.AsSByte()), Ssse3.Sign(Vector128.Create(*(int*)p).AsSByte(), a.AsSByte()))
-        : EvenAndOdd(a.AsInt16(), Vector128.Create(*(int*)p).AsInt16());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static Vector128<int> Neighbours(Vector128<short> words) => Sse2.IsSupported
@@ -334,21 +313,20 @@ internal readonly unsafe partial struct Lanes1
 
     public static Lanes1 Or(Lanes1 a, Lanes1 b) => FromBits(Bits(a) | Bits(b));
 
-    public static Lanes1 AddWordProducts(Lanes1 sums, Lanes1 a, Lanes1 b, byte* p)
+    public static Lanes1 WordProducts(Lanes1 a, Lanes1 x)
     {
-        (short low, short high) = Words(a, p);
-        (short low2, short high2) = Words(b, p + sizeof(int));
-        return FromBits((ushort)(Bits(sums) + low + low2) | ((uint)((Bits(sums) >> 16) + high + high2) << 16));
+        (uint u, uint v) = (Bits(a), Bits(x));
+        int low = ((sbyte)u * (sbyte)v) + ((sbyte)(u >> 8) * (sbyte)(v >> 8));
+        int high = ((sbyte)(u >> 16) * (sbyte)(v >> 16)) + ((sbyte)(u >> 24) * (sbyte)(v >> 24));
+        return FromBits((ushort)low | ((uint)high << 16));
     }
 
-    public static Lanes1 AddDwordProducts(Lanes1 sums, Lanes1 a, Lanes1 b, byte* p)
-    {
-        (short low, short high) = Words(a, p);
-        (short low2, short high2) = Words(b, p + sizeof(int));
-        return FromBits((uint)((int)Bits(sums) + low + low2 + high + high2));
-    }
+    public static Lanes1 Magnitudes(Lanes1 a) => a;
 
-    public static Lanes1 AddSignedProducts(Lanes1 sums, Lanes1 a, Lanes1 b, byte* p) => AddDwordProducts(sums, a, b, p);
+    public static Lanes1 WithSigns(Lanes1 x, Lanes1 a) => x;
+
+    public static Lanes1 AddWords(Lanes1 a, Lanes1 b) =>
+        FromBits((ushort)(Bits(a) + Bits(b)) | (((Bits(a) >> 16) + (Bits(b) >> 16)) << 16));
 
     public static Lanes1 LoadNibbles(byte* p, int shift) => FromBits((*(uint*)p >> shift) & 0x0F0F0F0F);
 
@@ -361,14 +339,4 @@ internal readonly unsafe partial struct Lanes1
     public void StoreLowBytes(sbyte* p) => *p = (sbyte)Bits(this);
 
     private static uint Bits(Lanes1 a) => BitConverter.SingleToUInt32Bits(a._value);
-
-    // The products of neighbouring bytes, added.
-    private static (short Low, short High) Words(Lanes1 a, byte* p)
-    {
-        sbyte* x = (sbyte*)p;
-        uint bytes = Bits(a);
-        return (
-            (short)(((sbyte)bytes * x[0]) + ((sbyte)(bytes >> 8) * x[1])),
-            (short)(((sbyte)(bytes >> 16) * x[2]) + ((sbyte)(bytes >> 24) * x[3])));
-    }
 }

@@ -20,6 +20,9 @@ internal static unsafe class QuantizedMatMul
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
     private const int BlockRows = 32;
 
+    // The same where bytes of weights are signed: rows whose sums, integers and floats, fit the registers.
+    private const int SignedRows = 4;
+
     // Bytes of panels of a task: they stay in the second cache while blocks of rows pass by.
     private const long TaskBytes = 96 << 10;
 
@@ -39,16 +42,16 @@ internal static unsafe class QuantizedMatMul
         {
             int count = Math.Min(rowsAtOnce, input.Rows - row);
             byte* rounded = (byte*)scratch.Shared;
-            Round<V>(team, rounded, input.RowRange(row, count));
+            Round<V>(team, rounded, input.RowRange(row, count), panels.Type == DType.Q8_0 ? SignedRows : BlockRows);
             Multiply<V>(team, output.RowRange(row, count), rounded, panels, accumulate);
         }
     }
 
-    private static void Round<V>(ThreadTeam team, byte* rounded, Tensor input)
+    private static void Round<V>(ThreadTeam team, byte* rounded, Tensor input, int blockRows)
         where V : struct, ILanes<V>
     {
         Rows rows = Rows.Of(input);
-        RoundWork<V> work = new() { Rounded = rounded, Input = input, Rows = rows };
+        RoundWork<V> work = new() { Rounded = rounded, Input = input, Rows = rows, BlockRows = blockRows };
         team.Run(ref work, rows.Tasks);
     }
 
@@ -116,6 +119,7 @@ internal static unsafe class QuantizedMatMul
         public byte* Rounded;
         public Tensor Input;
         public Rows Rows;
+        public int BlockRows;
 
         public readonly void Run(int task, int thread)
         {
@@ -196,9 +200,10 @@ internal static unsafe class QuantizedMatMul
             float* sums = stackalloc float[BlockRows * V.Count];
             int first = task * PanelsPerTask;
             int end = Math.Min(PanelCount, first + PanelsPerTask);
-            for (int row = 0; row < Output.Rows; row += BlockRows)
+            int blockRows = F.IsSigned ? SignedRows : BlockRows;
+            for (int row = 0; row < Output.Rows; row += blockRows)
             {
-                int rows = Math.Min(BlockRows, Output.Rows - row);
+                int rows = Math.Min(blockRows, Output.Rows - row);
                 byte* rounded = RowBlock(Rounded, row, Groups);
                 for (int panel = first; panel < end; panel++)
                 {
@@ -206,6 +211,10 @@ internal static unsafe class QuantizedMatMul
                     if (rows == 1)
                     {
                         MultiplyRow(weights, rounded, Groups).Store(sums);
+                    }
+                    else if (F.IsSigned && rows == SignedRows)
+                    {
+                        MultiplySignedRows(sums, weights, rounded, Groups);
                     }
                     else
                     {
@@ -289,6 +298,42 @@ internal static unsafe class QuantizedMatMul
             return sum;
         }
 
+        // SignedRows rows and one panel, all sums in registers: the bits of MultiplyRow.
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+        private static void MultiplySignedRows(float* sums, byte* weights, byte* rounded, int groups)
+        {
+            V sum0 = V.Create(0), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+            for (int group = 0; group < groups; group++)
+            {
+                V a0 = default, a1 = default, a2 = default, a3 = default;
+                byte* x = rounded;
+                for (int i = 0; i < Group / 4; i++)
+                {
+                    V w = F.Bytes(weights, 0, i);
+                    V u = V.Magnitudes(w);
+                    a0 = V.AddDwords(a0, V.AddNeighbours(V.WordProducts(u, V.WithSigns(Input(x), w))));
+                    a1 = V.AddDwords(a1, V.AddNeighbours(V.WordProducts(u, V.WithSigns(Input(x + GroupBytes), w))));
+                    a2 = V.AddDwords(a2, V.AddNeighbours(V.WordProducts(u, V.WithSigns(Input(x + (2 * GroupBytes)), w))));
+                    a3 = V.AddDwords(a3, V.AddNeighbours(V.WordProducts(u, V.WithSigns(Input(x + (3 * GroupBytes)), w))));
+                    x += 4;
+                }
+
+                // The scales follow the bytes.
+                F.Units(weights, null, out V scale, out _);
+                sum0 = V.Fma(V.FromInt32(a0), scale * V.Create(*(float*)(x)), sum0);
+                sum1 = V.Fma(V.FromInt32(a1), scale * V.Create(*(float*)(x + GroupBytes)), sum1);
+                sum2 = V.Fma(V.FromInt32(a2), scale * V.Create(*(float*)(x + (2 * GroupBytes))), sum2);
+                sum3 = V.Fma(V.FromInt32(a3), scale * V.Create(*(float*)(x + (3 * GroupBytes))), sum3);
+                weights += F.BlockBytes * V.Count;
+                rounded += SignedRows * GroupBytes;
+            }
+
+            sum0.Store(sums);
+            sum1.Store(sums + V.Count);
+            sum2.Store(sums + (2 * V.Count));
+            sum3.Store(sums + (3 * V.Count));
+        }
+
         // Some rows and one panel. Small enough for the JIT to inline all that it calls.
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
@@ -344,10 +389,22 @@ internal static unsafe class QuantizedMatMul
 
         // a plus the products of eight elements; dwords, or words where those of a whole group fit.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static V Add(V a, V first, V second, byte* rounded) =>
-            F.IsSigned ? V.AddSignedProducts(a, first, second, rounded)
-            : F.FitsWords ? V.AddWordProducts(a, first, second, rounded)
-            : V.AddDwordProducts(a, first, second, rounded);
+        private static V Add(V a, V first, V second, byte* rounded)
+        {
+            (V x, V y) = (Input(rounded), Input(rounded + 4));
+            if (F.IsSigned)
+            {
+                V products = V.AddNeighbours(V.WordProducts(V.Magnitudes(first), V.WithSigns(x, first)));
+                return V.AddDwords(a, V.AddDwords(products, V.AddNeighbours(V.WordProducts(V.Magnitudes(second), V.WithSigns(y, second)))));
+            }
+
+            V words = V.AddWords(V.WordProducts(first, x), V.WordProducts(second, y));
+            return F.FitsWords ? V.AddWords(a, words) : V.AddDwords(a, V.AddNeighbours(words));
+        }
+
+        // Four bytes of a row of inputs, the same in each lane.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static V Input(byte* x) => V.CreateDword(*(uint*)x);
 
         // sum + scale · products + offset · Σ rounded, in units of the rounded inputs: of the first half, the second, or all.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
