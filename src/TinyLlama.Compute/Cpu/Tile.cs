@@ -81,6 +81,7 @@ internal readonly unsafe struct Tile<V> : IPackingTile
     }
 
     /// <inheritdoc/>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     public static void Pack(float* panel, float* source, nint column, nint step, int columns, nint depth)
     {
         if (columns < Columns)
@@ -100,12 +101,12 @@ internal readonly unsafe struct Tile<V> : IPackingTile
         }
 
         int j = 0;
-        nint done = step == 1 && Avx.IsSupported ? depth & -8 : 0;
+        nint done = step == 1 && Transpose.IsSupported ? depth & -4 : 0;
         for (; done > 0 && j + 8 <= columns; j += 8)
         {
-            for (nint k = 0; k < done; k += 8)
+            for (nint k = 0; k < done; k += 4)
             {
-                Transpose8(panel + (k * Columns) + j, Columns, source + (j * column) + k, column);
+                Transpose.EightRows(panel + (k * Columns) + j, Columns, (byte*)(source + (j * column) + k), column * sizeof(float));
             }
 
             Copy(panel + (done * Columns) + j, source + (j * column) + done, column, step, 8, depth - done);
@@ -153,42 +154,6 @@ internal readonly unsafe struct Tile<V> : IPackingTile
                 panel[j] = source[j * column];
             }
         }
-    }
-
-    // Eight rows of eight become eight columns, in three rounds of pairs: of lanes, of pairs of lanes, of halves.
-    private static void Transpose8(float* destination, nint destinationRow, float* source, nint sourceRow)
-    {
-        Vector256<float> r0 = Vector256.Load(source);
-        Vector256<float> r1 = Vector256.Load(source + sourceRow);
-        Vector256<float> r2 = Vector256.Load(source + (2 * sourceRow));
-        Vector256<float> r3 = Vector256.Load(source + (3 * sourceRow));
-        source += 4 * sourceRow;
-        Vector256<float> r4 = Vector256.Load(source);
-        Vector256<float> r5 = Vector256.Load(source + sourceRow);
-        Vector256<float> r6 = Vector256.Load(source + (2 * sourceRow));
-        Vector256<float> r7 = Vector256.Load(source + (3 * sourceRow));
-
-        Vector256<double> a0 = Avx.UnpackLow(r0, r1).AsDouble(), a1 = Avx.UnpackHigh(r0, r1).AsDouble();
-        Vector256<double> a2 = Avx.UnpackLow(r2, r3).AsDouble(), a3 = Avx.UnpackHigh(r2, r3).AsDouble();
-        Vector256<double> a4 = Avx.UnpackLow(r4, r5).AsDouble(), a5 = Avx.UnpackHigh(r4, r5).AsDouble();
-        Vector256<double> a6 = Avx.UnpackLow(r6, r7).AsDouble(), a7 = Avx.UnpackHigh(r6, r7).AsDouble();
-
-        Vector256<float> b0 = Avx.UnpackLow(a0, a2).AsSingle(), b1 = Avx.UnpackHigh(a0, a2).AsSingle();
-        Vector256<float> b2 = Avx.UnpackLow(a1, a3).AsSingle(), b3 = Avx.UnpackHigh(a1, a3).AsSingle();
-        Vector256<float> b4 = Avx.UnpackLow(a4, a6).AsSingle(), b5 = Avx.UnpackHigh(a4, a6).AsSingle();
-        Vector256<float> b6 = Avx.UnpackLow(a5, a7).AsSingle(), b7 = Avx.UnpackHigh(a5, a7).AsSingle();
-
-        const byte LowHalves = 0x20;
-        const byte HighHalves = 0x31;
-        Avx.Permute2x128(b0, b4, LowHalves).Store(destination);
-        Avx.Permute2x128(b1, b5, LowHalves).Store(destination + destinationRow);
-        Avx.Permute2x128(b2, b6, LowHalves).Store(destination + (2 * destinationRow));
-        Avx.Permute2x128(b3, b7, LowHalves).Store(destination + (3 * destinationRow));
-        destination += 4 * destinationRow;
-        Avx.Permute2x128(b0, b4, HighHalves).Store(destination);
-        Avx.Permute2x128(b1, b5, HighHalves).Store(destination + destinationRow);
-        Avx.Permute2x128(b2, b6, HighHalves).Store(destination + (2 * destinationRow));
-        Avx.Permute2x128(b3, b7, HighHalves).Store(destination + (3 * destinationRow));
     }
 
     // One local for each sum, else the JIT keeps them in memory. Straight to full optimization: the first calls of a

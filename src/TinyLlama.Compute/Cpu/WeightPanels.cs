@@ -1,3 +1,5 @@
+using System.Runtime.CompilerServices;
+
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
@@ -98,6 +100,8 @@ internal static unsafe class WeightPanels
         public int BlockBytes;
         public int Word;
 
+        // Compiled fully at once: most of a start is this.
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         public readonly void Run(int task, int thread)
         {
             int panelRow = (FirstPanel + task) * Lanes;
@@ -110,6 +114,13 @@ internal static unsafe class WeightPanels
             {
                 byte* block = panel + ((nint)offset * Lanes);
                 byte* planes = block + (Word >= 0 ? sizeof(ushort) * Lanes : 0);
+                int turned = Transpose.IsSupported && Lanes == 8 && end - first == Lanes ? dwords & -4 : 0;
+                byte* eightRows = Source + ((nint)(first - FirstRow) * RowBytes) + offset + firstDword;
+                for (int i = 0; i < turned; i += 4)
+                {
+                    Transpose.EightRows((float*)planes + (i * Lanes), Lanes, eightRows + (i * sizeof(uint)), RowBytes);
+                }
+
                 for (int row = first; row < end; row++)
                 {
                     byte* source = Source + ((nint)(row - FirstRow) * RowBytes) + offset;
@@ -121,10 +132,9 @@ internal static unsafe class WeightPanels
 
                     uint* plane = (uint*)planes + lane;
                     uint* dword = (uint*)(source + firstDword);
-                    for (int i = 0; i < dwords; i++)
+                    for (int i = turned; i < dwords; i++)
                     {
-                        *plane = dword[i];
-                        plane += Lanes;
+                        plane[i * Lanes] = dword[i];
                     }
                 }
             }

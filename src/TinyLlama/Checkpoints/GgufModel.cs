@@ -73,19 +73,27 @@ internal sealed class GgufModel : ModelSource
     /// <inheritdoc/>
     public override void ReadRows(Span<byte> destination, ModelTensor tensor, int firstRow)
     {
-        GgufPlace place = _places[tensor.Name];
-        int rowBytes = checked((int)place.Entry.Type.RowBytes(tensor.Columns));
         if (!ModelTensors.IsInterleaved(tensor.Name))
         {
-            place.Bytes((long)firstRow * rowBytes, destination.Length).CopyTo(destination);
+            base.ReadRows(destination, tensor, firstRow);
             return;
         }
 
+        GgufPlace place = _places[tensor.Name];
+        int rowBytes = checked((int)place.Entry.Type.RowBytes(tensor.Columns));
         for (int row = firstRow; !destination.IsEmpty; row++)
         {
             place.Bytes(ModelTensors.InterleavedRow(row, Config.HeadDim) * rowBytes, rowBytes).CopyTo(destination);
             destination = destination[rowBytes..];
         }
+    }
+
+    /// <inheritdoc/>
+    internal override ReadOnlySpan<byte> MappedRows(ModelTensor tensor, int firstRow, int count)
+    {
+        GgufPlace place = _places[tensor.Name];
+        long rowBytes = place.Entry.Type.RowBytes(tensor.Columns);
+        return ModelTensors.IsInterleaved(tensor.Name) ? default : place.Bytes(firstRow * rowBytes, checked((int)(count * rowBytes)));
     }
 
     /// <inheritdoc/>

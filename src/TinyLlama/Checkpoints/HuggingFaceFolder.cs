@@ -52,6 +52,15 @@ internal sealed class HuggingFaceFolder : ModelSource
     public override void Read(Span<float> destination, string name, long first) => _places[name].File.Read(destination, name, first);
 
     /// <inheritdoc/>
+    internal override ReadOnlySpan<byte> MappedRows(ModelTensor tensor, int firstRow, int count)
+    {
+        (ITensorFile file, TensorEntry entry) = _places[tensor.Name];
+        DType type = StorageOf(tensor.Name);
+        long rowBytes = type.RowBytes(tensor.Columns);
+        return entry.ElementType == type ? file.MappedBytes(tensor.Name, firstRow * rowBytes, checked((int)(count * rowBytes))) : default;
+    }
+
+    /// <inheritdoc/>
     internal override void DropPages()
     {
         foreach (ITensorFile file in Files(_places))

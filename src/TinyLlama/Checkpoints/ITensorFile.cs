@@ -15,6 +15,12 @@ internal interface ITensorFile : IDisposable
     /// <param name="first">Its first element to read, in row-major order.</param>
     void Read(Span<float> destination, string name, long first = 0);
 
+    /// <summary>A view of bytes of a tensor where they lie in the file in row-major order, else an empty one. Not to be used after the end of the file.</summary>
+    /// <param name="name">The tensor.</param>
+    /// <param name="first">The first byte, counted from the beginning of the tensor.</param>
+    /// <param name="count">The number of bytes.</param>
+    ReadOnlySpan<byte> MappedBytes(string name, long first, int count);
+
     /// <summary>Drops what has been read from memory; it can be read again.</summary>
     void DropPages();
 }

@@ -16,6 +16,7 @@ public abstract class ModelSource : IDisposable
 {
     // Bytes that are copied at once: they stay in a cache until they are packed.
     private const int PieceBytes = 1 << 20;
+    private const int MappedPieceBytes = 1 << 26;
 
     private BpeTokenizer? _tokenizer;
 
@@ -207,6 +208,12 @@ public abstract class ModelSource : IDisposable
     public virtual void ReadRows(Span<byte> destination, ModelTensor tensor, int firstRow)
     {
         DType type = StorageOf(tensor.Name);
+        if (MappedRows(tensor, firstRow, checked((int)(destination.Length / type.RowBytes(tensor.Columns)))) is { IsEmpty: false } mapped)
+        {
+            mapped.CopyTo(destination);
+            return;
+        }
+
         float[] values = ArrayPool<float>.Shared.Rent(destination.Length / type.ByteCount());
         Span<float> used = values.AsSpan(0, destination.Length / type.ByteCount());
         Read(used, tensor.Name, (long)firstRow * tensor.Columns);
@@ -236,6 +243,15 @@ public abstract class ModelSource : IDisposable
         GC.SuppressFinalize(this);
     }
 
+    /// <summary>
+    /// A view of whole rows where they lie in a mapped file one after another as <see cref="ReadRows"/> would give them;
+    /// empty where they do not. Not to be used after the end of this source.
+    /// </summary>
+    /// <param name="tensor">One of <see cref="Tensors"/>.</param>
+    /// <param name="firstRow">The first row.</param>
+    /// <param name="count">The number of rows.</param>
+    internal virtual ReadOnlySpan<byte> MappedRows(ModelTensor tensor, int firstRow, int count) => default;
+
     /// <summary>Drops what has been read of the files from memory.</summary>
     internal abstract void DropPages();
 
@@ -244,12 +260,26 @@ public abstract class ModelSource : IDisposable
 
     private void CopyValues(Backend backend, Parameter parameter)
     {
-        float[] piece = ArrayPool<float>.Shared.Rent(SafetensorsFile.PieceElements);
-        for (long first = 0; first < parameter.Values.Count;)
+        Tensor values = parameter.Values;
+        if (values.IsEmpty)
         {
-            int count = (int)Math.Min(piece.Length, parameter.Values.Count - first);
+            return;
+        }
+
+        var tensor = new ModelTensor(parameter.Name, parameter.Rows, parameter.Columns);
+        if (values.Type == StorageOf(parameter.Name))
+        {
+            ReadPieces(tensor, values.Type, (row, rows) =>
+                DeviceElements.WriteBytes(backend, values.RowRange(row, (int)(rows.Length / values.Type.RowBytes(values.Columns))), rows));
+            return;
+        }
+
+        float[] piece = ArrayPool<float>.Shared.Rent(SafetensorsFile.PieceElements);
+        for (long first = 0; first < values.Count;)
+        {
+            int count = (int)Math.Min(piece.Length, values.Count - first);
             Read(piece.AsSpan(0, count), parameter.Name, first);
-            DeviceElements.Write(backend, parameter.Values.Elements(first, count), piece.AsSpan(0, count));
+            DeviceElements.Write(backend, values.Elements(first, count), piece.AsSpan(0, count));
             first += count;
         }
 
@@ -267,20 +297,34 @@ public abstract class ModelSource : IDisposable
         ReadPieces(tensor, weight.Type, (row, rows) => backend.WriteRows(weight, parameter.Frozen.First + row, rows));
     }
 
-    // Whole rows, as many as are packed together or a multiple of that, in their order.
+    // Whole rows, as many as are packed together or a multiple of that, in their order: where they are mapped, large pieces
+    // without a copy, so that the threads of a device share the reading; else through a buffer.
     private void ReadPieces(ModelTensor tensor, DType type, Action<int, ReadOnlySpan<byte>> use)
     {
         int rowBytes = checked((int)type.RowBytes(tensor.Columns));
-        int rowsAtOnce = Math.Max(1, PieceBytes / rowBytes / Backend.PackedRows) * Backend.PackedRows;
-        byte[] bytes = ArrayPool<byte>.Shared.Rent(checked(Math.Min(rowsAtOnce, tensor.Rows) * rowBytes));
-        for (int row = 0; row < tensor.Rows; row += rowsAtOnce)
+        int Whole(int bytes) => Math.Max(1, bytes / rowBytes / Backend.PackedRows) * Backend.PackedRows;
+        byte[]? buffer = null;
+        for (int row = 0; row < tensor.Rows;)
         {
-            Span<byte> rows = bytes.AsSpan(0, Math.Min(rowsAtOnce, tensor.Rows - row) * rowBytes);
-            ReadRows(rows, tensor, row);
+            int count = Math.Min(Whole(MappedPieceBytes), tensor.Rows - row);
+            ReadOnlySpan<byte> rows = MappedRows(tensor, row, count);
+            if (rows.IsEmpty)
+            {
+                count = Math.Min(Whole(PieceBytes), tensor.Rows - row);
+                buffer ??= ArrayPool<byte>.Shared.Rent(checked(count * rowBytes));
+                Span<byte> read = buffer.AsSpan(0, count * rowBytes);
+                ReadRows(read, tensor, row);
+                rows = read;
+            }
+
             use(row, rows);
+            row += count;
         }
 
-        ArrayPool<byte>.Shared.Return(bytes);
+        if (buffer is not null)
+        {
+            ArrayPool<byte>.Shared.Return(buffer);
+        }
     }
 
     private static string ReadText(string file)

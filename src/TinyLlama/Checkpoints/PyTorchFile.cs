@@ -141,6 +141,10 @@ internal sealed class PyTorchFile : ITensorFile
         ArrayPool<byte>.Shared.Return(piece);
     }
 
+    /// <inheritdoc/>
+    public ReadOnlySpan<byte> MappedBytes(string name, long first, int count) =>
+        _entries[name] is { IsContiguous: true } entry ? _file.Bytes(entry.Offset + first, count) : default;
+
     /// <summary>Reads elements as they are stored, in row-major order.</summary>
     /// <param name="destination">What is filled.</param>
     /// <param name="entry">One of <see cref="Entries"/>.</param>

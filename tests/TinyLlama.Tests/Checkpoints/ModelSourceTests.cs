@@ -103,6 +103,31 @@ public sealed class ModelSourceTests : IDisposable
         }
     }
 
+    [Fact]
+    public void A_folder_of_mixed_types_keeps_each_tensor_in_its_own()
+    {
+        using LlamaModel model = Random(s_tiny);
+        WriteSharded(model, DType.F16, DType.BF16);
+        using ModelSource source = ModelSource.Open(_folder.Path, Fail);
+        string[] half = [.. Named(model)[..7].Select(static tensor => tensor.Name)];
+        foreach (ModelTensor tensor in source.Tensors)
+        {
+            DType type = half.Contains(tensor.Name) ? DType.F16 : DType.BF16;
+            Assert.Equal(type, source.StorageOf(tensor.Name));
+            byte[] expected = new byte[2 * tensor.Rows * tensor.Columns];
+            ElementCodec.Encode(model.Parameters.Single(p => p.Name == tensor.Name).Values.HostSpan<float>(), type, expected);
+            byte[] rows = new byte[expected.Length];
+            source.ReadRows(rows, tensor, 0);
+            Assert.Equal(expected, rows);
+        }
+
+        using LlamaModel frozen = LlamaModel.AllocateFrozen(source.Config, _backend, source.StorageOf);
+        source.CopyTo(_backend, frozen.Parameters);
+        byte[] table = new byte[2 * s_tiny.VocabularySize * s_tiny.Channels];
+        source.ReadRows(table, source.Tensors.Single(static tensor => tensor.Name == LlamaModel.EmbeddingName), 0);
+        Assert.Equal(table, MemoryMarshal.AsBytes(frozen.Parameters[0].Values.HostSpan<ushort>()).ToArray());
+    }
+
     [Theory]
     [InlineData("shard missing")]
     [InlineData("shard damaged")]
@@ -450,7 +475,8 @@ public sealed class ModelSourceTests : IDisposable
         Safetensors.Write(_folder["model.safetensors"], _backend, tensors);
     }
 
-    private void WriteSharded(LlamaModel model, DType type)
+    // Two files, each in a type of its own, or both in the one.
+    private void WriteSharded(LlamaModel model, params DType[] types)
     {
         NamedTensor[] all = Named(model);
         NamedTensor[][] shards = [all[..7], all[7..]];
@@ -458,7 +484,7 @@ public sealed class ModelSourceTests : IDisposable
         for (int s = 0; s < shards.Length; s++)
         {
             string name = $"model-{s + 1:D5}-of-{shards.Length:D5}.safetensors";
-            Safetensors.Write(_folder[name], _backend, shards[s], storeAs: type);
+            Safetensors.Write(_folder[name], _backend, shards[s], storeAs: types[s % types.Length]);
             foreach (NamedTensor tensor in shards[s])
             {
                 map[tensor.Name] = name;
@@ -467,6 +493,6 @@ public sealed class ModelSourceTests : IDisposable
 
         var index = new JsonObject { ["metadata"] = new JsonObject { ["total_size"] = 0 }, ["weight_map"] = map };
         File.WriteAllText(_folder["model.safetensors.index.json"], index.ToJsonString(), Encoding.UTF8); // With a byte-order mark, as some editors write it.
-        File.WriteAllText(_folder["config.json"], HuggingFaceConfig.Write(model.Config, type, 1, 2));
+        File.WriteAllText(_folder["config.json"], HuggingFaceConfig.Write(model.Config, types[0], 1, 2));
     }
 }
