@@ -23,6 +23,18 @@ public abstract class Backend : IDisposable
     /// </summary>
     public abstract string Arithmetic { get; }
 
+    /// <summary>Gets the type of activations and of their gradients: F32 or BF16. Statistics, losses and gradients of parameters are F32.</summary>
+    public abstract DType ActivationType { get; }
+
+    /// <summary>Gets the type that a cache keeps keys and values in where nobody asks for another (<see cref="TakeCache"/>).</summary>
+    public abstract DType CacheType { get; }
+
+    /// <summary>Gets a value indicating whether <see cref="MatMulBackwardInput"/> reads a packed form of its own; otherwise it reads that of <see cref="MatMul"/>.</summary>
+    public abstract bool HasBackwardForm { get; }
+
+    /// <summary>Gets the bytes of logits that are computed at a time, from whole tiles of rows: so many that the head's products run at full rate.</summary>
+    public abstract int LogitsBytes { get; }
+
     /// <summary>Allocates zeroed memory on the device.</summary>
     /// <param name="name">What the arena is for.</param>
     /// <param name="byteCount">Its size.</param>
@@ -69,7 +81,7 @@ public abstract class Backend : IDisposable
     /// <summary>total += the sum of all values. total (1, 1) of F64, values in F32; a fixed tree over fixed chunks.</summary>
     public abstract void Sum(Tensor total, Tensor values);
 
-    /// <summary>output row n = table row tokens[n] in F32. output (N, C), table (V, C) of a floating-point type or the packed form of a quantized weight, tokens (N, 1) of I32 in 0 … V-1.</summary>
+    /// <summary>output row n = table row tokens[n]. output (N, C), table (V, C) of a floating-point type or the packed form of a quantized weight, tokens (N, 1) of I32 in 0 … V-1.</summary>
     public abstract void Embedding(Tensor output, Tensor table, Tensor tokens);
 
     /// <summary>dTable row tokens[n] += dOutput row n, n ascending.</summary>
@@ -87,7 +99,7 @@ public abstract class Backend : IDisposable
     /// <summary>dInput += …, because it flows into the residual stream; dWeight += …. All as in <see cref="RmsNorm"/>.</summary>
     public abstract void RmsNormBackward(Tensor dInput, Tensor dWeight, Tensor dOutput, Tensor input, Tensor weight, Tensor r);
 
-    /// <summary>output = input · weightᵀ, or += with <paramref name="accumulate"/>. input (N, I), output (N, O).</summary>
+    /// <summary>output = input · weightᵀ, or += with <paramref name="accumulate"/>. input (N, I), output (N, O) of F32 or of <see cref="ActivationType"/>.</summary>
     public abstract void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false);
 
     /// <summary>dInput = dOutput · weight, or += with <paramref name="accumulate"/>. dInput (N, I), dOutput (N, O).</summary>
@@ -142,7 +154,7 @@ public abstract class Backend : IDisposable
     /// <param name="blocks">Number of blocks.</param>
     /// <param name="keyHeads">Hkv.</param>
     /// <param name="headDim">D.</param>
-    /// <param name="type">What keys and values are rounded to: F32; F16; or Q8_0, whole multiples of the largest of 32 channels / 127.</param>
+    /// <param name="type">What keys and values are rounded to, of those that the device offers: F32, F16, BF16; or Q8_0, whole multiples of the largest of 32 channels / 127.</param>
     public abstract Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type);
 
     /// <summary>Copies the batch's keys and values to the cache at their positions. keys and values (N, Hkv · D).</summary>
@@ -160,7 +172,7 @@ public abstract class Backend : IDisposable
     /// gradient times it.
     /// </summary>
     /// <param name="losses">(N, 1) of F32; 0 where the target is negative, that is, ignored.</param>
-    /// <param name="logits">(N, V).</param>
+    /// <param name="logits">(N, V) of F32 or of <see cref="ActivationType"/>.</param>
     /// <param name="targets">(N, 1) of I32.</param>
     /// <param name="scale">(1, 1) of F32, or empty to leave the logits as they are.</param>
     public abstract void CrossEntropy(Tensor losses, Tensor logits, Tensor targets, Tensor scale = default);

@@ -33,7 +33,7 @@ public sealed class Weight(Tensor values, Tensor gradient = default)
     /// <summary>Gets the form that <see cref="Backend.MatMul"/> reads, or an empty tensor.</summary>
     public Tensor PackedForward { get; private set; }
 
-    /// <summary>Gets the form that <see cref="Backend.MatMulBackwardInput"/> reads, or an empty tensor.</summary>
+    /// <summary>Gets the form that <see cref="Backend.MatMulBackwardInput"/> reads where the device has one (<see cref="Backend.HasBackwardForm"/>), or an empty tensor.</summary>
     public Tensor PackedBackward { get; private set; }
 
     /// <summary>A frozen weight that is nothing but the form which <see cref="Backend.MatMul"/> reads; <see cref="Backend.WriteRows"/> fills it.</summary>
@@ -52,7 +52,7 @@ public sealed class Weight(Tensor values, Tensor gradient = default)
     public void TakePacked(Arena arena, Backend backend, bool backward)
     {
         PackedForward = backend.TakePacked(arena, Outputs, Inputs, Type);
-        if (backward)
+        if (backward && backend.HasBackwardForm)
         {
             PackedBackward = backend.TakePacked(arena, Inputs, Outputs, Type);
         }

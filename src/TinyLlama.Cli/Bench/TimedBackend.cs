@@ -22,6 +22,18 @@ internal sealed class TimedBackend(Backend inner) : Backend
     /// <inheritdoc/>
     public override string Arithmetic => inner.Arithmetic;
 
+    /// <inheritdoc/>
+    public override DType ActivationType => inner.ActivationType;
+
+    /// <inheritdoc/>
+    public override DType CacheType => inner.CacheType;
+
+    /// <inheritdoc/>
+    public override bool HasBackwardForm => inner.HasBackwardForm;
+
+    /// <inheritdoc/>
+    public override int LogitsBytes => inner.LogitsBytes;
+
     /// <summary>What was measured since the last call of this, in the order of the first calls.</summary>
     public OperationTimes[] TakeTimes()
     {

@@ -25,6 +25,19 @@ public abstract class CpuBackend : Backend
     /// <inheritdoc/>
     public override string Arithmetic => $"cpu {Kernels}";
 
+    /// <inheritdoc/>
+    public override DType ActivationType => DType.F32;
+
+    /// <inheritdoc/>
+    public override DType CacheType => DType.F16;
+
+    /// <inheritdoc/>
+    public override bool HasBackwardForm => true;
+
+    /// <inheritdoc/>
+    /// <remarks>16 MiB: they stay in the cache between the head and its backward.</remarks>
+    public override int LogitsBytes => 16 << 20;
+
     private string Kernels => Products == DType.F32 ? $"{Path}" : $"{Path} with products in bf16";
 
     internal ThreadTeam Team { get; }

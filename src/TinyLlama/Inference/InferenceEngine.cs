@@ -1,3 +1,4 @@
+using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
 using TinyLlama.Model;
 
@@ -74,7 +75,7 @@ public sealed class InferenceEngine : IDisposable
             new TokenLayout(arena, Capacity, sequences, tableEntries),
             arena.Take(Capacity, 1, DType.I32),
             arena.Take(sequences, 1, DType.I32),
-            arena.Take(sequences, model.Config.Channels));
+            arena.Take(sequences, model.Config.Channels, backend.ActivationType));
     }
 
     /// <summary>Gets the most tokens of a sequence.</summary>
@@ -202,7 +203,7 @@ public sealed class InferenceEngine : IDisposable
     /// <summary>Reads the output of the final norm for every token of a part of the last forward. Waits for the device.</summary>
     /// <param name="hidden">Receives (tokens, C), row after row.</param>
     /// <param name="part">Its index.</param>
-    public void ReadHidden(Span<float> hidden, int part) => _backend.Read(hidden, Output(part));
+    public void ReadHidden(Span<float> hidden, int part) => DeviceElements.Read(hidden, _backend, Output(part));
 
     /// <summary>Gets the bytes of a cache block.</summary>
     internal int BlockBytes => _cache.StoredBlockBytes;

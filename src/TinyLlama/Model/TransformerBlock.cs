@@ -18,11 +18,11 @@ internal readonly record struct BlockActivations(
     Tensor Input, Tensor Norm1, Tensor R1, Tensor Qkv, Tensor Context, Tensor LogSumExp,
     Tensor Middle, Tensor Norm2, Tensor R2, Tensor GateUp, Tensor Gated)
 {
-    public static BlockActivations Take(Arena arena, ModelConfig c, int tokens) => new(
-        arena.Take(tokens, c.Channels), arena.Take(tokens, c.Channels), arena.Take(tokens, 1),
-        arena.Take(tokens, c.Channels + (2 * c.KeyValueChannels)), arena.Take(tokens, c.Channels), arena.Take(tokens, c.Heads),
-        arena.Take(tokens, c.Channels), arena.Take(tokens, c.Channels), arena.Take(tokens, 1),
-        arena.Take(tokens, 2 * c.Hidden), arena.Take(tokens, c.Hidden));
+    public static BlockActivations Take(Arena arena, DType type, ModelConfig c, int tokens) => new(
+        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Channels, type), arena.Take(tokens, 1),
+        arena.Take(tokens, c.Channels + (2 * c.KeyValueChannels), type), arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Heads),
+        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Channels, type), arena.Take(tokens, 1),
+        arena.Take(tokens, 2 * c.Hidden, type), arena.Take(tokens, c.Hidden, type));
 
     public BlockActivations Rows(int n) => new(
         Input.RowRange(0, n), Norm1.RowRange(0, n), R1.RowRange(0, n), Qkv.RowRange(0, n), Context.RowRange(0, n),
@@ -40,10 +40,10 @@ internal readonly record struct BlockActivations(
 internal readonly record struct BlockGradients(
     Tensor Norm, Tensor Qkv, Tensor Context, Tensor Delta, Tensor GateUp, Tensor Gated)
 {
-    public static BlockGradients Take(Arena arena, ModelConfig c, int tokens) => new(
-        arena.Take(tokens, c.Channels), arena.Take(tokens, c.Channels + (2 * c.KeyValueChannels)),
-        arena.Take(tokens, c.Channels), arena.Take(tokens, c.Heads),
-        arena.Take(tokens, 2 * c.Hidden), arena.Take(tokens, c.Hidden));
+    public static BlockGradients Take(Arena arena, DType type, ModelConfig c, int tokens) => new(
+        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Channels + (2 * c.KeyValueChannels), type),
+        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Heads),
+        arena.Take(tokens, 2 * c.Hidden, type), arena.Take(tokens, c.Hidden, type));
 
     public BlockGradients Rows(int n) => new(
         Norm.RowRange(0, n), Qkv.RowRange(0, n), Context.RowRange(0, n), Delta.RowRange(0, n),

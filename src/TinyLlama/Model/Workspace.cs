@@ -33,16 +33,18 @@ public sealed class Workspace : IDisposable
     /// <summary>Takes the buffers.</summary>
     /// <param name="activations">Owner of what the forward writes.</param>
     /// <param name="gradients">Owner of what the backward writes; null where there is none.</param>
+    /// <param name="backend">The device, which says what type activations have.</param>
     /// <param name="config">The model's shape.</param>
     /// <param name="tokens">Most packed tokens (N) of a forward.</param>
     /// <param name="keep">How much of the forward stays.</param>
-    public Workspace(Arena activations, Arena? gradients, ModelConfig config, int tokens, Keep keep)
+    public Workspace(Arena activations, Arena? gradients, Backend backend, ModelConfig config, int tokens, Keep keep)
     {
+        DType type = backend.ActivationType;
         (Capacity, Keep) = (tokens, keep);
         _blocks = new BlockActivations[keep == Keep.Everything ? config.Layers : 1];
         for (int i = 0; i < _blocks.Length; i++)
         {
-            _blocks[i] = BlockActivations.Take(activations, config, tokens);
+            _blocks[i] = BlockActivations.Take(activations, type, config, tokens);
         }
 
         _inputs = new Tensor[config.Layers];
@@ -50,22 +52,23 @@ public sealed class Workspace : IDisposable
         {
             // One set serves all blocks, but block l's input has to stay until its backward.
             _inputs[l] = keep == Keep.BlockInputs && l > 0
-                ? activations.Take(tokens, config.Channels)
+                ? activations.Take(tokens, config.Channels, type)
                 : _blocks[l % _blocks.Length].Input;
         }
 
-        _branch = activations.Take(tokens, config.Channels);
-        _output = activations.Take(tokens, config.Channels);
+        _branch = activations.Take(tokens, config.Channels, type);
+        _output = activations.Take(tokens, config.Channels, type);
         _outputR = activations.Take(tokens, 1);
-        _final = activations.Take(tokens, config.Channels);
+        _final = activations.Take(tokens, config.Channels, type);
         _losses = activations.Take(tokens, 1);
-        LogitsChunk = activations.Take(Math.Min(tokens, RowsOfLogits(config.VocabularySize)), config.VocabularySize);
+        DType logits = keep == Keep.Nothing ? DType.F32 : type;
+        LogitsChunk = activations.Take(Math.Min(tokens, RowsOfLogits(backend, config.VocabularySize, logits)), config.VocabularySize, logits);
         Rope = activations.Take(config.ContextLength, config.HeadDim);
         if (gradients is not null)
         {
-            _gradients = BlockGradients.Take(gradients, config, tokens);
-            _dFinal = gradients.Take(tokens, config.Channels);
-            _dResidual = gradients.Take(tokens, config.Channels);
+            _gradients = BlockGradients.Take(gradients, type, config, tokens);
+            _dFinal = gradients.Take(tokens, config.Channels, type);
+            _dResidual = gradients.Take(tokens, config.Channels, type);
         }
     }
 
@@ -81,10 +84,10 @@ public sealed class Workspace : IDisposable
         ModelConfig config = model.Config with { ContextLength = contextLength ?? model.Config.ContextLength };
         Arena activations = Arena.Plan("activations");
         Arena? gradients = keep == Keep.Nothing ? null : Arena.Plan("activation gradients");
-        _ = new Workspace(activations, gradients, config, tokens, keep);
+        _ = new Workspace(activations, gradients, backend, config, tokens, keep);
         activations = backend.AllocateAs(activations);
         gradients = gradients is null ? null : backend.AllocateAs(gradients);
-        var workspace = new Workspace(activations, gradients, config, tokens, keep) { _own = (activations, gradients) };
+        var workspace = new Workspace(activations, gradients, backend, config, tokens, keep) { _own = (activations, gradients) };
         model.Prepare(workspace);
         return workspace;
     }
@@ -95,7 +98,7 @@ public sealed class Workspace : IDisposable
     /// <summary>Gets how much of the forward stays.</summary>
     public Keep Keep { get; }
 
-    /// <summary>Gets room for the logits of some rows, (R, V): all logits never exist at once.</summary>
+    /// <summary>Gets room for the logits of some rows, (R, V): all logits never exist at once. F32 where they are only read; where they become their gradient, as all activations.</summary>
     public Tensor LogitsChunk { get; }
 
     /// <summary>Gets the table of <see cref="Backend.Rope"/>, (T, D).</summary>
@@ -130,6 +133,6 @@ public sealed class Workspace : IDisposable
 
     internal Tensor DResidual(int n) => _dResidual.RowRange(0, n);
 
-    // 16 MiB of logits: large enough that the head's products run at full rate, small enough to stay in the cache.
-    private static int RowsOfLogits(int vocabulary) => Math.Max(64, (4 << 20) / vocabulary / 64 * 64);
+    private static int RowsOfLogits(Backend backend, int vocabulary, DType type) =>
+        Math.Max(64, backend.LogitsBytes / type.ByteCount() / vocabulary / 64 * 64);
 }

@@ -35,7 +35,7 @@ public sealed class TrainingMemory : IDisposable
             (model, optimizerState, activations, activationGradients, batch);
         Model = new LlamaModel(shape.Model, backend, model);
         Optimizer = new AdamWOptimizer(Model, backend, optimizerState, shape.AdamW, shape.Decay, shape.Rates);
-        Workspace = new Workspace(activations, activationGradients, shape.Model, shape.Sequences * shape.Context, shape.Keep);
+        Workspace = new Workspace(activations, activationGradients, backend, shape.Model, shape.Sequences * shape.Context, shape.Keep);
         Batch = new MicroBatch(batch, shape.Sequences, shape.Context);
         LossSum = batch.Take(1, 1, DType.F64);
         Scale = batch.Take(1, 1);
