@@ -1,5 +1,6 @@
 using System.Reflection;
 using System.Runtime.InteropServices;
+using TinyLlama.Compute.Cuda;
 
 namespace TinyLlama.Compute.Native;
 
@@ -8,6 +9,15 @@ internal static class SystemLibraries
 {
     /// <summary>libzstd.</summary>
     public const string Zstd = "zstd";
+
+    /// <summary>NVIDIA's driver.</summary>
+    public const string CudaDriver = "cuda";
+
+    /// <summary>NVIDIA's run-time compiler.</summary>
+    public const string Nvrtc = "nvrtc";
+
+    /// <summary>NVIDIA's matrix products.</summary>
+    public const string CublasLt = "cublasLt";
 
     static SystemLibraries() => NativeLibrary.SetDllImportResolver(typeof(SystemLibraries).Assembly, Find);
 
@@ -19,6 +29,11 @@ internal static class SystemLibraries
     /// <summary>Distributions install the versioned name alone; the plain one comes with the development package.</summary>
     private static nint Find(string library, Assembly assembly, DllImportSearchPath? search)
     {
+        if (library is CudaDriver or Nvrtc or CublasLt)
+        {
+            return CudaLibraries.Found.Handle(library);
+        }
+
         string[] names = library switch
         {
             Zstd => ["libzstd.so.1", "libzstd.1.dylib", "libzstd"],

@@ -1,0 +1,50 @@
+namespace TinyLlama.Compute.Cuda;
+
+/// <summary>Copies and conversions between F32, BF16 and F16, rounded to nearest, ties to even. Memory-bound.</summary>
+internal static class Copy
+{
+    private const int Threads = 256;
+
+    /// <summary>destination = source, of one shape; of any type where both have the same.</summary>
+    public static void Convert(CudaDevice device, Tensor destination, Tensor source)
+    {
+        Shape.Require(destination.Rows == source.Rows && destination.Columns == source.Columns, "tensors of one shape");
+        if (source.IsEmpty)
+        {
+            return;
+        }
+
+        if (destination.Type == source.Type)
+        {
+            device.Copy(
+                destination.Address, destination.Type.RowBytes(destination.Stride), source.Address, source.Type.RowBytes(source.Stride),
+                source.Type.RowBytes(source.Columns), source.Rows);
+            return;
+        }
+
+        string kernel = (destination.Type, source.Type) switch
+        {
+            (DType.F32, DType.BF16) => "copy_f32_bf16",
+            (DType.F32, DType.F16) => "copy_f32_f16",
+            (DType.BF16, DType.F32) => "copy_bf16_f32",
+            (DType.BF16, DType.F16) => "copy_bf16_f16",
+            (DType.F16, DType.F32) => "copy_f16_f32",
+            (DType.F16, DType.BF16) => "copy_f16_bf16",
+            _ => throw new ArgumentException("the operation needs types that convert into each other"),
+        };
+        int blocks = (source.Columns + Threads - 1) / Threads;
+        device.Launch(
+            kernel, (blocks, Math.Min(source.Rows, ushort.MaxValue), 1), Threads, 0, destination, (long)destination.Stride, source,
+            (long)source.Stride, source.Rows, source.Columns);
+    }
+
+    /// <summary>destination = 0.</summary>
+    public static void Zero(CudaDevice device, Tensor destination)
+    {
+        if (!destination.IsEmpty)
+        {
+            DType type = destination.Type;
+            device.Zero(destination.Address, type.RowBytes(destination.Stride), type.RowBytes(destination.Columns), destination.Rows);
+        }
+    }
+}

@@ -1,0 +1,167 @@
+using System.Runtime.CompilerServices;
+
+namespace TinyLlama.Compute.Cuda;
+
+/// <summary>
+/// An NVIDIA GPU. Activations and their gradients are BF16; statistics, masters, moments and gradients of weights are F32,
+/// sums over many F64. Everything is queued on one stream; the same inputs give the same bits.
+/// </summary>
+public sealed unsafe class CudaBackend : Backend
+{
+    private readonly CudaDevice _device;
+
+    private CudaBackend(CudaDevice device) => _device = device;
+
+    /// <inheritdoc/>
+    public override string Description =>
+        $"cuda:{_device.Ordinal}, {_device.Name}, sm_{_device.Capability}, {_device.Memory.Total / (double)(1L << 30):F1} GiB";
+
+    /// <inheritdoc/>
+    public override string Arithmetic => $"cuda {_device.Name}, sm_{_device.Capability}, NVRTC {KernelImages.CompilerVersion}";
+
+    /// <inheritdoc/>
+    public override DType ActivationType => DType.BF16;
+
+    /// <inheritdoc/>
+    public override DType CacheType => DType.BF16;
+
+    /// <inheritdoc/>
+    public override bool HasBackwardForm => false;
+
+    /// <inheritdoc/>
+    /// <remarks>256 MiB: 4,096 tokens of a vocabulary of 32,000 in BF16.</remarks>
+    public override int LogitsBytes => 256 << 20;
+
+    /// <summary>A backend for a GPU of this machine.</summary>
+    /// <param name="ordinal">Which, from 0.</param>
+    /// <exception cref="DeviceException">There is no such GPU, it is too old, or a library is missing.</exception>
+    public static CudaBackend Create(int ordinal = 0) => new(new CudaDevice(ordinal));
+
+    /// <inheritdoc/>
+    public override Arena Allocate(string name, long byteCount)
+    {
+        nint address = _device.Allocate(name, byteCount);
+        return Arena.Over(name, byteCount, address, () => _device.Free(address));
+    }
+
+    /// <inheritdoc/>
+    public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => throw new NotSupportedException("matrix products");
+
+    /// <inheritdoc/>
+    public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows) => throw new NotSupportedException("matrix products");
+
+    /// <inheritdoc/>
+    public override void Pack(Weight weight) => throw new NotSupportedException("matrix products");
+
+    /// <inheritdoc/>
+    public override void Write<T>(Tensor destination, ReadOnlySpan<T> source)
+    {
+        RequireElements<T>(destination, source.Length);
+        fixed (T* first = source)
+        {
+            _device.Write(destination.Address, first, (long)source.Length * sizeof(T));
+        }
+    }
+
+    /// <inheritdoc/>
+    public override void Read<T>(Span<T> destination, Tensor source)
+    {
+        RequireElements<T>(source, destination.Length);
+        fixed (T* first = destination)
+        {
+            _device.Read(first, source.Address, (long)destination.Length * sizeof(T));
+        }
+    }
+
+    /// <inheritdoc/>
+    public override void Zero(Tensor destination) => Cuda.Copy.Zero(_device, destination);
+
+    /// <inheritdoc/>
+    public override void Copy(Tensor destination, Tensor source) => Cuda.Copy.Convert(_device, destination, source);
+
+    /// <inheritdoc/>
+    public override void GatherRows(Tensor destination, Tensor source, Tensor rows) => throw new NotSupportedException("rows picked by index");
+
+    /// <inheritdoc/>
+    public override void Sum(Tensor total, Tensor values) => throw new NotSupportedException("sums");
+
+    /// <inheritdoc/>
+    public override void Embedding(Tensor output, Tensor table, Tensor tokens) => throw new NotSupportedException("the embedding");
+
+    /// <inheritdoc/>
+    public override void EmbeddingBackward(Tensor dTable, Tensor dOutput, Tensor tokens) => throw new NotSupportedException("the embedding");
+
+    /// <inheritdoc/>
+    public override void RmsNorm(Tensor output, Tensor r, Tensor input, Tensor weight, float epsilon) => throw new NotSupportedException("RMSNorm");
+
+    /// <inheritdoc/>
+    public override void AddRmsNorm(Tensor sum, Tensor output, Tensor r, Tensor input, Tensor branch, Tensor weight, float epsilon) =>
+        throw new NotSupportedException("RMSNorm");
+
+    /// <inheritdoc/>
+    public override void RmsNormBackward(Tensor dInput, Tensor dWeight, Tensor dOutput, Tensor input, Tensor weight, Tensor r) =>
+        throw new NotSupportedException("RMSNorm");
+
+    /// <inheritdoc/>
+    public override void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false) => throw new NotSupportedException("matrix products");
+
+    /// <inheritdoc/>
+    public override void MatMulBackwardInput(Tensor dInput, Tensor dOutput, Weight weight, bool accumulate = false) =>
+        throw new NotSupportedException("matrix products");
+
+    /// <inheritdoc/>
+    public override void MatMulBackwardWeight(Tensor dWeight, Tensor dOutput, Tensor input) => throw new NotSupportedException("matrix products");
+
+    /// <inheritdoc/>
+    public override void Rope(Tensor heads, Tensor positions, Tensor table, bool inverse = false) => throw new NotSupportedException("rotary positions");
+
+    /// <inheritdoc/>
+    public override void Attention(
+        Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
+        throw new NotSupportedException("attention");
+
+    /// <inheritdoc/>
+    public override void AttentionBackward(
+        Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
+        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) => throw new NotSupportedException("attention");
+
+    /// <inheritdoc/>
+    public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type) => throw new NotSupportedException("the key-value cache");
+
+    /// <inheritdoc/>
+    public override void AppendToCache(
+        Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
+        throw new NotSupportedException("the key-value cache");
+
+    /// <inheritdoc/>
+    public override void SwiGlu(Tensor output, Tensor gateUp) => throw new NotSupportedException("SwiGLU");
+
+    /// <inheritdoc/>
+    public override void SwiGluBackward(Tensor dGateUp, Tensor dOutput, Tensor gateUp) => throw new NotSupportedException("SwiGLU");
+
+    /// <inheritdoc/>
+    public override void CrossEntropy(Tensor losses, Tensor logits, Tensor targets, Tensor scale = default) => throw new NotSupportedException("cross-entropy");
+
+    /// <inheritdoc/>
+    public override void SumOfSquares(Tensor total, Tensor partials, ReadOnlySpan<Tensor> values) => throw new NotSupportedException("sums");
+
+    /// <inheritdoc/>
+    public override void AdamW(
+        Tensor values, Tensor first, Tensor second, Tensor gradient, Tensor step, Tensor sumOfSquares, AdamWSettings settings) =>
+        throw new NotSupportedException("AdamW");
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (disposing)
+        {
+            _device.Dispose();
+        }
+    }
+
+    private static void RequireElements<T>(Tensor tensor, int count)
+        where T : unmanaged =>
+        Shape.Require(
+            tensor.IsContiguous && tensor.Count == count && Unsafe.SizeOf<T>() == tensor.Type.ByteCount(),
+            "as many elements as the contiguous tensor has, of their size");
+}

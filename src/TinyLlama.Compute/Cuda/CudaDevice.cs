@@ -1,0 +1,288 @@
+using System.Diagnostics.CodeAnalysis;
+using System.Runtime.InteropServices;
+using System.Text;
+
+namespace TinyLlama.Compute.Cuda;
+
+/// <summary>
+/// One GPU: its primary context, one stream on which everything runs in order, and the kernels. Any thread may use it, one
+/// at a time.
+/// </summary>
+internal sealed unsafe class CudaDevice : IDisposable
+{
+    /// <summary>The oldest GPUs whose instructions the kernels use: Ampere.</summary>
+    public const int LeastCapability = 80;
+
+    [ThreadStatic]
+    private static nint s_current;
+
+    private readonly int _device;
+    private readonly nint _context;
+    private readonly nint _stream;
+    private readonly List<nint> _modules = [];
+    private readonly Dictionary<string, nint> _kernels = [];
+    private bool _disposed;
+
+    /// <summary>Opens a GPU and loads all kernels; the first time on a machine it compiles them.</summary>
+    /// <param name="ordinal">Which, from 0.</param>
+    /// <exception cref="DeviceException">There is no such GPU, or it or its libraries are too old.</exception>
+    public CudaDevice(int ordinal)
+    {
+        if (CudaLibraries.Found.Fault is { } fault)
+        {
+            throw new DeviceException(fault);
+        }
+
+        Check(CudaDriver.cuInit(0), "the driver could not begin");
+        int count, device;
+        Check(CudaDriver.cuDeviceGetCount(&count), "GPUs could not be counted");
+        if ((uint)ordinal >= (uint)count)
+        {
+            throw new DeviceException($"there is no cuda:{ordinal}: this machine has {count} NVIDIA GPU{(count == 1 ? "" : "s")}, counted from 0");
+        }
+
+        Check(CudaDriver.cuDeviceGet(&device, ordinal), "a GPU could not be opened");
+        (Ordinal, _device, Name) = (ordinal, device, NameOf(device));
+        Capability = (10 * Attribute(CudaDriver.CapabilityMajor)) + Attribute(CudaDriver.CapabilityMinor);
+        if (Capability < LeastCapability)
+        {
+            throw new DeviceException(
+                $"cuda:{ordinal} ({Name}) has compute capability {Capability / 10}.{Capability % 10} and its tensor cores know no bf16: 8.0 (Ampere, 2020) or newer is needed; use --device cpu");
+        }
+
+        Multiprocessors = Attribute(CudaDriver.Multiprocessors);
+        SharedBytes = Attribute(CudaDriver.SharedBytesOptIn);
+        nint context, stream;
+        Check(CudaDriver.cuDevicePrimaryCtxRetain(&context, device), "the GPU could not be used");
+        _context = context;
+        Check(CudaDriver.cuCtxSetCurrent(context), "the GPU could not be used");
+        s_current = context;
+        Check(CudaDriver.cuStreamCreate(&stream, CudaDriver.NonBlocking), "the GPU could not be used");
+        _stream = stream;
+        foreach (string source in KernelImages.Sources)
+        {
+            nint module;
+            fixed (byte* image = KernelImages.Get(source, Capability))
+            {
+                Check(CudaDriver.cuModuleLoadData(&module, image), source);
+            }
+
+            _modules.Add(module);
+        }
+    }
+
+    /// <summary>Gets its number, from 0.</summary>
+    public int Ordinal { get; }
+
+    /// <summary>Gets its name, as its maker gives it.</summary>
+    public string Name { get; }
+
+    /// <summary>Gets its compute capability, as 90.</summary>
+    public int Capability { get; }
+
+    /// <summary>Gets the number of its multiprocessors.</summary>
+    public int Multiprocessors { get; }
+
+    /// <summary>Gets the most shared memory of a block, in bytes.</summary>
+    public int SharedBytes { get; }
+
+    /// <summary>Gets the stream.</summary>
+    public nint Stream => _stream;
+
+    /// <summary>Gets the size of its memory in bytes, and how much of it is free.</summary>
+    public (long Free, long Total) Memory
+    {
+        get
+        {
+            MakeCurrent();
+            nuint free, total;
+            Check(CudaDriver.cuMemGetInfo_v2(&free, &total), "its memory");
+            return ((long)free, (long)total);
+        }
+    }
+
+    /// <summary>Allocates zeroed memory.</summary>
+    /// <param name="name">What it is for.</param>
+    /// <param name="bytes">Its size.</param>
+    /// <exception cref="DeviceException">There is not that much.</exception>
+    public nint Allocate(string name, long bytes)
+    {
+        MakeCurrent();
+        nint address;
+        int result = CudaDriver.cuMemAlloc_v2(&address, (nuint)Math.Max(1, bytes));
+        if (result == CudaDriver.OutOfMemory)
+        {
+            (long free, long total) = Memory;
+            throw new DeviceException(
+                $"'{name}' needs {Gibibytes(bytes)} and cuda:{Ordinal} ({Name}) has {Gibibytes(free)} of {Gibibytes(total)} free: use a smaller micro-batch, more recomputation or a smaller cache");
+        }
+
+        Check(result, name);
+        Check(CudaDriver.cuMemsetD8Async(address, 0, (nuint)bytes, _stream), name);
+        return address;
+    }
+
+    /// <summary>Gives memory back, after what is queued.</summary>
+    public void Free(nint address)
+    {
+        MakeCurrent();
+        Check(CudaDriver.cuMemFree_v2(address), "memory could not be given back");
+    }
+
+    /// <summary>Copies from the host, in order with everything else; the host memory is free on return.</summary>
+    public void Write(nint destination, void* source, long bytes)
+    {
+        MakeCurrent();
+        Check(CudaDriver.cuMemcpyHtoDAsync_v2(destination, source, (nuint)bytes, _stream), "a copy to the GPU");
+    }
+
+    /// <summary>Waits for everything queued, then copies to the host.</summary>
+    public void Read(void* destination, nint source, long bytes)
+    {
+        MakeCurrent();
+        Check(CudaDriver.cuMemcpyDtoHAsync_v2(destination, source, (nuint)bytes, _stream), "a copy from the GPU");
+        Check(CudaDriver.cuStreamSynchronize(_stream), "the operations before a copy from the GPU");
+    }
+
+    /// <summary>Copies rows of bytes on the device.</summary>
+    /// <param name="destination">The first byte of the first row.</param>
+    /// <param name="destinationPitch">Bytes from one row to the next.</param>
+    /// <param name="source">As the destination.</param>
+    /// <param name="sourcePitch">As the destination.</param>
+    /// <param name="width">Bytes of a row.</param>
+    /// <param name="rows">Number of rows.</param>
+    public void Copy(nint destination, long destinationPitch, nint source, long sourcePitch, long width, int rows)
+    {
+        MakeCurrent();
+        CudaDriver.Copy2D copy = new()
+        {
+            SourceType = CudaDriver.Copy2D.Device,
+            Source = source,
+            SourcePitch = (nuint)sourcePitch,
+            DestinationType = CudaDriver.Copy2D.Device,
+            Destination = destination,
+            DestinationPitch = (nuint)destinationPitch,
+            Width = (nuint)width,
+            Height = (nuint)rows,
+        };
+        Check(CudaDriver.cuMemcpy2DAsync_v2(&copy, _stream), "a copy on the GPU");
+    }
+
+    /// <summary>Sets rows of bytes to zero; arguments as in <see cref="Copy"/>.</summary>
+    public void Zero(nint destination, long pitch, long width, int rows)
+    {
+        MakeCurrent();
+        Check(CudaDriver.cuMemsetD2D8Async(destination, (nuint)pitch, 0, (nuint)width, (nuint)rows, _stream), "zeroing on the GPU");
+    }
+
+    /// <summary>Queues a kernel; nothing where the grid is empty. Allocates nothing but at the first launch of a kernel.</summary>
+    /// <param name="kernel">Its name in the sources.</param>
+    /// <param name="grid">Blocks.</param>
+    /// <param name="threads">Threads of a block.</param>
+    /// <param name="sharedBytes">Dynamic shared memory of a block.</param>
+    /// <param name="arguments">In the order of its parameters.</param>
+    /// <exception cref="DeviceException">The GPU failed, at this or at an earlier operation.</exception>
+    public void Launch(string kernel, (int X, int Y, int Z) grid, int threads, int sharedBytes, params ReadOnlySpan<KernelArgument> arguments)
+    {
+        if (grid.X == 0 || grid.Y == 0 || grid.Z == 0)
+        {
+            return;
+        }
+
+        MakeCurrent();
+        nint function = _kernels.TryGetValue(kernel, out nint known) ? known : Load(kernel);
+        fixed (KernelArgument* first = arguments)
+        {
+            // A null after the last, so that whoever looks on (the emulator of the tests) can count them.
+            void** pointers = stackalloc void*[arguments.Length + 1];
+            for (int i = 0; i < arguments.Length; i++)
+            {
+                pointers[i] = first + i;
+            }
+
+            pointers[arguments.Length] = null;
+            int result = CudaDriver.cuLaunchKernel(
+                function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z, (uint)threads, 1, 1, (uint)sharedBytes, _stream, pointers, null);
+            Check(result, kernel);
+        }
+    }
+
+    /// <summary>Throws the driver's error as one line.</summary>
+    /// <param name="result">What the driver returned.</param>
+    /// <param name="what">The kernel, or what was tried.</param>
+    public void Check(int result, string what)
+    {
+        if (result != 0)
+        {
+            Fail(result, what);
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        if (!_disposed)
+        {
+            _disposed = true;
+            MakeCurrent();
+            _modules.ForEach(module => _ = CudaDriver.cuModuleUnload(module));
+            _ = CudaDriver.cuStreamDestroy_v2(_stream);
+            _ = CudaDriver.cuDevicePrimaryCtxRelease_v2(_device);
+            s_current = 0;
+        }
+    }
+
+    private static string Gibibytes(long bytes) => $"{bytes / (double)(1L << 30):F2} GiB";
+
+    private static string NameOf(int device)
+    {
+        byte* name = stackalloc byte[256];
+        return CudaDriver.cuDeviceGetName(name, 256, device) == 0 ? Marshal.PtrToStringUTF8((nint)name)! : "unknown";
+    }
+
+    private void MakeCurrent()
+    {
+        if (s_current != _context)
+        {
+            Check(CudaDriver.cuCtxSetCurrent(_context), "the GPU could not be used");
+            s_current = _context;
+        }
+    }
+
+    private int Attribute(int attribute)
+    {
+        int value;
+        Check(CudaDriver.cuDeviceGetAttribute(&value, attribute, _device), "an attribute of the GPU");
+        return value;
+    }
+
+    // Finds a kernel and lets it ask for all the shared memory there is.
+    private nint Load(string kernel)
+    {
+        nint function = 0;
+        fixed (byte* name = Encoding.UTF8.GetBytes(kernel + '\0'))
+        {
+            int result = CudaDriver.NotFound;
+            for (int i = 0; i < _modules.Count && result == CudaDriver.NotFound; i++)
+            {
+                result = CudaDriver.cuModuleGetFunction(&function, _modules[i], name);
+            }
+
+            Check(result, kernel);
+        }
+
+        int known;
+        Check(CudaDriver.cuFuncGetAttribute(&known, CudaDriver.FunctionSharedBytes, function), kernel);
+        Check(CudaDriver.cuFuncSetAttribute(function, CudaDriver.FunctionDynamicSharedBytes, SharedBytes - known), kernel);
+        _kernels.Add(kernel, function);
+        return function;
+    }
+
+    [DoesNotReturn]
+    private void Fail(int result, string what)
+    {
+        byte* name;
+        string error = CudaDriver.cuGetErrorName(result, &name) == 0 ? Marshal.PtrToStringUTF8((nint)name)! : $"error {result}";
+        throw new DeviceException($"cuda:{Ordinal}{(Name is null ? "" : $" ({Name})")}: {what}: {error}");
+    }
+}

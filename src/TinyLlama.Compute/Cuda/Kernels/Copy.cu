@@ -1,0 +1,36 @@
+#include "Device.cuh"
+
+// to (rows, columns) = from, rounded to nearest; blocks in y are rows.
+template<class To, class From>
+__device__ __forceinline__ void convert(To* to, i64 to_stride, const From* from, i64 from_stride, int rows, int columns) {
+    const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+    for (int row = blockIdx.y; row < rows; row += gridDim.y) {
+        for (int column = first; column < columns; column += step) {
+            store(to[row * to_stride + column], to_float(from[row * from_stride + column]));
+        }
+    }
+}
+
+KERNEL(256) void copy_f32_bf16(float* to, i64 to_stride, const bf16* from, i64 from_stride, int rows, int columns) {
+    convert(to, to_stride, from, from_stride, rows, columns);
+}
+
+KERNEL(256) void copy_f32_f16(float* to, i64 to_stride, const f16* from, i64 from_stride, int rows, int columns) {
+    convert(to, to_stride, from, from_stride, rows, columns);
+}
+
+KERNEL(256) void copy_bf16_f32(bf16* to, i64 to_stride, const float* from, i64 from_stride, int rows, int columns) {
+    convert(to, to_stride, from, from_stride, rows, columns);
+}
+
+KERNEL(256) void copy_bf16_f16(bf16* to, i64 to_stride, const f16* from, i64 from_stride, int rows, int columns) {
+    convert(to, to_stride, from, from_stride, rows, columns);
+}
+
+KERNEL(256) void copy_f16_f32(f16* to, i64 to_stride, const float* from, i64 from_stride, int rows, int columns) {
+    convert(to, to_stride, from, from_stride, rows, columns);
+}
+
+KERNEL(256) void copy_f16_bf16(f16* to, i64 to_stride, const bf16* from, i64 from_stride, int rows, int columns) {
+    convert(to, to_stride, from, from_stride, rows, columns);
+}

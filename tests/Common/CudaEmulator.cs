@@ -1,0 +1,50 @@
+using System.Diagnostics;
+using System.Runtime.InteropServices;
+
+namespace TinyLlama.Tests.Common;
+
+/// <summary>The library that stands for a GPU where there is none: tests/CudaEmulator.</summary>
+internal static class CudaEmulator
+{
+    private static readonly Lazy<string?> s_fault = new(Install);
+
+    /// <summary>Builds it and makes the product's CUDA libraries be it, once a process; skips the test where it cannot be built.</summary>
+    public static void Require() => Assert.SkipWhen(s_fault.Value is not null, s_fault.Value ?? "");
+
+    private static string? Install()
+    {
+        if (!OperatingSystem.IsLinux() || RuntimeInformation.ProcessArchitecture != Architecture.X64)
+        {
+            return "the CUDA emulator runs on Linux for x64 alone";
+        }
+
+        if (!(Environment.GetEnvironmentVariable("PATH") ?? "").Split(':').Any(folder => File.Exists(Path.Combine(folder, "g++"))))
+        {
+            return "the CUDA emulator needs g++";
+        }
+
+        ProcessStartInfo start = new("bash", [Path.Combine(Checkout.Root, "tests", "CudaEmulator", "build.sh"), "plain"])
+        {
+            RedirectStandardOutput = true,
+            RedirectStandardError = true,
+        };
+        using Process process = Process.Start(start)!;
+        Task<string> errors = process.StandardError.ReadToEndAsync();
+        string folder = process.StandardOutput.ReadToEnd().Trim();
+        process.WaitForExit();
+        if (process.ExitCode != 0)
+        {
+            throw new InvalidOperationException($"the CUDA emulator could not be built:\n{errors.Result}");
+        }
+
+        string library = Path.Combine(folder, "libcuda-emulator.so");
+        foreach (string variable in (string[])["TINYLLAMA_CUDA_DRIVER", "TINYLLAMA_NVRTC", "TINYLLAMA_CUBLASLT"])
+        {
+            Environment.SetEnvironmentVariable(variable, library);
+        }
+
+        // Where the product keeps compiled kernels.
+        Environment.SetEnvironmentVariable("XDG_CACHE_HOME", Path.Combine(folder, "cache"));
+        return null;
+    }
+}

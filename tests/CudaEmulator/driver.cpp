@@ -1,0 +1,451 @@
+// libcuda and libnvrtc as far as the product calls them. Device memory is memory of the host; a module is what the emulator
+// was built with. Every call is done when it returns.
+#include "driver.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace driver {
+
+namespace {
+
+/// TINYLLAMA_CUDA_TRACE: where all that happens to the device is written, for replay.
+class Trace {
+public:
+    Trace() {
+        const char* path = getenv("TINYLLAMA_CUDA_TRACE");
+        file_ = path ? fopen(path, "wb") : nullptr;
+    }
+
+    ~Trace() {
+        if (file_) {
+            fclose(file_);
+        }
+    }
+
+    explicit operator bool() const { return file_ != nullptr; }
+
+    void put(const void* bytes, size_t count) { fwrite(bytes, 1, count, file_); }
+
+    template<class T> void put(const T& value) { put(&value, sizeof value); }
+
+    /// The event and its fields, in their order.
+    template<class... T> void event(Event event, const T&... fields) {
+        put(event);
+        (put(fields), ...);
+    }
+
+    void flush() { fflush(file_); }
+
+private:
+    FILE* file_;
+};
+
+std::mutex mutex;
+Trace trace;
+std::map<uint64_t, size_t> allocations;
+size_t allocated;
+
+/// What the device holds; TINYLLAMA_CUDA_MEMORY in bytes, by default 4 GiB.
+size_t capacity() {
+    const char* bytes = getenv("TINYLLAMA_CUDA_MEMORY");
+    return bytes ? strtoull(bytes, nullptr, 10) : (size_t)4 << 30;
+}
+
+bool inside(uint64_t address, size_t bytes) {
+    auto next = allocations.upper_bound(address);
+    return next != allocations.begin() && (--next, address + bytes <= next->first + next->second);
+}
+
+}  // namespace
+
+uint64_t hash(const void* memory, size_t bytes) {
+    uint64_t value = 14695981039346656037u;
+    for (size_t i = 0; i < bytes; i++) {
+        value = (value ^ ((const unsigned char*)memory)[i]) * 1099511628211u;
+    }
+
+    return value;
+}
+
+void memory_info(size_t& free, size_t& total) {
+    std::lock_guard lock(mutex);
+    total = capacity();
+    free = total - allocated;
+}
+
+// Of exactly that size, for the address sanitizer; with what was there before, as on a device: NaN.
+Result allocate(uint64_t& address, size_t bytes) {
+    std::lock_guard lock(mutex);
+    void* memory = nullptr;
+    if (bytes == 0) {
+        return InvalidValue;
+    }
+
+    if (allocated + bytes > capacity() || posix_memalign(&memory, 256, bytes) != 0) {
+        return OutOfMemory;
+    }
+
+    memset(memory, 0xff, bytes);
+    address = (uint64_t)memory;
+    allocations[address] = bytes;
+    allocated += bytes;
+    if (trace) {
+        trace.event(Event::Allocate, address, (uint64_t)bytes);
+    }
+
+    return Success;
+}
+
+Result release(uint64_t address) {
+    std::lock_guard lock(mutex);
+    auto found = allocations.find(address);
+    if (found == allocations.end()) {
+        return InvalidValue;
+    }
+
+    if (trace) {
+        trace.event(Event::Free, address);
+    }
+
+    allocated -= found->second;
+    allocations.erase(found);
+    free((void*)address);
+    return Success;
+}
+
+Result write(uint64_t to, const void* from, size_t bytes) {
+    std::lock_guard lock(mutex);
+    if (!inside(to, bytes)) {
+        return InvalidValue;
+    }
+
+    if (trace) {
+        trace.event(Event::Write, to, (uint64_t)bytes);
+        trace.put(from, bytes);
+    }
+
+    memcpy((void*)to, from, bytes);
+    return Success;
+}
+
+Result copy(uint64_t to, uint64_t from, size_t bytes) {
+    std::lock_guard lock(mutex);
+    if (!inside(to, bytes) || !inside(from, bytes)) {
+        return InvalidValue;
+    }
+
+    if (trace) {
+        trace.event(Event::Copy, to, from, (uint64_t)bytes);
+    }
+
+    memmove((void*)to, (void*)from, bytes);
+    return Success;
+}
+
+Result fill(uint64_t to, uint8_t value, size_t bytes) {
+    std::lock_guard lock(mutex);
+    if (!inside(to, bytes)) {
+        return InvalidValue;
+    }
+
+    if (trace) {
+        trace.event(Event::Fill, to, value, (uint64_t)bytes);
+    }
+
+    memset((void*)to, value, bytes);
+    return Success;
+}
+
+Result read(void* to, uint64_t from, size_t bytes) {
+    std::lock_guard lock(mutex);
+    if (!inside(from, bytes)) {
+        return InvalidValue;
+    }
+
+    memcpy(to, (void*)from, bytes);
+    if (trace) {
+        trace.event(Event::Read, from, (uint64_t)bytes, hash(to, bytes));
+        trace.flush();
+    }
+
+    return Success;
+}
+
+Result launch(const emulator::Function& function, dim3 grid, unsigned threads, size_t shared_bytes, void** arguments) {
+    if (trace) {
+        std::lock_guard lock(mutex);
+        trace.event(Event::Launch, (uint32_t)strlen(function.name));
+        trace.put(function.name, strlen(function.name));
+        trace.put(grid);
+        trace.put(threads);
+        trace.put((uint64_t)shared_bytes);
+        for (int i = 0; i < function.count && arguments[i]; i++) {
+            uint64_t value = 0;
+            memcpy(&value, arguments[i], function.parameters[i].bytes);
+            trace.put(value);
+        }
+
+        trace.flush();
+    }
+
+    return emulator::launch(function, grid, threads, shared_bytes, arguments) ? Success : LaunchFailed;
+}
+
+}  // namespace driver
+
+using driver::Result;
+
+static const std::map<int, const char*> names = {
+    {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"}, {500, "CUDA_ERROR_NOT_FOUND"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}};
+
+// A failed launch is the end of a context, as on a device.
+static Result sticky = driver::Success;
+
+static int keep(Result result) {
+    if (result == driver::LaunchFailed) {
+        sticky = result;
+    }
+
+    return sticky != driver::Success ? sticky : result;
+}
+
+static int environment(const char* name, int otherwise) {
+    const char* value = getenv(name);
+    return value ? atoi(value) : otherwise;
+}
+
+extern "C" {
+
+int cuInit(unsigned) {
+    emulator::schedule = environment("TINYLLAMA_CUDA_SCHEDULE", 0);
+    return 0;
+}
+
+int cuDriverGetVersion(int* version) {
+    *version = 13000;
+    return 0;
+}
+
+int cuDeviceGetCount(int* count) {
+    *count = 1;
+    return 0;
+}
+
+int cuDeviceGet(int* device, int) {
+    *device = 0;
+    return 0;
+}
+
+int cuDeviceGetName(char* name, int length, int) {
+    snprintf(name, length, "CUDA emulator");
+    return 0;
+}
+
+// The attributes of one H200; its compute capability can be told otherwise.
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+    const int capability = environment("TINYLLAMA_CUDA_CAPABILITY", 90);
+    switch (attribute) {
+        case 16: *value = 132; return 0;                 // multiprocessors
+        case 75: *value = capability / 10; return 0;
+        case 76: *value = capability % 10; return 0;
+        case 97: *value = 227 << 10; return 0;           // shared memory of a block, opt-in
+        default: return driver::InvalidValue;
+    }
+}
+
+int cuDeviceTotalMem_v2(size_t* bytes, int) {
+    size_t free;
+    driver::memory_info(free, *bytes);
+    return 0;
+}
+
+int cuMemGetInfo_v2(size_t* free, size_t* total) {
+    driver::memory_info(*free, *total);
+    return 0;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int) {
+    *context = (void*)1;
+    return 0;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+int cuCtxSetCurrent(void*) { return 0; }
+
+int cuStreamCreate(void** stream, unsigned) {
+    *stream = (void*)2;
+    return 0;
+}
+
+int cuStreamDestroy_v2(void*) { return 0; }
+int cuStreamSynchronize(void*) { return sticky; }
+
+int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return keep(driver::allocate(*address, bytes)); }
+int cuMemFree_v2(uint64_t address) { return keep(driver::release(address)); }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) { return keep(driver::write(to, from, bytes)); }
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) { return keep(driver::read(to, from, bytes)); }
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void*) { return keep(driver::copy(to, from, bytes)); }
+int cuMemsetD8Async(uint64_t to, uint8_t value, size_t bytes, void*) { return keep(driver::fill(to, value, bytes)); }
+
+int cuMemsetD2D8Async(uint64_t to, size_t pitch, uint8_t value, size_t width, size_t height, void*) {
+    Result result = driver::Success;
+    for (size_t row = 0; row < height && result == driver::Success; row++) {
+        result = driver::fill(to + row * pitch, value, width);
+    }
+
+    return keep(result);
+}
+
+// CUDA_MEMCPY2D.
+struct Copy2D {
+    size_t from_x, from_y;
+    int from_type;
+    const void* from_host;
+    uint64_t from;
+    void* from_array;
+    size_t from_pitch;
+    size_t to_x, to_y;
+    int to_type;
+    void* to_host;
+    uint64_t to;
+    void* to_array;
+    size_t to_pitch;
+    size_t width, height;
+};
+
+int cuMemcpy2DAsync_v2(const Copy2D* copy, void*) {
+    constexpr int Device = 2;
+    Result result = copy->from_type == Device && copy->to_type == Device ? driver::Success : driver::InvalidValue;
+    for (size_t row = 0; row < copy->height && result == driver::Success; row++) {
+        result = driver::copy(copy->to + row * copy->to_pitch, copy->from + row * copy->from_pitch, copy->width);
+    }
+
+    return keep(result);
+}
+
+// A module is a source; its image is the source's name, as nvrtcGetCUBIN below gives it.
+int cuModuleLoadData(void** module, const char* image) {
+    for (emulator::Source* source : emulator::sources()) {
+        if (strcmp(source->name, image) == 0) {
+            *module = source;
+            return 0;
+        }
+    }
+
+    return driver::InvalidValue;
+}
+
+int cuModuleUnload(void*) { return 0; }
+
+int cuModuleGetFunction(const void** function, const emulator::Source* module, const char* name) {
+    for (const emulator::Function& candidate : module->functions) {
+        if (strcmp(candidate.name, name) == 0) {
+            *function = &candidate;
+            return 0;
+        }
+    }
+
+    return driver::NotFound;
+}
+
+int cuFuncGetAttribute(int* value, int, const emulator::Function*) {
+    *value = 0;
+    return 0;
+}
+
+int cuFuncSetAttribute(const emulator::Function*, int, int) { return 0; }
+
+int cuLaunchKernel(
+    const emulator::Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z,
+    unsigned shared_bytes, void*, void** arguments, void**) {
+    if (sticky != driver::Success) {
+        return sticky;
+    }
+
+    return threads_y != 1 || threads_z != 1 ? (int)driver::InvalidValue
+                                            : keep(driver::launch(*function, {x, y, z}, threads, shared_bytes, arguments));
+}
+
+int cuGetErrorName(int error, const char** name) {
+    auto found = names.find(error);
+    *name = found == names.end() ? "CUDA_ERROR_UNKNOWN" : found->second;
+    return 0;
+}
+
+// ---- NVRTC --------------------------------------------------------------------------------------------------------
+
+// Its program is the source of that name, if the text is the one that the emulator was built with.
+struct Program {
+    std::string name, text;
+};
+
+// A version that no NVRTC has: what is kept on disk by version is never taken for a real one's.
+int nvrtcVersion(int* major, int* minor) {
+    *major = 0;
+    *minor = 0;
+    return 0;
+}
+
+int nvrtcGetNumSupportedArchs(int* count) {
+    *count = 2;
+    return 0;
+}
+
+int nvrtcGetSupportedArchs(int* architectures) {
+    architectures[0] = 80;
+    architectures[1] = 90;
+    return 0;
+}
+
+int nvrtcCreateProgram(Program** program, const char* text, const char* name, int, const char**, const char**) {
+    *program = new Program{name, text};
+    return 0;
+}
+
+static const emulator::Source* source_of(const Program* program) {
+    for (const emulator::Source* source : emulator::sources()) {
+        if (source->name == program->name && std::string(source->text, source->length) == program->text) {
+            return source;
+        }
+    }
+
+    return nullptr;
+}
+
+int nvrtcCompileProgram(Program* program, int, const char**) { return source_of(program) ? 0 : 6; }
+
+static const char log_text[] = "the emulator was built with other kernels than these: run tests/CudaEmulator/build.sh";
+
+int nvrtcGetProgramLogSize(Program*, size_t* bytes) {
+    *bytes = sizeof log_text;
+    return 0;
+}
+
+int nvrtcGetProgramLog(Program*, char* log) {
+    memcpy(log, log_text, sizeof log_text);
+    return 0;
+}
+
+int nvrtcGetCUBINSize(Program* program, size_t* bytes) {
+    *bytes = program->name.size() + 1;
+    return 0;
+}
+
+int nvrtcGetCUBIN(Program* program, char* image) {
+    memcpy(image, program->name.c_str(), program->name.size() + 1);
+    return 0;
+}
+
+int nvrtcDestroyProgram(Program** program) {
+    delete *program;
+    *program = nullptr;
+    return 0;
+}
+
+const char* nvrtcGetErrorString(int error) { return error == 6 ? "NVRTC_ERROR_COMPILATION" : "NVRTC_ERROR"; }
+
+}  // extern "C"

@@ -1,0 +1,25 @@
+namespace TinyLlama.Compute.Tests.Cuda;
+
+public sealed class CopyTests : CudaTests
+{
+    [Theory]
+    [InlineData(1, 1)]
+    [InlineData(3, 37)]
+    [InlineData(5, 300)]
+    public void Rounds_singles_to_the_nearest_bfloat16_and_back(int rows, int columns)
+    {
+        float[] values = new float[rows * columns];
+        for (int i = 0; i < values.Length; i++)
+        {
+            values[i] = MathF.Sin(i) * MathF.Pow(10, (i % 9) - 4);
+        }
+
+        Tensor source = PutStrided(rows, columns, values, DType.F32);
+        Tensor rounded = Take(rows, columns), back = Take(rows, columns, DType.F32);
+        Cuda.Copy(rounded, source);
+        Cuda.Copy(back, rounded);
+
+        Assert.Equal(Array.ConvertAll(values, Rounded), Get(rounded));
+        Assert.Equal(Get(rounded), Get(back));
+    }
+}
