@@ -489,6 +489,21 @@ uint64_t shuffle(const char* name, unsigned mask, uint64_t value, int source) {
     return warp.lanes[parity][source < 0 || source >= (int)Warp ? lane() : source].value;
 }
 
+unsigned ballot(unsigned mask, bool predicate) {
+    Lane in{};
+    in.value = predicate;
+    return collective("__ballot_sync", mask, in, false, [](Lane* lanes) {
+        uint32_t bits = 0;
+        for (unsigned l = 0; l < Warp; l++) {
+            bits |= (uint32_t)lanes[l].value << l;
+        }
+
+        for (unsigned l = 0; l < Warp; l++) {
+            lanes[l].r[0] = bits;
+        }
+    }).r[0];
+}
+
 void copy_queue(const Copy& copy) { current->open.push_back(copy); }
 
 void copy_close() {

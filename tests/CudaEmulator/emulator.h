@@ -90,6 +90,7 @@ struct Lane {
 
 Lane collective(const char* name, unsigned mask, const Lane& in, bool orders_memory, void (*all)(Lane*));
 uint64_t shuffle(const char* name, unsigned mask, uint64_t value, int source);
+unsigned ballot(unsigned mask, bool predicate);
 int lane();
 
 struct Copy {
@@ -153,6 +154,9 @@ template<class T> T __shfl_sync(unsigned mask, T value, int source) {
     return emulator::shuffle("__shfl_sync", mask, value, source & 31);
 }
 
+inline unsigned __ballot_sync(unsigned mask, int predicate) { return (unsigned)emulator::ballot(mask, predicate != 0); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
 inline unsigned __float_as_uint(float value) {
     unsigned bits;
     memcpy(&bits, &value, 4);
@@ -186,7 +190,6 @@ inline float float_from_f16(uint16_t bits) {
 }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
-inline float rsqrt_approx(float x) { return 1.0f / sqrtf(x); }
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 void ldmatrix_x4(uint32_t (&r)[4], const void* row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);

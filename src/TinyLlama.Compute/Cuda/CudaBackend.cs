@@ -80,27 +80,32 @@ public sealed unsafe class CudaBackend : Backend
     public override void Copy(Tensor destination, Tensor source) => Cuda.Copy.Convert(_device, destination, source);
 
     /// <inheritdoc/>
-    public override void GatherRows(Tensor destination, Tensor source, Tensor rows) => throw new NotSupportedException("rows picked by index");
+    public override void GatherRows(Tensor destination, Tensor source, Tensor rows) =>
+        Cuda.Embedding.Gather(_device, destination, source, rows);
 
     /// <inheritdoc/>
-    public override void Sum(Tensor total, Tensor values) => throw new NotSupportedException("sums");
+    public override void Sum(Tensor total, Tensor values) =>
+        Reductions.Sum(_device, total, values);
 
     /// <inheritdoc/>
-    public override void Embedding(Tensor output, Tensor table, Tensor tokens) => throw new NotSupportedException("the embedding");
+    public override void Embedding(Tensor output, Tensor table, Tensor tokens) =>
+        Cuda.Embedding.Forward(_device, output, table, tokens);
 
     /// <inheritdoc/>
-    public override void EmbeddingBackward(Tensor dTable, Tensor dOutput, Tensor tokens) => throw new NotSupportedException("the embedding");
+    public override void EmbeddingBackward(Tensor dTable, Tensor dOutput, Tensor tokens) =>
+        Cuda.Embedding.Backward(_device, dTable, dOutput, tokens);
 
     /// <inheritdoc/>
-    public override void RmsNorm(Tensor output, Tensor r, Tensor input, Tensor weight, float epsilon) => throw new NotSupportedException("RMSNorm");
+    public override void RmsNorm(Tensor output, Tensor r, Tensor input, Tensor weight, float epsilon) =>
+        Cuda.RmsNorm.Forward(_device, output, r, input, weight, epsilon);
 
     /// <inheritdoc/>
     public override void AddRmsNorm(Tensor sum, Tensor output, Tensor r, Tensor input, Tensor branch, Tensor weight, float epsilon) =>
-        throw new NotSupportedException("RMSNorm");
+        Cuda.RmsNorm.AddForward(_device, sum, output, r, input, branch, weight, epsilon);
 
     /// <inheritdoc/>
     public override void RmsNormBackward(Tensor dInput, Tensor dWeight, Tensor dOutput, Tensor input, Tensor weight, Tensor r) =>
-        throw new NotSupportedException("RMSNorm");
+        Cuda.RmsNorm.Backward(_device, dInput, dWeight, dOutput, input, weight, r);
 
     /// <inheritdoc/>
     public override void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false) => throw new NotSupportedException("matrix products");
@@ -113,7 +118,8 @@ public sealed unsafe class CudaBackend : Backend
     public override void MatMulBackwardWeight(Tensor dWeight, Tensor dOutput, Tensor input) => throw new NotSupportedException("matrix products");
 
     /// <inheritdoc/>
-    public override void Rope(Tensor heads, Tensor positions, Tensor table, bool inverse = false) => throw new NotSupportedException("rotary positions");
+    public override void Rope(Tensor heads, Tensor positions, Tensor table, bool inverse = false) =>
+        Cuda.Rope.Rotate(_device, heads, positions, table, inverse);
 
     /// <inheritdoc/>
     public override void Attention(
@@ -134,21 +140,25 @@ public sealed unsafe class CudaBackend : Backend
         throw new NotSupportedException("the key-value cache");
 
     /// <inheritdoc/>
-    public override void SwiGlu(Tensor output, Tensor gateUp) => throw new NotSupportedException("SwiGLU");
+    public override void SwiGlu(Tensor output, Tensor gateUp) =>
+        Cuda.SwiGlu.Forward(_device, output, gateUp);
 
     /// <inheritdoc/>
-    public override void SwiGluBackward(Tensor dGateUp, Tensor dOutput, Tensor gateUp) => throw new NotSupportedException("SwiGLU");
+    public override void SwiGluBackward(Tensor dGateUp, Tensor dOutput, Tensor gateUp) =>
+        Cuda.SwiGlu.Backward(_device, dGateUp, dOutput, gateUp);
 
     /// <inheritdoc/>
-    public override void CrossEntropy(Tensor losses, Tensor logits, Tensor targets, Tensor scale = default) => throw new NotSupportedException("cross-entropy");
+    public override void CrossEntropy(Tensor losses, Tensor logits, Tensor targets, Tensor scale = default) =>
+        Cuda.CrossEntropy.Forward(_device, losses, logits, targets, scale);
 
     /// <inheritdoc/>
-    public override void SumOfSquares(Tensor total, Tensor partials, ReadOnlySpan<Tensor> values) => throw new NotSupportedException("sums");
+    public override void SumOfSquares(Tensor total, Tensor partials, ReadOnlySpan<Tensor> values) =>
+        Reductions.SumOfSquares(_device, total, partials, values);
 
     /// <inheritdoc/>
     public override void AdamW(
         Tensor values, Tensor first, Tensor second, Tensor gradient, Tensor step, Tensor sumOfSquares, AdamWSettings settings) =>
-        throw new NotSupportedException("AdamW");
+        Cuda.AdamW.Step(_device, values, first, second, gradient, step, sumOfSquares, settings);
 
     /// <inheritdoc/>
     protected override void Dispose(bool disposing)

@@ -13,6 +13,9 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <summary>The oldest GPUs whose instructions the kernels use: Ampere.</summary>
     public const int LeastCapability = 80;
 
+    /// <summary>Bytes of <see cref="Scratch"/>: what cuBLASLt's kernels for Hopper ask for.</summary>
+    public const int ScratchBytes = 32 << 20;
+
     [ThreadStatic]
     private static nint s_current;
 
@@ -69,6 +72,8 @@ internal sealed unsafe class CudaDevice : IDisposable
 
             _modules.Add(module);
         }
+
+        Scratch = Allocate("scratch", ScratchBytes);
     }
 
     /// <summary>Gets its number, from 0.</summary>
@@ -88,6 +93,9 @@ internal sealed unsafe class CudaDevice : IDisposable
 
     /// <summary>Gets the stream.</summary>
     public nint Stream => _stream;
+
+    /// <summary>Gets memory that an operation may use until its last kernel ends; one after the other they all do.</summary>
+    public nint Scratch { get; }
 
     /// <summary>Gets the size of its memory in bytes, and how much of it is free.</summary>
     public (long Free, long Total) Memory
@@ -225,6 +233,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         {
             _disposed = true;
             MakeCurrent();
+            _ = CudaDriver.cuMemFree_v2(Scratch);
             _modules.ForEach(module => _ = CudaDriver.cuModuleUnload(module));
             _ = CudaDriver.cuStreamDestroy_v2(_stream);
             _ = CudaDriver.cuDevicePrimaryCtxRelease_v2(_device);

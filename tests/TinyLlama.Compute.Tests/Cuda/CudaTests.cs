@@ -11,6 +11,12 @@ namespace TinyLlama.Compute.Tests.Cuda;
 /// </summary>
 public abstract class CudaTests : IDisposable
 {
+    /// <summary>A unit in the last place of a bfloat16: where a sum in another order ends on the other side of a rounding.</summary>
+    protected const double Bf16 = 1.0 / 256;
+
+    /// <summary>Of sums in fp32 in another order.</summary>
+    protected const double F32 = 1e-5;
+
     private readonly List<Arena> _arenas = [];
     private readonly Random _random = new(1);
 
@@ -140,6 +146,15 @@ public abstract class CudaTests : IDisposable
         return tensor;
     }
 
+    protected double GetDouble(Tensor tensor)
+    {
+        Span<double> value = stackalloc double[1];
+        Cuda.Read(value, tensor);
+        return value[0];
+    }
+
+    protected Tensor ZeroOnCpu(int rows, int columns, DType type = DType.F32) => Own(Cpu, rows, columns, type);
+
     protected static float[] OfCpu(Tensor tensor) => tensor.HostSpan<float>().ToArray();
 
     /// <summary>Each element within the tolerance, relative to itself and to the root mean square of all.</summary>
@@ -159,6 +174,15 @@ public abstract class CudaTests : IDisposable
             double allowed = tolerance * (Math.Abs(expected[i]) + typical);
             Assert.True(error <= allowed, $"{what}[{i}]: expected {expected[i]:R}, got {actual[i]:R}, error {error:E2} of {allowed:E2} allowed");
         }
+    }
+
+    /// <summary>Runs it twice and asserts that the second run allocates nothing managed.</summary>
+    protected static void AllocatesNothing(Action operation)
+    {
+        operation();
+        long before = GC.GetAllocatedBytesForCurrentThread();
+        operation();
+        Assert.Equal(0, GC.GetAllocatedBytesForCurrentThread() - before);
     }
 
     private Tensor Own(Backend backend, int rows, int columns, DType type)

@@ -42,7 +42,7 @@ __device__ __forceinline__ float float_from_f16(u16 bits) {
     return value;
 }
 
-// 2^x, log2 x and 1 / √x to about 2 units in the last place, without a call.
+// 2ˣ and log₂ x to about 2 units in the last place, without a call.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -52,12 +52,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
 __device__ __forceinline__ float log2_approx(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float rsqrt_approx(float x) {
-    float y;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -105,10 +99,20 @@ struct f16 {
     u16 bits;
 };
 
-// Eight neighbours, loaded and stored as 16 bytes.
+// What one instruction loads or stores: 16 bytes at a multiple of 16.
+struct alignas(16) F32x4 {
+    float v[4];
+};
+
 struct alignas(16) Bf16x8 {
     bf16 v[8];
 };
+
+struct alignas(16) F16x8 {
+    f16 v[8];
+};
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
@@ -117,6 +121,57 @@ __device__ __forceinline__ float to_float(f16 x) { return float_from_f16(x.bits)
 __device__ __forceinline__ void store(float& to, float x) { to = x; }
 __device__ __forceinline__ void store(bf16& to, float x) { to.bits = bf16_from_float(x); }
 __device__ __forceinline__ void store(f16& to, float x) { to.bits = f16_from_float(x); }
+
+// Eight neighbours, the first of them at a multiple of 16 bytes.
+__device__ __forceinline__ void load(float (&x)[8], const float* from) {
+    const F32x4 low = *(const F32x4*)from, high = *(const F32x4*)(from + 4);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        x[k] = low.v[k];
+        x[4 + k] = high.v[k];
+    }
+}
+
+__device__ __forceinline__ void load(float (&x)[8], const bf16* from) {
+    const Bf16x8 eight = *(const Bf16x8*)from;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        x[k] = to_float(eight.v[k]);
+    }
+}
+
+__device__ __forceinline__ void load(float (&x)[8], const f16* from) {
+    const F16x8 eight = *(const F16x8*)from;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        x[k] = to_float(eight.v[k]);
+    }
+}
+
+__device__ __forceinline__ void store(float* to, const float (&x)[8]) {
+    F32x4 low, high;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        low.v[k] = x[k];
+        high.v[k] = x[4 + k];
+    }
+
+    *(F32x4*)to = low;
+    *(F32x4*)(to + 4) = high;
+}
+
+__device__ __forceinline__ void store(bf16* to, const float (&x)[8]) {
+    Bf16x8 eight;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+        store(eight.v[k], x[k]);
+    }
+
+    *(Bf16x8*)to = eight;
+}
+
+// eˣ.
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * 1.4426950408889634f); }
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
@@ -148,4 +203,18 @@ __device__ __forceinline__ float block_sum(float value) {
 
     __syncthreads();
     return warp_sum(lane < (int)blockDim.x / 32 ? warps[lane] : 0.0f);
+}
+
+// The largest of the block, as block_sum.
+__device__ __forceinline__ float block_max(float value) {
+    SHARED(float, warps, 32);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    value = warp_max(value);
+    __syncthreads();  // those of the call before have been read
+    if (lane == 0) {
+        warps[warp] = value;
+    }
+
+    __syncthreads();
+    return warp_max(lane < (int)blockDim.x / 32 ? warps[lane] : -infinity());
 }
