@@ -147,7 +147,7 @@ public sealed class LlamaModel : IDisposable
     /// Adds the gradients of scale · Σ loss to every parameter's, and leaves each token's loss in
     /// <see cref="Workspace.Losses"/>. Call after <see cref="Forward"/> on the same workspace.
     /// </summary>
-    /// <param name="w">The workspace of the forward; it must keep block inputs or everything.</param>
+    /// <param name="w">The workspace of the forward; it must not keep nothing.</param>
     /// <param name="tokens">(N, 1) of I32, as in the forward.</param>
     /// <param name="targets">(N, 1) of I32; negative ones are ignored.</param>
     /// <param name="scale">(1, 1) of F32: one over the targets of the whole step.</param>
@@ -166,6 +166,10 @@ public sealed class LlamaModel : IDisposable
             if (w.Keep == Keep.BlockInputs)
             {
                 _blocks[l].Activate(_backend, a, w.Branch(n), residual: default, w.Rope, layout, KeyValueSource.Batch);
+            }
+            else if (w.Keep == Keep.Products)
+            {
+                _blocks[l].Restore(_backend, a);
             }
 
             _blocks[l].Backward(_backend, a, d, dResidual, w.Rope, layout);

@@ -18,11 +18,17 @@ internal readonly record struct BlockActivations(
     Tensor Input, Tensor Norm1, Tensor R1, Tensor Qkv, Tensor Context, Tensor LogSumExp,
     Tensor Middle, Tensor Norm2, Tensor R2, Tensor GateUp, Tensor Gated)
 {
-    public static BlockActivations Take(Arena arena, DType type, ModelConfig c, int tokens) => new(
-        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Channels, type), arena.Take(tokens, 1),
+    /// <summary>Takes the buffers of a block.</summary>
+    /// <param name="arena">Their owner.</param>
+    /// <param name="type">The type of activations; statistics are F32.</param>
+    /// <param name="c">The model's shape.</param>
+    /// <param name="tokens">Most packed tokens.</param>
+    /// <param name="shared">The block whose Norm1, Norm2 and Gated this one overwrites; null for its own.</param>
+    public static BlockActivations Take(Arena arena, DType type, ModelConfig c, int tokens, BlockActivations? shared) => new(
+        arena.Take(tokens, c.Channels, type), shared?.Norm1 ?? arena.Take(tokens, c.Channels, type), arena.Take(tokens, 1),
         arena.Take(tokens, c.Channels + (2 * c.KeyValueChannels), type), arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Heads),
-        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Channels, type), arena.Take(tokens, 1),
-        arena.Take(tokens, 2 * c.Hidden, type), arena.Take(tokens, c.Hidden, type));
+        arena.Take(tokens, c.Channels, type), shared?.Norm2 ?? arena.Take(tokens, c.Channels, type), arena.Take(tokens, 1),
+        arena.Take(tokens, 2 * c.Hidden, type), shared?.Gated ?? arena.Take(tokens, c.Hidden, type));
 
     public BlockActivations Rows(int n) => new(
         Input.RowRange(0, n), Norm1.RowRange(0, n), R1.RowRange(0, n), Qkv.RowRange(0, n), Context.RowRange(0, n),
@@ -134,6 +140,14 @@ internal sealed class TransformerBlock
 
         b.AddRmsNorm(a.Middle, a.Norm2, a.R2, a.Input, branch, _norm2.Values, _config.NormEpsilon);
         _gateUp.Forward(b, a.GateUp, a.Norm2);
+        b.SwiGlu(a.Gated, a.GateUp);
+    }
+
+    /// <summary>Computes what <see cref="Keep.Products"/> does not keep again: to the same bits, as <see cref="Backend.AddRmsNorm"/> promises.</summary>
+    public void Restore(Backend b, in BlockActivations a)
+    {
+        b.RmsNorm(a.Norm1, a.R1, a.Input, _norm1.Values, _config.NormEpsilon);
+        b.RmsNorm(a.Norm2, a.R2, a.Middle, _norm2.Values, _config.NormEpsilon);
         b.SwiGlu(a.Gated, a.GateUp);
     }
 

@@ -11,6 +11,9 @@ public enum Keep
     /// <summary>Each block's input; backward runs the block's forward again.</summary>
     BlockInputs,
 
+    /// <summary>What products and attention read and write; backward computes the outputs of norms and of SwiGLU again.</summary>
+    Products,
+
     /// <summary>Everything that backward reads.</summary>
     Everything,
 }
@@ -41,10 +44,10 @@ public sealed class Workspace : IDisposable
     {
         DType type = backend.ActivationType;
         (Capacity, Keep) = (tokens, keep);
-        _blocks = new BlockActivations[keep == Keep.Everything ? config.Layers : 1];
+        _blocks = new BlockActivations[keep >= Keep.Products ? config.Layers : 1];
         for (int i = 0; i < _blocks.Length; i++)
         {
-            _blocks[i] = BlockActivations.Take(activations, type, config, tokens);
+            _blocks[i] = BlockActivations.Take(activations, type, config, tokens, keep == Keep.Products && i > 0 ? _blocks[0] : null);
         }
 
         _inputs = new Tensor[config.Layers];

@@ -59,8 +59,8 @@ public sealed record Recipe
     /// <summary>Gets <see cref="Precision"/> as it is on this machine.</summary>
     public DType Products => Precision ?? CpuPaths.FastestProducts;
 
-    /// <summary>Gets a value indicating whether backward runs the blocks' forward again instead of keeping activations.</summary>
-    public bool RecomputeBlocks { get; init; }
+    /// <summary>Gets which activations stay for backward; it computes the others again, to the same bits.</summary>
+    public Keep Keep { get; init; } = Keep.Everything;
 
     /// <summary>Gets which packed forms of the weights are kept. Changes no bit of the result.</summary>
     public PackedForms PackedWeights { get; init; } = PackedForms.Both;

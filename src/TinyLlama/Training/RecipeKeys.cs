@@ -32,7 +32,9 @@ internal static class RecipeKeys
     private static readonly (string, bool)[] s_documents = [("joined", false), ("masked", true)];
     private static readonly (string, DType?)[] s_precisions =
         [("auto", null), ("fp32", DType.F32), ("bf16", DType.BF16)];
-    private static readonly (string, bool)[] s_recompute = [("none", false), ("blocks", true)];
+    private static readonly (string, Keep)[] s_recompute =
+        [("none", Keep.Everything), ("elementwise", Keep.Products), ("blocks", Keep.BlockInputs)];
+
     private static readonly (string, PackedForms)[] s_packed =
         [("both", PackedForms.Both), ("forward", PackedForms.Forward), ("none", PackedForms.None)];
 
@@ -118,7 +120,7 @@ internal static class RecipeKeys
         Checkpoints("keep_best", (c, v) => c with { KeepBest = v.Boolean() }, c => Text(c.KeepBest)),
 
         new("precision", (r, v) => r with { Precision = v.Word<DType?>(s_precisions) }, r => Word(s_precisions, r.Precision)),
-        new("recompute", (r, v) => r with { RecomputeBlocks = v.Word<bool>(s_recompute) }, r => Word(s_recompute, r.RecomputeBlocks)),
+        new("recompute", (r, v) => r with { Keep = v.Word<Keep>(s_recompute) }, r => Word(s_recompute, r.Keep)),
         new("packed_weights", (r, v) => r with { PackedWeights = v.Word<PackedForms>(s_packed) }, r => Word(s_packed, r.PackedWeights)),
         new("threads", (r, v) => r with { Threads = (int)v.Integer(0, 1024) }, r => Text(r.Threads)),
     ];

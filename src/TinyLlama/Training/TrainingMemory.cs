@@ -7,7 +7,7 @@ namespace TinyLlama.Training;
 /// <param name="Model">The model's shape.</param>
 /// <param name="Sequences">Sequences of a micro-batch.</param>
 /// <param name="Context">Tokens of a sequence (T).</param>
-/// <param name="Keep">Whether blocks are recomputed in backward.</param>
+/// <param name="Keep">Which activations stay for backward.</param>
 /// <param name="AdamW">The optimizer's constants.</param>
 /// <param name="Decay">Which parameters decay.</param>
 /// <param name="Rates">Learning rates of the tables.</param>

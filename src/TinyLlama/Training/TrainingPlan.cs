@@ -65,7 +65,7 @@ public sealed record TrainingPlan
 
     /// <summary>Gets what decides how much memory the run takes.</summary>
     public TrainingShape Shape => new(
-        Model, SequencesPerMicroBatch, ContextLength, Recipe.RecomputeBlocks ? Keep.BlockInputs : Keep.Everything,
+        Model, SequencesPerMicroBatch, ContextLength, Recipe.Keep,
         new AdamWSettings(
             (float)Recipe.Optimizer.Beta1, (float)Recipe.Optimizer.Beta2, (float)Recipe.Optimizer.Epsilon,
             (float)Recipe.Optimizer.WeightDecay, (float)Recipe.Optimizer.Clip),
@@ -161,7 +161,8 @@ public sealed record TrainingPlan
         string parts = string.Join(", ", arenas.Select(arena => $"{arena.Name} {Gib(arena.Bytes)}"));
         string remedy = SequencesPerMicroBatch > 1 ? $"{Recipe.Origins.Describe("batch.micro_sequences")} less than {SequencesPerMicroBatch}"
             : Recipe.PackedWeights == PackedForms.Both ? "packed_weights: forward"
-            : !Recipe.RecomputeBlocks ? "recompute: blocks"
+            : Recipe.Keep == Keep.Everything ? "recompute: elementwise"
+            : Recipe.Keep == Keep.Products ? "recompute: blocks"
             : Recipe.PackedWeights == PackedForms.Forward ? "packed_weights: none"
             : "a smaller model or context";
         throw new UserErrorException(

@@ -151,7 +151,7 @@ public sealed class AdamWGoldenTests
     public void A_plan_counts_exactly_what_a_run_takes()
     {
         using CpuBackend backend = CpuBackend.Create(1);
-        foreach (Keep keep in (Keep[])[Keep.Everything, Keep.BlockInputs])
+        foreach (Keep keep in (Keep[])[Keep.Everything, Keep.Products, Keep.BlockInputs])
         {
             using TrainingMemory plan = TrainingMemory.Plan(TinyShape(keep), backend);
             using TrainingMemory run = TrainingMemory.Allocate(TinyShape(keep), backend);

@@ -56,7 +56,7 @@ public sealed class RecipeTests
     [InlineData("threads: 2000", "r.yaml:4:1: threads is 2000, but must be from 0 to 1,024")]
     [InlineData("optimizer: {learning_rate: nan}", "r.yaml:4:13: optimizer.learning_rate is 'nan', but a number above 0 is wanted")]
     [InlineData("optimizer: {beta2: 1}", "r.yaml:4:13: optimizer.beta2 is '1', but a number from 0 to below 1 is wanted")]
-    [InlineData("recompute: yes", "r.yaml:4:1: recompute is 'yes', but one of these is wanted: none, blocks")]
+    [InlineData("recompute: yes", "r.yaml:4:1: recompute is 'yes', but one of these is wanted: none, elementwise, blocks")]
     [InlineData("precision: fp16", "r.yaml:4:1: precision is 'fp16', but one of these is wanted: auto, fp32, bf16")]
     [InlineData("budget: {steps: 5}", "r.yaml:4:10: budget.steps is already set at r.yaml:3:10")]
     [InlineData("seed: 1\nseed: 2", "r.yaml:5:1: seed is already set at r.yaml:4:1")]
@@ -96,7 +96,7 @@ public sealed class RecipeTests
                 "r:2:1: sead is no key of a recipe; did you mean seed?",
                 "TINYLLAMA_SET batch=1: batch is a section; below it may stand global_tokens, micro_sequences, context",
                 "--set oops: want key=value, such as optimizer.learning_rate=3e-4",
-                "--set recompute=always: recompute is 'always', but one of these is wanted: none, blocks",
+                "--set recompute=always: recompute is 'always', but one of these is wanted: none, elementwise, blocks",
                 "r:3:1: threads is 'x', but a whole number is wanted",
             ],
             error.Message.Split('\n'));
@@ -262,7 +262,7 @@ public sealed class RecipeTests
             },
             Precision = new DType?[] { null, DType.F32, DType.BF16 }[random.Next(3)],
             PackedWeights = (PackedForms)random.Next(3),
-            RecomputeBlocks = random.Next(2) == 0,
+            Keep = (Keep)random.Next((int)Keep.BlockInputs, (int)Keep.Everything + 1),
             Threads = random.Next(1025),
         };
     }
