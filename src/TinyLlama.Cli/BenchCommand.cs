@@ -113,7 +113,7 @@ internal sealed class BenchCommand
             new Option<int?>("--depth") { Description = "Tokens that a sequence has before a round [default: 0]", HelpName = "N" }, 0);
         Option<int?> sequences = CommonOptions.AtLeast(
             new Option<int?>("--sequences") { Description = "Sequences that run together [default: 1]", HelpName = "N" }, 1);
-        Option<DType> cacheType = CommonOptions.CacheType();
+        Option<DType?> cacheType = CommonOptions.CacheType();
         var command = new Command(name, description) { model, tokensOption, depth, sequences, cacheType, _precision, _seconds, _threads, _json };
         command.SetAction((parse, stop) =>
         {

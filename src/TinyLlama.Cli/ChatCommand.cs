@@ -20,7 +20,8 @@ internal sealed class ChatCommand
 
     private readonly Option<string?> _lora = CommonOptions.Lora();
     private readonly Option<int?> _context = CommonOptions.Context();
-    private readonly Option<DType> _cacheType = CommonOptions.CacheType();
+    private readonly Option<DType?> _cacheType = CommonOptions.CacheType();
+    private readonly Option<Device?> _device = CommonOptions.Device();
     private readonly Option<int?> _threads = CommonOptions.Threads();
 
     /// <summary>The verb.</summary>
@@ -28,7 +29,7 @@ internal sealed class ChatCommand
 
     private Command Build()
     {
-        var command = new Command("chat", "Talk with a model in the terminal") { _model, _system, _template, _set, _lora, _context, _cacheType, _threads };
+        var command = new Command("chat", "Talk with a model in the terminal") { _model, _system, _template, _set, _lora, _context, _cacheType, _device, _threads };
         command.SetAction(RunAsync);
         return command;
     }
@@ -45,7 +46,8 @@ internal sealed class ChatCommand
         }
 
         using LanguageModel model = LanguageModel.Load(
-            parse.GetRequiredValue(_model), parse.GetValue(_threads) ?? 0, parse.GetValue(_context), Warn, parse.GetValue(_lora), cacheType: parse.GetValue(_cacheType));
+            parse.GetRequiredValue(_model), parse.GetValue(_threads) ?? 0, parse.GetValue(_context), Warn, parse.GetValue(_lora), cacheType: parse.GetValue(_cacheType),
+            device: parse.GetValue(_device) ?? default);
         ChatFormat chat = model.CreateChat(parse.GetValue(_template), Warn);
         using BatchGenerator generator = model.CreateBatch(places: 1, queue: 1);
         bool isTerminal = !Console.IsInputRedirected && ReferenceEquals(output, Console.Out);

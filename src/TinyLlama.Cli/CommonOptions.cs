@@ -52,27 +52,32 @@ internal static class CommonOptions
     }
 
     /// <summary><c>--cache-type T</c>: what keys and values are rounded to.</summary>
-    public static Option<DType> CacheType()
+    public static Option<DType?> CacheType()
     {
-        var option = new Option<DType>("--cache-type")
+        var option = new Option<DType?>("--cache-type")
         {
-            Description = "What keys and values are rounded to in the cache",
-            DefaultValueFactory = _ => DType.F16,
+            Description = "What keys and values are rounded to in the cache [default: f16, on a GPU bf16]",
             CustomParser = result => Enum.Parse<DType>(result.Tokens[0].Value, ignoreCase: true),
         };
-        return option.AcceptOnlyFromAmong("f32", "f16", "q8_0");
+        return option.AcceptOnlyFromAmong("f32", "f16", "bf16", "q8_0");
     }
 
-    /// <summary><c>--device cpu</c>.</summary>
-    public static Option<string> Device()
+    /// <summary><c>--device D</c>: what to compute on.</summary>
+    public static Option<Device?> Device() => new("--device")
     {
-        var option = new Option<string>("--device")
+        Description = "What to compute on: cpu, cuda (a GPU), cuda:N (the one of that number), or auto (a GPU where one can be used)",
+        HelpName = "D",
+        CustomParser = result =>
         {
-            Description = "What to compute on",
-            DefaultValueFactory = _ => "cpu",
-        };
-        return option.AcceptOnlyFromAmong("cpu");
-    }
+            if (Compute.Device.TryParse(result.Tokens[0].Value, out Device device))
+            {
+                return device;
+            }
+
+            result.AddError($"--device {result.Tokens[0].Value}: no such device; use cpu, cuda, cuda:N or auto");
+            return null;
+        },
+    };
 
     /// <summary><c>--max-tokens N</c>.</summary>
     public static Option<int?> MaxTokens(string description)

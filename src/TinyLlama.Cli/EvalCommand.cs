@@ -2,6 +2,7 @@ using System.CommandLine;
 using System.Globalization;
 using System.Text;
 using System.Text.Json.Nodes;
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Data.Shards;
 using TinyLlama.Evaluation;
@@ -39,6 +40,7 @@ internal sealed class EvalCommand
 
     private readonly Option<int?> _maxTokens = CommonOptions.MaxTokens("Score the first N tokens only");
     private readonly Option<int?> _context = CommonOptions.Context();
+    private readonly Option<Device?> _device = CommonOptions.Device();
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
 
@@ -49,7 +51,7 @@ internal sealed class EvalCommand
     {
         var command = new Command("eval", "Measure a trained model: loss, perplexity and bits per byte of a text")
         {
-            _run, _tasks, _data, _text, _maxTokens, _context, _threads, _json,
+            _run, _tasks, _data, _text, _maxTokens, _context, _device, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
         return command;
@@ -67,7 +69,7 @@ internal sealed class EvalCommand
         }
 
         using LanguageModel model = LanguageModel.Load(
-            run, parse.GetValue(_threads) ?? 0, warn: line => error.WriteLine("warning: " + line));
+            run, parse.GetValue(_threads) ?? 0, warn: line => error.WriteLine("warning: " + line), device: parse.GetValue(_device) ?? default);
         EvaluationTokens tokens = ReadTokens(parse, data, model);
         int context = parse.GetValue(_context) ?? model.Model.Config.ContextLength;
         Score score = Measure(run, model, tokens, recipe?.Data.MaskedDocuments ?? false, context, stop);

@@ -113,7 +113,8 @@ internal sealed class GenerateCommand
     };
 
     private readonly Option<int?> _context = CommonOptions.Context();
-    private readonly Option<DType> _cacheType = CommonOptions.CacheType();
+    private readonly Option<DType?> _cacheType = CommonOptions.CacheType();
+    private readonly Option<Device?> _device = CommonOptions.Device();
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
 
@@ -125,7 +126,7 @@ internal sealed class GenerateCommand
         var command = new Command("generate", "Continue a text with a trained model")
         {
             _run, _prompt, _maxTokens, _temperature, _topK, _topP, _minP, _penalty, _presence, _frequency, _seed, _stops, _schema, _overflow,
-            _lora, _draft, _draftTokens, _lookup, _beams, _lengthPenalty, _promptCache, _context, _cacheType, _threads, _json,
+            _lora, _draft, _draftTokens, _lookup, _beams, _lengthPenalty, _promptCache, _context, _cacheType, _device, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
         return command;
@@ -220,7 +221,8 @@ internal sealed class GenerateCommand
     }
 
     private LanguageModel Load(ParseResult parse, string path, TextWriter error, string? adapter = null, string? promptCache = null) => LanguageModel.Load(
-        path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line), adapter, promptCache, parse.GetValue(_cacheType));
+        path, parse.GetValue(_threads) ?? 0, parse.GetValue(_context), line => error.WriteLine("warning: " + line), adapter, promptCache, parse.GetValue(_cacheType),
+        parse.GetValue(_device) ?? default);
 
     private void RequireOneDraft(ParseResult parse)
     {

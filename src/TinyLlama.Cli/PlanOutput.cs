@@ -12,10 +12,10 @@ internal static class PlanOutput
     /// <param name="output">Where to.</param>
     /// <param name="plan">The plan.</param>
     /// <param name="device">What the run computes on, and how.</param>
-    /// <param name="arenas">The bytes of each arena.</param>
+    /// <param name="memory">What it takes of the device's memory.</param>
     /// <param name="tokensPerSecond">The speed to expect, or null where nothing is known of it.</param>
     public static void Write(
-        TextWriter output, TrainingPlan plan, string device, IReadOnlyList<(string Name, long Bytes)> arenas, double? tokensPerSecond)
+        TextWriter output, TrainingPlan plan, string device, MemoryPlan memory, double? tokensPerSecond)
     {
         ModelConfig model = plan.Model;
         string unit = plan.Recipe.Schedule.By == ScheduleUnit.Tokens ? "tokens" : "steps";
@@ -36,12 +36,17 @@ internal static class PlanOutput
         LearningRateSchedule schedule = plan.Schedule;
         Row("learning rate", $"{Kind(schedule)} over {unit}: to {schedule.Peak} in {schedule.Warmup:N0} {unit}{(schedule.Kind == ScheduleKind.Constant ? "" : $", then to {schedule.Minimum} at {schedule.End:N0}")}");
         Row("device", $"{device}");
-        foreach ((string name, long bytes) in arenas)
+        foreach ((string name, long bytes) in memory.Arenas)
         {
             Row($"  {name}", $"{Megabytes(bytes),12}");
         }
 
-        Row("memory", $"{Megabytes(arenas.Sum(arena => arena.Bytes)),12}");
+        Row("memory", $"{Megabytes(memory.Bytes),12} of {Megabytes(memory.AvailableBytes)}");
+        foreach (MemoryChoice choice in memory.Choices())
+        {
+            Row($"  recompute {choice.Recompute}", $"micro-batches of {choice.Sequences:N0} sequences fit, in {Megabytes(choice.Bytes)}");
+        }
+
         if (tokensPerSecond is double rate)
         {
             Row("time", $"{ProgressDisplay.Duration(Time(plan, rate))} at {rate:N0} tokens/s");
@@ -55,7 +60,7 @@ internal static class PlanOutput
 
     /// <summary>A plan for <c>--json</c>.</summary>
     public static JsonObject ToJson(
-        TrainingPlan plan, string device, IReadOnlyList<(string Name, long Bytes)> arenas, double? tokensPerSecond) => new()
+        TrainingPlan plan, string device, MemoryPlan memory, double? tokensPerSecond) => new()
         {
             ["preset"] = plan.Recipe.Preset,
             ["parameters"] = plan.Model.ParameterCount,
@@ -70,8 +75,15 @@ internal static class PlanOutput
             ["epochs"] = plan.Epochs,
             ["warmup_steps"] = plan.WarmupSteps,
             ["device"] = device,
-            ["arena_bytes"] = new JsonObject(arenas.Select(arena => KeyValuePair.Create(arena.Name, (JsonNode?)arena.Bytes))),
-            ["memory_bytes"] = arenas.Sum(arena => arena.Bytes),
+            ["arena_bytes"] = new JsonObject(memory.Arenas.Select(arena => KeyValuePair.Create(arena.Name, (JsonNode?)arena.Bytes))),
+            ["memory_bytes"] = memory.Bytes,
+            ["available_bytes"] = memory.AvailableBytes,
+            ["largest_micro_batches"] = new JsonArray([.. memory.Choices().Select(choice => new JsonObject
+            {
+                ["recompute"] = choice.Recompute,
+                ["sequences"] = choice.Sequences,
+                ["memory_bytes"] = choice.Bytes,
+            })]),
             ["tokens_per_second"] = tokensPerSecond,
             ["seconds"] = tokensPerSecond is double rate ? Time(plan, rate).TotalSeconds : null,
             ["warnings"] = new JsonArray([.. plan.Warnings.Select(warning => (JsonNode?)warning)]),

@@ -1,7 +1,7 @@
 using System.CommandLine;
 using System.Diagnostics;
 using System.Text.Json.Nodes;
-using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Training;
 
@@ -50,6 +50,11 @@ internal static class PretrainCommand
                 settings.Add($"threads={count}");
             }
 
+            if (parse.GetValue(device) is Device chosen)
+            {
+                settings.Add($"device={chosen}");
+            }
+
             Recipe resolved = RecipeFile.Read(file, [.. settings]);
             TextWriter writer = parse.InvocationConfiguration.Output;
             if (parse.GetValue(plan))
@@ -73,21 +78,21 @@ internal static class PretrainCommand
     private static void WritePlan(Recipe recipe, TextWriter writer, bool json)
     {
         TrainingPlan plan = TrainingRun.PlanOf(recipe, Warn);
-        using CpuBackend backend = CpuBackend.Create(recipe.Threads, products: recipe.Products);
-        using TrainingMemory memory = TrainingMemory.Plan(plan.Shape, backend);
+        using Backend backend = TrainingRun.OpenDevice(recipe);
+        var memory = new MemoryPlan(plan, backend);
 
         // A guess: half of the measured ceiling, which models of some size exceed.
-        double rate = CpuCeiling.Measure(backend).AllThreads * 1e9 / 2 / plan.FlopsPerToken;
+        double? rate = TrainingRun.PeakFlops(backend) / 2 / plan.FlopsPerToken;
         if (json)
         {
-            writer.WriteLine(PlanOutput.ToJson(plan, backend.Description, memory.Arenas, rate).ToJsonString(JsonOutput.Options));
+            writer.WriteLine(PlanOutput.ToJson(plan, backend.Description, memory, rate).ToJsonString(JsonOutput.Options));
         }
         else
         {
-            PlanOutput.Write(writer, plan, backend.Description, memory.Arenas, rate);
+            PlanOutput.Write(writer, plan, backend.Description, memory, rate);
         }
 
-        plan.RequireFits(memory.Arenas, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);
+        memory.RequireFits();
     }
 
     private static bool Train(Recipe recipe, string folder, TextWriter writer, bool json, long lastStep, CancellationToken stop)

@@ -2,6 +2,7 @@ using System.CommandLine;
 using System.Globalization;
 using System.Text.Json.Nodes;
 using TinyLlama.Checkpoints;
+using TinyLlama.Compute;
 using TinyLlama.Compute.Native;
 using TinyLlama.Data;
 using TinyLlama.Evaluation;
@@ -39,6 +40,7 @@ internal sealed class QuantizeCommand
         0);
 
     private readonly Option<bool> _force = new("--force") { Description = "Replace a file that is there" };
+    private readonly Option<Device?> _device = CommonOptions.Device();
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
 
@@ -49,7 +51,7 @@ internal sealed class QuantizeCommand
     {
         var command = new Command("quantize", "Write a model as a smaller GGUF file, and compare size, perplexity and speed")
         {
-            _model, _type, _out, _text, _maximumIncrease, _force, _threads, _json,
+            _model, _type, _out, _text, _maximumIncrease, _force, _device, _threads, _json,
         };
         command.SetAction((parse, stop) => Task.FromResult(Run(parse, stop)));
         return command;
@@ -105,7 +107,7 @@ internal sealed class QuantizeCommand
             bytes = source.WeightBytes;
         }
 
-        using LanguageModel model = LanguageModel.Load(path, parse.GetValue(_threads) ?? 0);
+        using LanguageModel model = LanguageModel.Load(path, parse.GetValue(_threads) ?? 0, device: parse.GetValue(_device) ?? default);
         double? perplexity = null;
         if (text is not null)
         {

@@ -1,6 +1,6 @@
 using System.CommandLine;
 using System.Globalization;
-using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute;
 using TinyLlama.Compute.Native;
 using TinyLlama.Data;
 using TinyLlama.Data.Documents;
@@ -42,10 +42,11 @@ internal static class QuickstartCommand
         };
         var output = CommonOptions.Out("The run's folder [default: runs/quickstart]");
         var set = CommonOptions.Set();
+        var device = CommonOptions.Device();
         var threads = CommonOptions.Threads();
         var command = new Command("quickstart", "From text to a model that writes text, in minutes; the same command again goes on")
         {
-            text, minutes, output, set, threads,
+            text, minutes, output, set, device, threads,
         };
         command.SetAction((parse, stop) =>
         {
@@ -56,8 +57,9 @@ internal static class QuickstartCommand
             }
 
             string folder = parse.GetValue(output) ?? Path.Combine("runs", "quickstart");
+            string[] settings = [.. parse.GetValue(set)!, .. parse.GetValue(device) is Device chosen ? [$"device={chosen}"] : Array.Empty<string>()];
             var job = new Job(
-                folder, parse.GetValue(text)!, TimeSpan.FromMinutes(time), parse.GetValue(set)!,
+                folder, parse.GetValue(text)!, TimeSpan.FromMinutes(time), settings,
                 parse.GetValue(threads) ?? Environment.ProcessorCount, parse.InvocationConfiguration.Output, stop);
             return Task.FromResult(job.Run() ? ExitCode.Success : ExitCode.Stopped);
         });
@@ -192,7 +194,7 @@ internal static class QuickstartCommand
             }
 
             TrainingPlan plan = TrainingPlan.Create(recipe);
-            using CpuBackend backend = CpuBackend.Create(threads, products: recipe.Products);
+            using Backend backend = TrainingRun.OpenDevice(recipe);
             TimeSpan step = TrainingSpeed.Measure(plan.Shape, backend, stop) * plan.AccumulationSteps;
             double steps = Math.Min(time * ShareForTraining / step, MostEpochs * manifest.Train.Tokens / plan.TokensPerStep);
             return recipe with { Budget = new BudgetSettings { Steps = Math.Max(plan.WarmupSteps + 1, (long)steps) } };

@@ -58,7 +58,8 @@ internal sealed class ServeCommand
     private readonly Option<int?> _timeout = Count("--timeout", "Most seconds that a reply may take, its waiting included [default: 600]");
     private readonly Option<int?> _maxBody = Count("--max-body", "Most bytes of a request [default: 2097152]");
     private readonly Option<int?> _context = CommonOptions.Context();
-    private readonly Option<DType> _cacheType = CommonOptions.CacheType();
+    private readonly Option<DType?> _cacheType = CommonOptions.CacheType();
+    private readonly Option<Device?> _device = CommonOptions.Device();
     private readonly Option<int?> _threads = CommonOptions.Threads();
 
     /// <summary>The verb.</summary>
@@ -71,7 +72,7 @@ internal sealed class ServeCommand
     {
         var command = new Command("serve", "Serve a model over HTTP: OpenAI's API and a chat page")
         {
-            _model, _host, _port, _name, _template, _lora, _keys, _keyFile, _origins, _places, _queue, _cache, _cacheType, _maxTokens, _timeout, _maxBody, _context, _threads,
+            _model, _host, _port, _name, _template, _lora, _keys, _keyFile, _origins, _places, _queue, _cache, _cacheType, _maxTokens, _timeout, _maxBody, _context, _device, _threads,
         };
         command.SetAction(RunAsync);
         return command;
@@ -130,6 +131,7 @@ internal sealed class ServeCommand
             Name = parse.GetValue(_name),
             ChatTemplate = parse.GetValue(_template),
             Adapter = parse.GetValue(_lora),
+            Device = parse.GetValue(_device) ?? default,
             Threads = parse.GetValue(_threads) ?? 0,
             ContextLength = parse.GetValue(_context),
             CacheType = parse.GetValue(_cacheType),

@@ -35,6 +35,9 @@ public abstract class Backend : IDisposable
     /// <summary>Gets the bytes of logits that are computed at a time, from whole tiles of rows: so many that the head's products run at full rate.</summary>
     public abstract int LogitsBytes { get; }
 
+    /// <summary>Gets the bytes that arenas may take together.</summary>
+    public abstract long AvailableBytes { get; }
+
     /// <summary>Allocates zeroed memory on the device.</summary>
     /// <param name="name">What the arena is for.</param>
     /// <param name="byteCount">Its size.</param>

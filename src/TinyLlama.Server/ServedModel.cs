@@ -15,7 +15,8 @@ public sealed class ServedModel : IDisposable
     {
         ArgumentNullException.ThrowIfNull(options);
         options.Validate();
-        _model = LanguageModel.Load(options.Model, options.Threads, options.ContextLength, options.Warn, options.Adapter, cacheType: options.CacheType);
+        _model = LanguageModel.Load(
+            options.Model, options.Threads, options.ContextLength, options.Warn, options.Adapter, cacheType: options.CacheType, device: options.Device);
         try
         {
             Chat = _model.CreateChat(options.ChatTemplate, line => options.Warn($"{options.Model}: {line}"));

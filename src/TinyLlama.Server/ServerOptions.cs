@@ -18,6 +18,9 @@ public sealed class ServerOptions
     /// <summary>Gets or sets a folder in which PEFT saved a LoRA adapter, which is added to the weights; null for none.</summary>
     public string? Adapter { get; set; }
 
+    /// <summary>Gets or sets what to compute on.</summary>
+    public Device Device { get; set; }
+
     /// <summary>Gets or sets the threads to compute with; 0 for one a core.</summary>
     public int Threads { get; set; }
 
@@ -33,8 +36,8 @@ public sealed class ServerOptions
     /// <summary>Gets or sets the memory for keys and values of all replies; by default 1 GiB, or less where all places need less.</summary>
     public long? CacheBytes { get; set; }
 
-    /// <summary>Gets or sets what keys and values are rounded to: F32, F16 or Q8_0.</summary>
-    public DType CacheType { get; set; } = DType.F16;
+    /// <summary>Gets or sets what keys and values are rounded to; by default what the device likes best.</summary>
+    public DType? CacheType { get; set; }
 
     /// <summary>Gets or sets the most new tokens of a reply; null for as many as the context holds.</summary>
     public int? MaxTokens { get; set; }
@@ -61,7 +64,7 @@ public sealed class ServerOptions
         Require(Model.Length > 0, "no model is named");
         Require(Places >= 1, $"places is {Places}, it must be 1 or more");
         Require(Queue >= 1, $"queue is {Queue}, it must be 1 or more");
-        Require(CacheType is DType.F32 or DType.F16 or DType.Q8_0, $"the cache is of {CacheType}, it must be of F32, F16 or Q8_0");
+        Require(CacheType is null or DType.F32 or DType.F16 or DType.BF16 or DType.Q8_0, $"the cache is of {CacheType}, it must be of F32, F16, BF16 or Q8_0");
         Require(CacheBytes is null or >= 1, $"the cache has {CacheBytes} bytes, it must have 1 or more");
         Require(MaxTokens is null or >= 1, $"max tokens is {MaxTokens}, it must be 1 or more");
         Require(MaxBodyBytes >= 1, $"the largest body is {MaxBodyBytes} bytes, it must be 1 or more");

@@ -15,8 +15,8 @@ namespace TinyLlama.Cli.Bench;
 /// <param name="Depth">Tokens that each has before the round, unmeasured.</param>
 /// <param name="Tokens">Tokens of each in the round: prefilled in one piece, or decoded one after the other.</param>
 /// <param name="Decode">Whether they are decoded.</param>
-/// <param name="CacheType">What keys and values are rounded to.</param>
-internal readonly record struct InferenceRound(int Sequences, int Depth, int Tokens, bool Decode, DType CacheType);
+/// <param name="CacheType">What keys and values are rounded to; null for what the device likes best.</param>
+internal readonly record struct InferenceRound(int Sequences, int Depth, int Tokens, bool Decode, DType? CacheType);
 
 /// <summary>Prefill or decode of random tokens with a model from files, and where the time goes.</summary>
 /// <param name="Config">The model's shape.</param>
@@ -151,7 +151,7 @@ internal sealed record InferenceBench(
         ["depth"] = Round.Depth,
         ["tokens"] = Round.Tokens,
         ["decode"] = Round.Decode,
-        ["cache_type"] = Round.CacheType.ToString(),
+        ["cache_type"] = Round.CacheType?.ToString(),
         ["best_tokens_per_second"] = Tokens / Time.Best,
         ["median_tokens_per_second"] = Tokens / Time.Median,
         ["first_token_seconds"] = Load,

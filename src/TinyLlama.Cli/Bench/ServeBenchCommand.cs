@@ -4,6 +4,7 @@ using System.Globalization;
 using System.Net;
 using System.Net.Http.Headers;
 using Microsoft.AspNetCore.Builder;
+using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Server;
 
@@ -29,6 +30,7 @@ internal sealed class ServeBenchCommand
     private readonly Option<int?> _tokens = Count("--tokens", "New tokens of a reply [default: 64]");
     private readonly Option<int?> _places = Count("--places", "Replies that a server of its own computes together [default: the most clients]");
     private readonly Option<string?> _key = new("--api-key") { Description = "The key of another server", HelpName = "KEY" };
+    private readonly Option<Device?> _device = CommonOptions.Device();
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
 
@@ -59,7 +61,7 @@ internal sealed class ServeBenchCommand
     {
         var command = new Command("serve", "Ask a server over HTTP and measure time to first token and tokens/s")
         {
-            _model, _clients, _requests, _prompt, _tokens, _places, _key, _threads, _json,
+            _model, _clients, _requests, _prompt, _tokens, _places, _key, _device, _threads, _json,
         };
         command.SetAction(RunAsync);
         return command;
@@ -81,6 +83,7 @@ internal sealed class ServeBenchCommand
 
             // Texts are asked for, no conversations: whether the model has a template of its own does not matter.
             ChatTemplate = "zephyr",
+            Device = parse.GetValue(_device) ?? default,
             Threads = parse.GetValue(_threads) ?? 0,
             Places = parse.GetValue(_places) ?? clients.Max(),
             Queue = clients.Max(),

@@ -34,6 +34,9 @@ internal sealed class TimedBackend(Backend inner) : Backend
     /// <inheritdoc/>
     public override int LogitsBytes => inner.LogitsBytes;
 
+    /// <inheritdoc/>
+    public override long AvailableBytes => inner.AvailableBytes;
+
     /// <summary>What was measured since the last call of this, in the order of the first calls.</summary>
     public OperationTimes[] TakeTimes()
     {

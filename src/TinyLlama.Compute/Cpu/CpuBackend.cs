@@ -38,6 +38,9 @@ public abstract class CpuBackend : Backend
     /// <remarks>16 MiB: they stay in the cache between the head and its backward.</remarks>
     public override int LogitsBytes => 16 << 20;
 
+    /// <inheritdoc/>
+    public override long AvailableBytes => GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
+
     private string Kernels => Products == DType.F32 ? $"{Path}" : $"{Path} with products in bf16";
 
     internal ThreadTeam Team { get; }

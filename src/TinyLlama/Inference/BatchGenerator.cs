@@ -40,17 +40,17 @@ public sealed class BatchGenerator : IDisposable
     /// <param name="cacheBytes">
     /// Memory for keys and values of all texts; by default 1 GiB, or less where all places need less. At least one context.
     /// </param>
-    /// <param name="cacheType">What keys and values are rounded to: F32, F16 or Q8_0.</param>
+    /// <param name="cacheType">What keys and values are rounded to; by default what the device likes best (<see cref="Backend.CacheType"/>).</param>
     /// <exception cref="UserErrorException">The tokenizer is not of the model, or one context does not fit the cache.</exception>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public BatchGenerator(
         LlamaModel model, Backend backend, ITokenizer tokenizer, bool addBos = true, int? contextLength = null, int places = 16, int queue = 256,
-        long? cacheBytes = null, DType cacheType = DType.F16)
+        long? cacheBytes = null, DType? cacheType = null)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(queue, 1);
         int context = contextLength ?? model.Config.ContextLength;
         _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);
-        int blocks = BlocksFor(KeyValueCache.BlockBytes(backend, model.Config, cacheType), context, places, cacheBytes);
+        int blocks = BlocksFor(KeyValueCache.BlockBytes(backend, model.Config, cacheType ?? backend.CacheType), context, places, cacheBytes);
         var engine = new InferenceEngine(model, backend, context, places, cacheBlocks: blocks, cacheType: cacheType);
         (_queue, _channels) = (queue, engine.Channels);
         _scheduler = new BatchScheduler(engine, places);

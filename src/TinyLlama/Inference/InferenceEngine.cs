@@ -44,11 +44,11 @@ public sealed class InferenceEngine : IDisposable
     /// Blocks of <see cref="TokenLayout.KeyBlock"/> positions that the sequences share, at least those of one context; by
     /// default so many that each sequence can reach the whole context.
     /// </param>
-    /// <param name="cacheType">What keys and values are rounded to: F32, F16 or Q8_0.</param>
+    /// <param name="cacheType">What keys and values are rounded to; by default what the device likes best (<see cref="Backend.CacheType"/>).</param>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public InferenceEngine(
         LlamaModel model, Backend backend, int? contextLength = null, int sequences = 1, int tokensPerForward = PrefillTokens,
-        int? cacheBlocks = null, DType cacheType = DType.F16)
+        int? cacheBlocks = null, DType? cacheType = null)
     {
         (_model, _backend) = (model, backend);
         ContextLength = contextLength ?? model.Config.ContextLength;
@@ -71,7 +71,7 @@ public sealed class InferenceEngine : IDisposable
         _workspace = Workspace.Allocate(model, backend, Capacity, Keep.Nothing, ContextLength);
 
         (KeyValueCache, TokenLayout, Tensor, Tensor, Tensor) Take(Arena arena) => (
-            new KeyValueCache(arena, backend, model.Config, blocks, cacheType),
+            new KeyValueCache(arena, backend, model.Config, blocks, cacheType ?? backend.CacheType),
             new TokenLayout(arena, Capacity, sequences, tableEntries),
             arena.Take(Capacity, 1, DType.I32),
             arena.Take(sequences, 1, DType.I32),

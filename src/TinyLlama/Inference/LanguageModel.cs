@@ -2,7 +2,6 @@ using Microsoft.Extensions.AI;
 using TinyLlama.Chat;
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
-using TinyLlama.Compute.Cpu;
 using TinyLlama.Data;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Model;
@@ -47,7 +46,7 @@ public sealed class LanguageModel : IDisposable
     /// <summary>Gets the most tokens of a text.</summary>
     public int ContextLength { get; }
 
-    /// <summary>Gets what keys and values of texts are rounded to: F32, F16 or Q8_0.</summary>
+    /// <summary>Gets what keys and values of texts are rounded to.</summary>
     public DType CacheType { get; private init; }
 
     /// <summary>Gets or sets what proposes tokens to <see cref="Generate"/>; null for nothing. Its owner disposes of it.</summary>
@@ -67,17 +66,18 @@ public sealed class LanguageModel : IDisposable
     /// A file for the keys and values of the last prompt given to <see cref="Generate"/>, so that a prompt that begins alike
     /// is not computed again; null for none. The weights are hashed, to tell models apart.
     /// </param>
-    /// <param name="cacheType">What keys and values of texts are rounded to: F32, F16 or Q8_0.</param>
+    /// <param name="cacheType">What keys and values of texts are rounded to; by default what the device likes best (<see cref="Backend.CacheType"/>).</param>
+    /// <param name="device">What to compute on.</param>
     /// <exception cref="UserErrorException">There is no such model or adapter, it is damaged, or the model has no tokenizer.</exception>
-    /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
+    /// <exception cref="DeviceException">There is no such device, or it has too little memory.</exception>
     public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null, string? adapter = null,
-        string? promptCache = null, DType cacheType = DType.F16)
+        string? promptCache = null, DType? cacheType = null, Device device = default)
     {
         warn ??= static _ => { };
         using ModelSource source = adapter is null ? ModelSource.Open(path, warn) : ModelSource.Open(path, adapter, warn);
         BpeTokenizer tokenizer = source.LoadTokenizer()
             ?? throw new UserErrorException($"{source.Path}: has no tokenizer; {source.TokenizerAdvice}");
-        CpuBackend backend = CpuBackend.Create(threads);
+        Backend backend = device.Open(threads);
         LlamaModel? model = null;
         try
         {
@@ -91,9 +91,9 @@ public sealed class LanguageModel : IDisposable
                 source.AddsBos,
                 () => template is null ? null : Chat.ChatTemplate.Parse(template, origin),
                 contextLength ?? source.Config.ContextLength,
-                promptCache is null ? null : new PromptCache(promptCache, $"{source.Hash()} {backend.Path} {backend.Products} {cacheType}"))
+                promptCache is null ? null : new PromptCache(promptCache, $"{source.Hash()} {backend.Arithmetic} {cacheType ?? backend.CacheType}"))
             {
-                CacheType = cacheType,
+                CacheType = cacheType ?? backend.CacheType,
             };
         }
         catch

@@ -17,11 +17,11 @@ public sealed class TextGenerator : IDisposable
     /// <param name="tokenizer">The tokenizer that the model was trained with.</param>
     /// <param name="addBos">Whether a prompt begins with BOS, where the vocabulary has one.</param>
     /// <param name="contextLength">Most tokens of prompt and continuation; by default what the model is trained for.</param>
-    /// <param name="cacheType">What keys and values are rounded to: F32, F16 or Q8_0.</param>
+    /// <param name="cacheType">What keys and values are rounded to; by default what the device likes best (<see cref="Backend.CacheType"/>).</param>
     /// <exception cref="UserErrorException">The tokenizer is not of the model.</exception>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public TextGenerator(
-        LlamaModel model, Backend backend, ITokenizer tokenizer, bool addBos = true, int? contextLength = null, DType cacheType = DType.F16)
+        LlamaModel model, Backend backend, ITokenizer tokenizer, bool addBos = true, int? contextLength = null, DType? cacheType = null)
     {
         int context = contextLength ?? model.Config.ContextLength;
         _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);

@@ -65,7 +65,10 @@ public sealed record Recipe
     /// <summary>Gets which packed forms of the weights are kept. Changes no bit of the result.</summary>
     public PackedForms PackedWeights { get; init; } = PackedForms.Both;
 
-    /// <summary>Gets the number of threads; 0 for one a core. Changes no bit of the result.</summary>
+    /// <summary>Gets what the run computes on.</summary>
+    public Device Device { get; init; }
+
+    /// <summary>Gets the number of threads of the CPU; 0 for one a core. Changes no bit of the result.</summary>
     public int Threads { get; init; }
 
     /// <summary>Gets where each key was set, for messages; not part of what makes two recipes equal.</summary>

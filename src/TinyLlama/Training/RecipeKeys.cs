@@ -122,8 +122,15 @@ internal static class RecipeKeys
         new("precision", (r, v) => r with { Precision = v.Word<DType?>(s_precisions) }, r => Word(s_precisions, r.Precision)),
         new("recompute", (r, v) => r with { Keep = v.Word<Keep>(s_recompute) }, r => Word(s_recompute, r.Keep)),
         new("packed_weights", (r, v) => r with { PackedWeights = v.Word<PackedForms>(s_packed) }, r => Word(s_packed, r.PackedWeights)),
+        new("device", (r, v) => r with { Device = v.Device() }, r => Quote(r.Device.ToString())),
         new("threads", (r, v) => r with { Threads = (int)v.Integer(0, 1024) }, r => Text(r.Threads)),
     ];
+
+    /// <summary>What a recipe calls which activations are recomputed.</summary>
+    public static string Name(Keep keep) => Word(s_recompute, keep);
+
+    /// <summary>What a recipe calls which packed forms are kept.</summary>
+    public static string Name(PackedForms forms) => Word(s_packed, forms);
 
     private static Recipe ReadPreset(Recipe recipe, RecipeValue value)
     {

@@ -1,5 +1,6 @@
 using System.Globalization;
 using System.Text;
+using TinyLlama.Compute;
 using TinyLlama.Data;
 
 namespace TinyLlama.Training;
@@ -64,6 +65,10 @@ internal sealed record RecipeValue(string Key, IReadOnlyList<string> Items, bool
     }
 
     public bool Boolean() => Word(("true", true), ("false", false));
+
+    public Device Device() => Compute.Device.TryParse(Text(), out Device device)
+        ? device
+        : throw Refuse($"is '{Text()}', but one of these is wanted: cpu, cuda, cuda:N, auto");
 
     /// <summary>One of a few words.</summary>
     public T Word<T>(params ReadOnlySpan<(string Word, T Value)> choices)

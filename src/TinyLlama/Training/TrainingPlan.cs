@@ -146,31 +146,6 @@ public sealed record TrainingPlan
         };
     }
 
-    /// <summary>Refuses a run that the machine's memory cannot hold.</summary>
-    /// <param name="arenas">The bytes of each arena.</param>
-    /// <param name="availableBytes">The machine's memory.</param>
-    /// <exception cref="UserErrorException">It cannot fit; says what takes how much, and what to change.</exception>
-    public void RequireFits(IReadOnlyList<(string Name, long Bytes)> arenas, long availableBytes)
-    {
-        long needed = arenas.Sum(arena => arena.Bytes);
-        if (needed <= availableBytes)
-        {
-            return;
-        }
-
-        string parts = string.Join(", ", arenas.Select(arena => $"{arena.Name} {Gib(arena.Bytes)}"));
-        string remedy = SequencesPerMicroBatch > 1 ? $"{Recipe.Origins.Describe("batch.micro_sequences")} less than {SequencesPerMicroBatch}"
-            : Recipe.PackedWeights == PackedForms.Both ? "packed_weights: forward"
-            : Recipe.Keep == Keep.Everything ? "recompute: elementwise"
-            : Recipe.Keep == Keep.Products ? "recompute: blocks"
-            : Recipe.PackedWeights == PackedForms.Forward ? "packed_weights: none"
-            : "a smaller model or context";
-        throw new UserErrorException(
-            $"the run needs {Gib(needed)} ({parts}), but this machine has {Gib(availableBytes)}; try {remedy}");
-
-        static string Gib(long bytes) => Invariant($"{bytes / (double)(1L << 30):0.00} GiB");
-    }
-
     private static ModelConfig ChooseModel(Recipe recipe, ModelConfig? initial, List<string> problems)
     {
         if (recipe.Model is not ModelConfig own)

@@ -5,6 +5,7 @@ using TinyLlama.Data;
 using TinyLlama.Data.Batches;
 using TinyLlama.Data.Shards;
 using TinyLlama.Data.Tokenizers;
+using TinyLlama.Model;
 
 namespace TinyLlama.Training;
 
@@ -44,6 +45,51 @@ public sealed class TrainingRun : IDisposable
         return PlanOf(recipe, initial, shards);
     }
 
+    /// <summary>Makes the device of a recipe ready.</summary>
+    /// <exception cref="DeviceException">There is no such device, or it cannot be used.</exception>
+    /// <exception cref="UserErrorException">The recipe asks for what the device has not.</exception>
+    public static Backend OpenDevice(Recipe recipe)
+    {
+        Backend backend = recipe.Device.Open(recipe.Threads, recipe.Products);
+        try
+        {
+            RequireSupport(recipe, backend);
+            return backend;
+        }
+        catch
+        {
+            backend.Dispose();
+            throw;
+        }
+    }
+
+    /// <summary>Refuses what a recipe asks for and a device has not.</summary>
+    /// <exception cref="UserErrorException">A GPU is to compute in fp32, or without packed weights.</exception>
+    public static void RequireSupport(Recipe recipe, Backend backend)
+    {
+        if (backend is CpuBackend)
+        {
+            return;
+        }
+
+        if (recipe.Precision == DType.F32)
+        {
+            throw new UserErrorException($"{recipe.Origins.Describe("precision")} is fp32, but a GPU computes in bf16; leave it out, or set device: cpu");
+        }
+
+        if (recipe.PackedWeights == PackedForms.None)
+        {
+            throw new UserErrorException($"{recipe.Origins.Describe("packed_weights")} is none, but a GPU multiplies by packed weights; leave it out, or set device: cpu");
+        }
+    }
+
+    /// <summary>The FLOP/s that a device can do at best: measured on a CPU. Null where it is not known.</summary>
+    public static double? PeakFlops(Backend backend) => backend switch
+    {
+        CpuBackend cpu => CpuCeiling.Measure(cpu).AllThreads * 1e9,
+        _ => null,
+    };
+
     /// <summary>Opens a run: new in an empty folder, else it goes on from the newest valid checkpoint.</summary>
     /// <param name="recipe">The recipe.</param>
     /// <param name="folder">The run's folder, made where it is missing.</param>
@@ -56,7 +102,7 @@ public sealed class TrainingRun : IDisposable
         Directory.CreateDirectory(folder);
         FileStream runLock = Lock(folder);
         TokenShards? shards = null;
-        CpuBackend? backend = null;
+        Backend? backend = null;
         try
         {
             shards = TokenShards.Open(dataFolder);
@@ -70,19 +116,14 @@ public sealed class TrainingRun : IDisposable
             }
 
             IReadOnlyList<string> changes = Changes(recipe, folder);
-            backend = CpuBackend.Create(recipe.Threads, products: recipe.Products);
-            if (recipe.Precision != DType.F32 && CpuPaths.Choose() == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is string fault)
+            backend = OpenDevice(recipe);
+            if (backend is CpuBackend && recipe.Precision != DType.F32 && CpuPaths.Choose() == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is string fault)
             {
                 observer.Warn(fault);
             }
 
-            using (TrainingMemory memory = TrainingMemory.Plan(plan.Shape, backend))
-            {
-                plan.RequireFits(memory.Arenas, GC.GetGCMemoryInfo().TotalAvailableMemoryBytes);
-            }
-
-            double peakFlops = CpuCeiling.Measure(backend).AllThreads * 1e9;
-            var trainer = new Trainer(plan, folder, backend, shards, dataFolder, tokenizer, initial, peakFlops, observer);
+            new MemoryPlan(plan, backend).RequireFits();
+            var trainer = new Trainer(plan, folder, backend, shards, dataFolder, tokenizer, initial, PeakFlops(backend), observer);
             WriteRecipe(recipe, Path.Combine(folder, RecipeName));
             foreach (string change in changes)
             {

@@ -263,6 +263,7 @@ public sealed class RecipeTests
             Precision = new DType?[] { null, DType.F32, DType.BF16 }[random.Next(3)],
             PackedWeights = (PackedForms)random.Next(3),
             Keep = (Keep)random.Next((int)Keep.BlockInputs, (int)Keep.Everything + 1),
+            Device = new Device[] { default, new(DeviceKind.Auto), new(DeviceKind.Cuda, random.Next(3)) }[random.Next(3)],
             Threads = random.Next(1025),
         };
     }

@@ -175,12 +175,48 @@ public sealed class TrainingPlanTests
     public void A_run_that_memory_cannot_hold_is_refused_with_a_remedy()
     {
         TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(Least, "r"));
-        (string, long)[] arenas = [("weights", 3L << 30), ("activations", 1L << 30)];
-        plan.RequireFits(arenas, 4L << 30);
-        var error = Assert.Throws<UserErrorException>(() => plan.RequireFits(arenas, (4L << 30) - 1));
-        Assert.Equal(
-            "the run needs 4.00 GiB (weights 3.00 GiB, activations 1.00 GiB), but this machine has 4.00 GiB; try r:2:30: batch.micro_sequences less than 8",
-            error.Message);
+        using CpuBackend backend = CpuBackend.Create(1);
+        long bytes = new MemoryPlan(plan, backend).Bytes;
+        new MemoryPlan(plan, backend, bytes).RequireFits();
+        string Refusal(long available) => Assert.Throws<UserErrorException>(() => new MemoryPlan(plan, backend, available).RequireFits()).Message;
+        Assert.Matches(
+            @"^the run needs 0\.\d\d GiB \(weights 0\.\d\d GiB, .*, batch 0\.\d\d GiB\), but the device has 0\.\d\d GiB; try r:2:30: batch\.micro_sequences 4, which takes 0\.\d\d GiB$",
+            Refusal(bytes - 1));
+        Assert.EndsWith("; try a smaller model or context", Refusal(1), StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public void What_is_said_to_fit_fits_and_the_next_does_not()
+    {
+        TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(Least, "r"));
+        using CpuBackend backend = CpuBackend.Create(1);
+        long available = new MemoryPlan(plan, backend).Bytes * 2 / 3;
+        IReadOnlyList<MemoryChoice> choices = new MemoryPlan(plan, backend, available).Choices();
+        Assert.Equal([Keep.Everything, Keep.Products, Keep.BlockInputs], choices.Select(choice => choice.Keep));
+        foreach (MemoryChoice choice in choices)
+        {
+            Assert.Equal(0, plan.SequencesPerStep % choice.Sequences);
+            Assert.Equal(choice.Bytes, BytesOf(choice.Sequences));
+            Assert.InRange(choice.Bytes, 1, available);
+            Assert.True(BytesOf(2 * choice.Sequences) > available);
+
+            long BytesOf(int sequences)
+            {
+                using TrainingMemory memory = TrainingMemory.Plan(plan.Shape with { Keep = choice.Keep, Sequences = sequences }, backend);
+                return memory.Arenas.Sum(arena => arena.Bytes);
+            }
+        }
+    }
+
+    [Fact]
+    public void A_run_that_no_micro_batch_makes_fit_is_told_what_to_recompute()
+    {
+        TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(Least, "r", null, "packed_weights=none"));
+        using CpuBackend backend = CpuBackend.Create(1);
+        using TrainingMemory least = TrainingMemory.Plan(plan.Shape with { Sequences = 1 }, backend);
+        long available = least.Arenas.Sum(arena => arena.Bytes) - 1;
+        var error = Assert.Throws<UserErrorException>(() => new MemoryPlan(plan, backend, available).RequireFits());
+        Assert.Contains("; try r:2:30: batch.micro_sequences 1 and recompute elementwise, which takes", error.Message, StringComparison.Ordinal);
     }
 
     [Fact]

@@ -1,0 +1,56 @@
+using System.Globalization;
+using TinyLlama.Compute.Cpu;
+
+namespace TinyLlama.Compute;
+
+/// <summary>A kind of device.</summary>
+public enum DeviceKind
+{
+    /// <summary>The processor.</summary>
+    Cpu,
+
+    /// <summary>A GPU of NVIDIA.</summary>
+    Cuda,
+
+    /// <summary>The first GPU where one can be used, else the processor.</summary>
+    Auto,
+}
+
+/// <summary>What to compute on, as people name it: <c>cpu</c>, <c>cuda</c> (the first GPU), <c>cuda:1</c> (the second), <c>auto</c>.</summary>
+/// <param name="Kind">The kind.</param>
+/// <param name="Ordinal">Which GPU, from 0 in the driver's order.</param>
+public readonly record struct Device(DeviceKind Kind, int Ordinal = 0)
+{
+    private const string Gpu = "cuda";
+
+    /// <summary>Reads a name.</summary>
+    /// <returns>False where it is none.</returns>
+    public static bool TryParse(string text, out Device device)
+    {
+        int ordinal = 0;
+        bool isGpu = text == Gpu
+            || (text.StartsWith(Gpu + ":", StringComparison.Ordinal)
+                && int.TryParse(text.AsSpan(Gpu.Length + 1), NumberStyles.None, CultureInfo.InvariantCulture, out ordinal));
+        device = new Device(isGpu ? DeviceKind.Cuda : text == "auto" ? DeviceKind.Auto : DeviceKind.Cpu, ordinal);
+        return isGpu || text is "auto" or "cpu";
+    }
+
+    /// <summary>Makes the device ready.</summary>
+    /// <param name="threads">Threads of the CPU; 0 for one a core.</param>
+    /// <param name="products">What the CPU rounds operands of matrix products to: F32 or BF16. A GPU's are BF16.</param>
+    /// <exception cref="DeviceException">There is no such device, or it cannot be used; says why.</exception>
+    public Backend Open(int threads = 0, DType products = DType.F32) => Kind switch
+    {
+        DeviceKind.Cpu => CpuBackend.Create(threads, products: products),
+        _ => throw new DeviceException($"there is no {this}"),
+    };
+
+    /// <inheritdoc/>
+    public override string ToString() => Kind switch
+    {
+        DeviceKind.Cpu => "cpu",
+        DeviceKind.Auto => "auto",
+        _ when Ordinal == 0 => Gpu,
+        _ => string.Create(CultureInfo.InvariantCulture, $"{Gpu}:{Ordinal}"),
+    };
+}
