@@ -3,6 +3,7 @@ using System.Globalization;
 using System.Runtime.InteropServices;
 using System.Text.Json.Nodes;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Cuda;
 using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Cli;
@@ -53,6 +54,16 @@ internal static class EnvCommand
         }
 
         Row("bf16", $"matrix products in bf16 use {Bf16Products()}");
+        if (Gpu.MachineFault is { } fault)
+        {
+            Row("cuda", $"{fault}");
+        }
+
+        foreach (string line in Gpu.Libraries.Concat(Gpu.All().Select(gpu => gpu.Fault ?? gpu.ToString())))
+        {
+            Row("cuda", $"{line}");
+        }
+
         Row("peak", $"{ceiling.AllThreads:0} GFLOP/s of fp32 multiply-adds on {ceiling.Threads} threads, {ceiling.OneThread:0} on one");
         Row("", $"{ceiling.AllThreadsRead:0.0} GB/s read from memory on {ceiling.Threads} threads, {ceiling.OneThreadRead:0.0} on one");
         Row("", $"measured now, while whatever else runs here was running");
@@ -73,6 +84,15 @@ internal static class EnvCommand
         ["paths"] = new JsonObject(
             Enum.GetValues<CpuPath>().Select(path => KeyValuePair.Create(path.ToString(), (JsonNode?)Claim(path)))),
         ["bf16_products"] = Bf16Products(),
+        ["cuda_fault"] = Gpu.MachineFault,
+        ["cuda_libraries"] = new JsonArray([.. Gpu.Libraries.Select(library => (JsonNode?)library)]),
+        ["gpus"] = new JsonArray([.. Gpu.All().Select(gpu => new JsonObject
+        {
+            ["name"] = gpu.Name,
+            ["compute_capability"] = gpu.Capability / 10.0,
+            ["memory_bytes"] = gpu.MemoryBytes,
+            ["fault"] = gpu.Fault,
+        })]),
         ["threads"] = ceiling.Threads,
         ["all_threads_gflops"] = ceiling.AllThreads,
         ["one_thread_gflops"] = ceiling.OneThread,

@@ -1,7 +1,9 @@
 using System.CommandLine;
 using System.Diagnostics;
+using System.Globalization;
 using System.Text.Json.Nodes;
 using TinyLlama.Compute;
+using TinyLlama.Compute.Cuda;
 using TinyLlama.Data;
 using TinyLlama.Training;
 
@@ -20,17 +22,23 @@ internal static class PretrainCommand
         var set = CommonOptions.Set();
         var threads = CommonOptions.Threads();
         var device = CommonOptions.Device();
+        var deviceMemory = DeviceMemory();
         var maxSteps = CommonOptions.MaxSteps();
         var json = CommonOptions.Json();
         var command = new Command("pretrain", "Train a model by a recipe; the same command again goes on where it was")
         {
-            recipe, resume, plan, output, set, threads, device, maxSteps, json,
+            recipe, resume, plan, output, set, threads, device, deviceMemory, maxSteps, json,
         };
         command.Validators.Add(result =>
         {
             if ((result.GetResult(recipe) is null) == (result.GetResult(resume) is null))
             {
                 result.AddError("give --recipe FILE for a new run, or --resume RUN to go on with one");
+            }
+
+            if (result.GetResult(deviceMemory) is not null && result.GetResult(plan) is null)
+            {
+                result.AddError("--device-memory is for --plan");
             }
         });
         command.SetAction((parse, stop) =>
@@ -59,7 +67,7 @@ internal static class PretrainCommand
             TextWriter writer = parse.InvocationConfiguration.Output;
             if (parse.GetValue(plan))
             {
-                WritePlan(resolved, writer, parse.GetValue(json));
+                WritePlan(resolved, parse.GetValue(deviceMemory), writer, parse.GetValue(json));
             }
             else
             {
@@ -75,10 +83,33 @@ internal static class PretrainCommand
         return command;
     }
 
-    private static void WritePlan(Recipe recipe, TextWriter writer, bool json)
+    private static Option<long?> DeviceMemory() => new("--device-memory")
+    {
+        Description = "With --plan: plan for a GPU with this much memory, as nvidia-smi tells it (24564MiB, 40GiB), which need not be here",
+        HelpName = "SIZE",
+        CustomParser = result =>
+        {
+            string text = result.Tokens[0].Value;
+            (string Unit, long Bytes)[] units = [("MiB", 1L << 20), ("GiB", 1L << 30), ("MB", 1_000_000), ("GB", 1_000_000_000)];
+            foreach ((string unit, long bytes) in units)
+            {
+                if (text.EndsWith(unit, StringComparison.Ordinal)
+                    && double.TryParse(text[..^unit.Length], NumberStyles.AllowDecimalPoint, CultureInfo.InvariantCulture, out double number) && number is > 0 and < 1e6)
+                {
+                    return (long)(number * bytes);
+                }
+            }
+
+            result.AddError($"--device-memory {text} is no size; write one such as 24564MiB, 40GiB or 80GB");
+            return null;
+        },
+    };
+
+    private static void WritePlan(Recipe recipe, long? deviceMemory, TextWriter writer, bool json)
     {
         TrainingPlan plan = TrainingRun.PlanOf(recipe, Warn);
-        using Backend backend = TrainingRun.OpenDevice(recipe);
+        using Backend backend = deviceMemory is long bytes ? CudaBackend.Plan(bytes) : TrainingRun.OpenDevice(recipe);
+        TrainingRun.RequireSupport(recipe, backend);
         var memory = new MemoryPlan(plan, backend);
 
         // A guess: half of the measured ceiling, which models of some size exceed.

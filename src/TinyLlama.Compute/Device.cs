@@ -1,5 +1,6 @@
 using System.Globalization;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Cuda;
 
 namespace TinyLlama.Compute;
 
@@ -21,16 +22,16 @@ public enum DeviceKind
 /// <param name="Ordinal">Which GPU, from 0 in the driver's order.</param>
 public readonly record struct Device(DeviceKind Kind, int Ordinal = 0)
 {
-    private const string Gpu = "cuda";
+    private const string Cuda = "cuda";
 
     /// <summary>Reads a name.</summary>
     /// <returns>False where it is none.</returns>
     public static bool TryParse(string text, out Device device)
     {
         int ordinal = 0;
-        bool isGpu = text == Gpu
-            || (text.StartsWith(Gpu + ":", StringComparison.Ordinal)
-                && int.TryParse(text.AsSpan(Gpu.Length + 1), NumberStyles.None, CultureInfo.InvariantCulture, out ordinal));
+        bool isGpu = text == Cuda
+            || (text.StartsWith(Cuda + ":", StringComparison.Ordinal)
+                && int.TryParse(text.AsSpan(Cuda.Length + 1), NumberStyles.None, CultureInfo.InvariantCulture, out ordinal));
         device = new Device(isGpu ? DeviceKind.Cuda : text == "auto" ? DeviceKind.Auto : DeviceKind.Cpu, ordinal);
         return isGpu || text is "auto" or "cpu";
     }
@@ -39,18 +40,23 @@ public readonly record struct Device(DeviceKind Kind, int Ordinal = 0)
     /// <param name="threads">Threads of the CPU; 0 for one a core.</param>
     /// <param name="products">What the CPU rounds operands of matrix products to: F32 or BF16. A GPU's are BF16.</param>
     /// <exception cref="DeviceException">There is no such device, or it cannot be used; says why.</exception>
-    public Backend Open(int threads = 0, DType products = DType.F32) => Kind switch
+    public Backend Open(int threads = 0, DType products = DType.F32)
     {
-        DeviceKind.Cpu => CpuBackend.Create(threads, products: products),
-        _ => throw new DeviceException($"there is no {this}"),
-    };
+        Gpu? gpu = Kind switch
+        {
+            DeviceKind.Cuda => Gpu.Get(Ordinal),
+            DeviceKind.Auto => Gpu.All().FirstOrDefault(gpu => gpu.Fault is null),
+            _ => null,
+        };
+        return gpu is null ? CpuBackend.Create(threads, products: products) : CudaBackend.Create(gpu.Ordinal);
+    }
 
     /// <inheritdoc/>
     public override string ToString() => Kind switch
     {
         DeviceKind.Cpu => "cpu",
         DeviceKind.Auto => "auto",
-        _ when Ordinal == 0 => Gpu,
-        _ => string.Create(CultureInfo.InvariantCulture, $"{Gpu}:{Ordinal}"),
+        _ when Ordinal == 0 => Cuda,
+        _ => string.Create(CultureInfo.InvariantCulture, $"{Cuda}:{Ordinal}"),
     };
 }

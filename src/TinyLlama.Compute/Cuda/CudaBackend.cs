@@ -8,16 +8,28 @@ namespace TinyLlama.Compute.Cuda;
 /// </summary>
 public sealed unsafe class CudaBackend : Backend
 {
+    // An allowance for what is loaded when it is first used: products' kernels.
+    private const long LazyBytes = 256L << 20;
+
+    // An allowance for what a GPU takes before the first arena: context, kernels, the products' workspace.
+    private const long OwnBytes = 512L << 20;
+
     private readonly CudaDevice _device;
+    private readonly long? _plannedBytes;
 
     private CudaBackend(CudaDevice device) => _device = device;
 
-    /// <inheritdoc/>
-    public override string Description =>
-        $"cuda:{_device.Ordinal}, {_device.Name}, sm_{_device.Capability}, {_device.Memory.Total / (double)(1L << 30):F1} GiB";
+    // Whoever plans calls no operation.
+    private CudaBackend(long plannedBytes) => (_device, _plannedBytes) = (null!, plannedBytes);
 
     /// <inheritdoc/>
-    public override string Arithmetic => $"cuda {_device.Name}, sm_{_device.Capability}, NVRTC {KernelImages.CompilerVersion}";
+    public override string Description => _plannedBytes is long bytes ? $"cuda, planned for {bytes / (double)(1L << 30):F1} GiB" : $"{_device.Gpu}";
+
+    /// <inheritdoc/>
+    public override string Arithmetic => $"cuda {_device.Gpu.Name}, sm_{_device.Gpu.Capability}, NVRTC {KernelImages.CompilerVersion}";
+
+    /// <summary>Gets the GPU; null of a backend that only plans.</summary>
+    public Gpu? Gpu => _device?.Gpu;
 
     /// <inheritdoc/>
     public override DType ActivationType => DType.BF16;
@@ -32,10 +44,17 @@ public sealed unsafe class CudaBackend : Backend
     /// <remarks>256 MiB: 4,096 tokens of a vocabulary of 32,000 in BF16.</remarks>
     public override int LogitsBytes => 256 << 20;
 
+    /// <inheritdoc/>
+    public override long AvailableBytes => Math.Max(0, (_plannedBytes - OwnBytes ?? _device.Memory.Free) - LazyBytes);
+
     /// <summary>A backend for a GPU of this machine.</summary>
     /// <param name="ordinal">Which, from 0.</param>
     /// <exception cref="DeviceException">There is no such GPU, it is too old, or a library is missing.</exception>
     public static CudaBackend Create(int ordinal = 0) => new(new CudaDevice(ordinal));
+
+    /// <summary>A backend that can only plan, as <see cref="Arena.Plan"/> does: for a GPU that is not here. No operation may be called.</summary>
+    /// <param name="memoryBytes">The size of the GPU's memory.</param>
+    public static CudaBackend Plan(long memoryBytes) => new(memoryBytes);
 
     /// <inheritdoc/>
     public override Arena Allocate(string name, long byteCount)
@@ -165,7 +184,7 @@ public sealed unsafe class CudaBackend : Backend
     {
         if (disposing)
         {
-            _device.Dispose();
+            _device?.Dispose();
         }
     }
 

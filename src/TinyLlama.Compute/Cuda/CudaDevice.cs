@@ -1,5 +1,4 @@
 using System.Diagnostics.CodeAnalysis;
-using System.Runtime.InteropServices;
 using System.Text;
 
 namespace TinyLlama.Compute.Cuda;
@@ -10,9 +9,6 @@ namespace TinyLlama.Compute.Cuda;
 /// </summary>
 internal sealed unsafe class CudaDevice : IDisposable
 {
-    /// <summary>The oldest GPUs whose instructions the kernels use: Ampere.</summary>
-    public const int LeastCapability = 80;
-
     /// <summary>Bytes of <see cref="Scratch"/>: what cuBLASLt's kernels for Hopper ask for.</summary>
     public const int ScratchBytes = 32 << 20;
 
@@ -31,28 +27,10 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <exception cref="DeviceException">There is no such GPU, or it or its libraries are too old.</exception>
     public CudaDevice(int ordinal)
     {
-        if (CudaLibraries.Found.Fault is { } fault)
-        {
-            throw new DeviceException(fault);
-        }
-
-        Check(CudaDriver.cuInit(0), "the driver could not begin");
-        int count, device;
-        Check(CudaDriver.cuDeviceGetCount(&count), "GPUs could not be counted");
-        if ((uint)ordinal >= (uint)count)
-        {
-            throw new DeviceException($"there is no cuda:{ordinal}: this machine has {count} NVIDIA GPU{(count == 1 ? "" : "s")}, counted from 0");
-        }
-
-        Check(CudaDriver.cuDeviceGet(&device, ordinal), "a GPU could not be opened");
-        (Ordinal, _device, Name) = (ordinal, device, NameOf(device));
-        Capability = (10 * Attribute(CudaDriver.CapabilityMajor)) + Attribute(CudaDriver.CapabilityMinor);
-        if (Capability < LeastCapability)
-        {
-            throw new DeviceException(
-                $"cuda:{ordinal} ({Name}) has compute capability {Capability / 10}.{Capability % 10} and its tensor cores know no bf16: 8.0 (Ampere, 2020) or newer is needed; use --device cpu");
-        }
-
+        Gpu = Gpu.Get(ordinal);
+        int device;
+        Check(CudaDriver.cuDeviceGet(&device, ordinal), "the GPU could not be used");
+        _device = device;
         Multiprocessors = Attribute(CudaDriver.Multiprocessors);
         SharedBytes = Attribute(CudaDriver.SharedBytesOptIn);
         nint context, stream;
@@ -65,7 +43,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         foreach (string source in KernelImages.Sources)
         {
             nint module;
-            fixed (byte* image = KernelImages.Get(source, Capability))
+            fixed (byte* image = KernelImages.Get(source, Gpu.Capability))
             {
                 Check(CudaDriver.cuModuleLoadData(&module, image), source);
             }
@@ -76,14 +54,8 @@ internal sealed unsafe class CudaDevice : IDisposable
         Scratch = Allocate("scratch", ScratchBytes);
     }
 
-    /// <summary>Gets its number, from 0.</summary>
-    public int Ordinal { get; }
-
-    /// <summary>Gets its name, as its maker gives it.</summary>
-    public string Name { get; }
-
-    /// <summary>Gets its compute capability, as 90.</summary>
-    public int Capability { get; }
+    /// <summary>Gets which GPU it is.</summary>
+    public Gpu Gpu { get; }
 
     /// <summary>Gets the number of its multiprocessors.</summary>
     public int Multiprocessors { get; }
@@ -122,7 +94,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         {
             (long free, long total) = Memory;
             throw new DeviceException(
-                $"'{name}' needs {Gibibytes(bytes)} and cuda:{Ordinal} ({Name}) has {Gibibytes(free)} of {Gibibytes(total)} free: use a smaller micro-batch, more recomputation or a smaller cache");
+                $"'{name}' needs {Gibibytes(bytes)} and cuda:{Gpu.Ordinal} ({Gpu.Name}) has {Gibibytes(free)} of {Gibibytes(total)} free: use a smaller micro-batch, more recomputation or a smaller cache");
         }
 
         Check(result, name);
@@ -130,11 +102,11 @@ internal sealed unsafe class CudaDevice : IDisposable
         return address;
     }
 
-    /// <summary>Gives memory back, after what is queued.</summary>
+    /// <summary>Gives memory back, after what is queued. No error: a GPU that failed has told so before.</summary>
     public void Free(nint address)
     {
-        MakeCurrent();
-        Check(CudaDriver.cuMemFree_v2(address), "memory could not be given back");
+        _ = CudaDriver.cuCtxSetCurrent(_context);
+        _ = CudaDriver.cuMemFree_v2(address);
     }
 
     /// <summary>Copies from the host, in order with everything else; the host memory is free on return.</summary>
@@ -232,7 +204,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         if (!_disposed)
         {
             _disposed = true;
-            MakeCurrent();
+            _ = CudaDriver.cuCtxSetCurrent(_context);
             _ = CudaDriver.cuMemFree_v2(Scratch);
             _modules.ForEach(module => _ = CudaDriver.cuModuleUnload(module));
             _ = CudaDriver.cuStreamDestroy_v2(_stream);
@@ -242,12 +214,6 @@ internal sealed unsafe class CudaDevice : IDisposable
     }
 
     private static string Gibibytes(long bytes) => $"{bytes / (double)(1L << 30):F2} GiB";
-
-    private static string NameOf(int device)
-    {
-        byte* name = stackalloc byte[256];
-        return CudaDriver.cuDeviceGetName(name, 256, device) == 0 ? Marshal.PtrToStringUTF8((nint)name)! : "unknown";
-    }
 
     private void MakeCurrent()
     {
@@ -288,10 +254,6 @@ internal sealed unsafe class CudaDevice : IDisposable
     }
 
     [DoesNotReturn]
-    private void Fail(int result, string what)
-    {
-        byte* name;
-        string error = CudaDriver.cuGetErrorName(result, &name) == 0 ? Marshal.PtrToStringUTF8((nint)name)! : $"error {result}";
-        throw new DeviceException($"cuda:{Ordinal}{(Name is null ? "" : $" ({Name})")}: {what}: {error}");
-    }
+    private void Fail(int result, string what) =>
+        throw new DeviceException($"cuda:{Gpu.Ordinal} ({Gpu.Name}): {what}: {Gpu.ErrorName(result)}");
 }

@@ -1,6 +1,7 @@
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Cuda;
 using TinyLlama.Data;
 using TinyLlama.Data.Batches;
 using TinyLlama.Data.Shards;
@@ -83,10 +84,11 @@ public sealed class TrainingRun : IDisposable
         }
     }
 
-    /// <summary>The FLOP/s that a device can do at best: measured on a CPU. Null where it is not known.</summary>
+    /// <summary>The FLOP/s that a device can do at best: measured on a CPU, by the data sheet of a GPU. Null where it is not known.</summary>
     public static double? PeakFlops(Backend backend) => backend switch
     {
         CpuBackend cpu => CpuCeiling.Measure(cpu).AllThreads * 1e9,
+        CudaBackend cuda => cuda.Gpu?.PeakFlops,
         _ => null,
     };
 

@@ -82,7 +82,7 @@ public sealed class CommandLineTests
     [InlineData("--ctx 0", "--ctx is 0, which is less than 1")]
     [InlineData("--max-tokens -1", "--max-tokens is -1, which is less than 0")]
     [InlineData("--max-steps -1", "--max-steps is -1, which is less than 0")]
-    [InlineData("--device gpu", "'gpu' not recognized")]
+    [InlineData("--device gpu", "use cpu, cuda, cuda:N or auto")]
     [InlineData("--seed -1", "Cannot parse argument '-1'")]
     public async Task A_number_out_of_range_is_refused(string words, string message)
     {
