@@ -25,6 +25,7 @@ internal static class CudaEmulator
 
         ProcessStartInfo start = new("bash", [Path.Combine(Checkout.Root, "tests", "CudaEmulator", "build.sh"), "plain"])
         {
+            UseShellExecute = false,
             RedirectStandardOutput = true,
             RedirectStandardError = true,
         };
