@@ -56,6 +56,9 @@ public sealed class TokenLayout
     /// <summary>Gets the number of packed tokens in use.</summary>
     public int TokenCount { get; private set; }
 
+    /// <summary>Gets the most keys that a query row sees.</summary>
+    public int MostKeys { get; private set; }
+
     /// <summary>Writes the segments, and from them the positions. Queued like any operation.</summary>
     /// <param name="backend">The device of the arena.</param>
     /// <param name="segments">Segments that together cover rows 0 … N-1 once, in order.</param>
@@ -63,7 +66,7 @@ public sealed class TokenLayout
     public void Set(Backend backend, ReadOnlySpan<Segment> segments, ReadOnlySpan<int> blockTable = default)
     {
         Shape.Require(segments.Length <= Segments.Rows && blockTable.Length <= BlockTable.Rows, "a layout within its capacity");
-        int row = 0;
+        (int row, int mostKeys) = (0, 0);
         Span<int> fields = stackalloc int[4];
         Span<int> positions = stackalloc int[256];
         for (int s = 0; s < segments.Length; s++)
@@ -85,6 +88,7 @@ public sealed class TokenLayout
             }
 
             row += segment.RowCount;
+            mostKeys = Math.Max(mostKeys, segment.KeyCount);
         }
 
         if (blockTable.Length > 0)
@@ -92,6 +96,6 @@ public sealed class TokenLayout
             backend.Write(BlockTable.RowRange(0, blockTable.Length), blockTable);
         }
 
-        (SegmentCount, TokenCount) = (segments.Length, row);
+        (SegmentCount, TokenCount, MostKeys) = (segments.Length, row, mostKeys);
     }
 }

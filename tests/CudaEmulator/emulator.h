@@ -188,12 +188,15 @@ inline float float_from_f16(uint16_t bits) {
     memcpy(&half, &bits, 2);
     return (float)half;
 }
+inline int round_to_int(float value) { return (int)lrintf(value); }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline float log2_approx(float x) { return log2f(x); }
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-void ldmatrix_x4(uint32_t (&r)[4], const void* row);
-void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
-void cp_async_16(void* to, const void* from, int bytes);
+typedef uintptr_t SharedAddress;
+inline SharedAddress shared_address(const void* pointer) { return (SharedAddress)pointer; }
+void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row);
+void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row);
+void cp_async_16(SharedAddress to, const void* from, int bytes);
 void cp_async_commit();
 void cp_async_wait_group(int open_groups);
 template<int N> void cp_async_wait() { cp_async_wait_group(N); }

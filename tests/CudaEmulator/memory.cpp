@@ -18,12 +18,12 @@ static void ldmatrix(bool transposed, uint32_t (&r)[4], const void* row) {
     emulator::distribute(transposed, in, r);
 }
 
-void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(false, r, row); }
-void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix(true, r, row); }
+void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) { ldmatrix(false, r, (const void*)row); }
+void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row) { ldmatrix(true, r, (const void*)row); }
 
 // What arrives is there after the wait that covers it, and NaN until then.
-void cp_async_16(void* to, const void* from, int bytes) {
-    if (((uintptr_t)to | (uintptr_t)from) % 16 != 0) {
+void cp_async_16(SharedAddress to, const void* from, int bytes) {
+    if ((to | (uintptr_t)from) % 16 != 0) {
         emulator::fail("cp.async: an address is no multiple of 16");
     }
 
@@ -32,7 +32,7 @@ void cp_async_16(void* to, const void* from, int bytes) {
         poisoned[i] = ~0u;
     }
 
-    emulator::copy_queue({to, from, bytes});
+    emulator::copy_queue({(void*)to, from, bytes});
 }
 
 void cp_async_commit() { emulator::copy_close(); }

@@ -16,8 +16,13 @@ public sealed unsafe class CudaBackend : Backend
 
     private readonly CudaDevice _device;
     private readonly long? _plannedBytes;
+    private readonly nint _attentionPartials;
 
-    private CudaBackend(CudaDevice device) => _device = device;
+    private CudaBackend(CudaDevice device)
+    {
+        _device = device;
+        _attentionPartials = device.Allocate("partial sums of attention", Cuda.Attention.PartialsBytes);
+    }
 
     // Whoever plans calls no operation.
     private CudaBackend(long plannedBytes) => (_device, _plannedBytes) = (null!, plannedBytes);
@@ -143,20 +148,23 @@ public sealed unsafe class CudaBackend : Backend
     /// <inheritdoc/>
     public override void Attention(
         Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
-        throw new NotSupportedException("attention");
+        Cuda.Attention.Forward(_device, _attentionPartials, output, logSumExp, query, keys, values, layout, headDim);
 
     /// <inheritdoc/>
     public override void AttentionBackward(
         Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
-        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) => throw new NotSupportedException("attention");
+        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
+        Cuda.Attention.Backward(
+            _device, dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, headDim);
 
     /// <inheritdoc/>
-    public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type) => throw new NotSupportedException("the key-value cache");
+    public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type) =>
+        KeyValueCache.Take(arena, blocks, keyHeads, headDim, type);
 
     /// <inheritdoc/>
     public override void AppendToCache(
         Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
-        throw new NotSupportedException("the key-value cache");
+        KeyValueCache.Append(_device, cacheKeys, cacheValues, keys, values, layout, headDim);
 
     /// <inheritdoc/>
     public override void SwiGlu(Tensor output, Tensor gateUp) =>
@@ -184,7 +192,11 @@ public sealed unsafe class CudaBackend : Backend
     {
         if (disposing)
         {
-            _device?.Dispose();
+            if (_device is not null)
+            {
+                _device.Free(_attentionPartials);
+                _device.Dispose();
+            }
         }
     }
 

@@ -1,4 +1,5 @@
 using System.Reflection;
+using System.Runtime.InteropServices;
 using System.Security.Cryptography;
 using System.Text;
 
@@ -11,13 +12,14 @@ namespace TinyLlama.Compute.Cuda;
 internal static unsafe class KernelImages
 {
     private const string Folder = "Kernels/";
-    private const string Prelude = "Device.cuh";
 
     private static readonly Assembly s_assembly = typeof(KernelImages).Assembly;
 
+    // What the sources include.
+    private static readonly string[] s_headers = [.. Names(".cuh")];
+
     /// <summary>Gets the names of the sources, in order.</summary>
-    public static IReadOnlyList<string> Sources { get; } =
-        [.. s_assembly.GetManifestResourceNames().Where(name => name.EndsWith(".cu", StringComparison.Ordinal)).Select(name => name[Folder.Length..]).Order(StringComparer.Ordinal)];
+    public static IReadOnlyList<string> Sources { get; } = [.. Names(".cu")];
 
     /// <summary>Gets the version of NVRTC, as "12.8".</summary>
     public static string CompilerVersion
@@ -36,15 +38,16 @@ internal static unsafe class KernelImages
     /// <exception cref="DeviceException">NVRTC does not know the GPU.</exception>
     public static byte[] Get(string source, int capability)
     {
-        byte[] text = Text(source), prelude = Text(Prelude);
+        byte[] text = Text(source);
+        byte[][] headers = Array.ConvertAll(s_headers, Text);
         string[] options = [$"--gpu-architecture=sm_{Architecture(capability)}", "-std=c++17", "--extra-device-vectorization"];
-        string path = Path.Combine(CacheFolder(), Key(text, prelude, [.. options, CompilerVersion]));
+        string path = Path.Combine(CacheFolder(), Key(text, headers, [.. options, CompilerVersion]));
         if (ReadCached(path) is { } cached)
         {
             return cached;
         }
 
-        byte[] image = Compile(source, text, prelude, options);
+        byte[] image = Compile(source, text, headers, options);
         WriteCached(path, image);
         return image;
     }
@@ -80,10 +83,16 @@ internal static unsafe class KernelImages
         return Path.Combine(root, "tinyllama", "kernels");
     }
 
-    private static string Key(byte[] text, byte[] prelude, string[] options)
+    private static IEnumerable<string> Names(string ending) =>
+        from name in s_assembly.GetManifestResourceNames()
+        where name.StartsWith(Folder, StringComparison.Ordinal) && name.EndsWith(ending, StringComparison.Ordinal)
+        orderby name
+        select name[Folder.Length..];
+
+    private static string Key(byte[] text, byte[][] headers, string[] options)
     {
         using IncrementalHash hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
-        hash.AppendData(prelude);
+        Array.ForEach(headers, hash.AppendData);
         hash.AppendData(text);
         hash.AppendData(Encoding.UTF8.GetBytes(string.Join(' ', options)));
         return Convert.ToHexStringLower(hash.GetHashAndReset()) + ".cubin";
@@ -119,22 +128,29 @@ internal static unsafe class KernelImages
         }
     }
 
-    private static byte[] Compile(string source, byte[] text, byte[] prelude, string[] options)
+    private static byte[] Compile(string source, byte[] text, byte[][] headers, string[] options)
     {
         nint program = 0;
-        fixed (byte* body = Terminated(text), name = Utf8(source), header = Terminated(prelude), headerName = Utf8(Prelude))
+        GCHandle[] pins = [.. from bytes in (IEnumerable<byte[]>)[.. headers.Select(Terminated), .. s_headers.Select(Utf8)] select GCHandle.Alloc(bytes, GCHandleType.Pinned)];
+        byte** pointers = stackalloc byte*[pins.Length];
+        for (int i = 0; i < pins.Length; i++)
         {
-            byte** headers = stackalloc byte*[] { header };
-            byte** names = stackalloc byte*[] { headerName };
-            Check(Nvrtc.nvrtcCreateProgram(&program, body, name, 1, headers, names), source);
+            pointers[i] = (byte*)pins[i].AddrOfPinnedObject();
+        }
+
+        fixed (byte* body = Terminated(text), name = Utf8(source))
+        {
+            int result = Nvrtc.nvrtcCreateProgram(&program, body, name, headers.Length, pointers, pointers + headers.Length);
+            Array.ForEach(pins, pin => pin.Free());
+            Check(result, source);
         }
 
         try
         {
             fixed (byte* first = Utf8(options[0]), second = Utf8(options[1]), third = Utf8(options[2]))
             {
-                byte** pointers = stackalloc byte*[] { first, second, third };
-                if (Nvrtc.nvrtcCompileProgram(program, 3, pointers) != 0)
+                byte** arguments = stackalloc byte*[] { first, second, third };
+                if (Nvrtc.nvrtcCompileProgram(program, 3, arguments) != 0)
                 {
                     throw new InvalidOperationException($"NVRTC {CompilerVersion} could not compile {source}: {Log(program)}");
                 }

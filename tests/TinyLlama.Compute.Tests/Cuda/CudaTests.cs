@@ -157,6 +157,36 @@ public abstract class CudaTests : IDisposable
 
     protected static float[] OfCpu(Tensor tensor) => tensor.HostSpan<float>().ToArray();
 
+    /// <summary>A layout on a device: segments, and a block table where keys lie in a cache.</summary>
+    protected TokenLayout Layout(Backend backend, ReadOnlySpan<Segment> segments, params ReadOnlySpan<int> table)
+    {
+        int tokens = 0;
+        foreach (Segment segment in segments)
+        {
+            tokens += segment.RowCount;
+        }
+
+        Arena plan = Arena.Plan("layout");
+        _ = new TokenLayout(plan, tokens, segments.Length, table.Length);
+        Arena arena = backend.AllocateAs(plan);
+        _arenas.Add(arena);
+        TokenLayout layout = new(arena, tokens, segments.Length, table.Length);
+        layout.Set(backend, segments, table);
+        return layout;
+    }
+
+    /// <summary>The same bits, whatever they mean.</summary>
+    protected static void SameBits(ReadOnlySpan<float> expected, ReadOnlySpan<float> actual, string what)
+    {
+        Assert.Equal(expected.Length, actual.Length);
+        for (int i = 0; i < expected.Length; i++)
+        {
+            Assert.True(
+                BitConverter.SingleToInt32Bits(expected[i]) == BitConverter.SingleToInt32Bits(actual[i]),
+                $"{what}[{i}]: {expected[i]:R} and {actual[i]:R} differ in their bits");
+        }
+    }
+
     /// <summary>Each element within the tolerance, relative to itself and to the root mean square of all.</summary>
     protected static void Close(ReadOnlySpan<float> expected, ReadOnlySpan<float> actual, double tolerance, string what)
     {

@@ -42,6 +42,13 @@ __device__ __forceinline__ float float_from_f16(u16 bits) {
     return value;
 }
 
+// To the nearest whole number, ties to even.
+__device__ __forceinline__ int round_to_int(float value) {
+    int whole;
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(whole) : "f"(value));
+    return whole;
+}
+
 // 2ˣ and log₂ x to about 2 units in the last place, without a call.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -55,7 +62,10 @@ __device__ __forceinline__ float log2_approx(float x) {
     return y;
 }
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
+// Where shared memory is for the instructions below.
+typedef u32 SharedAddress;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
     u32 address;
     asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(address) : "l"(pointer));
     return address;
@@ -69,19 +79,19 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u
 }
 
 // Four 8 × 8 matrices of 16 bits from shared memory; lane 8m + i gives the address of row i of matrix m.
-__device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
-__device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
 // Copies 16 bytes to shared memory, the first of them from global memory and zeros for the rest; there after a wait and a barrier.
-__device__ __forceinline__ void cp_async_16(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+__device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -1,0 +1,167 @@
+namespace TinyLlama.Compute.Cuda;
+
+/// <summary>
+/// Causal grouped-query attention by tiles of keys with a running softmax (FlashAttention-2, Dao 2023): softmax(q · kᵀ / √D) · v
+/// without the (T, T) matrix.
+/// </summary>
+/// <remarks>
+/// Shapes as in <see cref="Cpu.Attention"/>; head dims of 16, 32, 64 and 128. The heads of a group are more rows of the same
+/// matrices: a block takes 64 or 128 rows of one segment and one key head, or 64 keys in backward, and finds them from its index;
+/// the grid follows from the numbers of tokens and segments. Key tiles start at multiples of <see cref="TokenLayout.KeyBlock"/>,
+/// and keys in a cache are summed by spans of <see cref="Span"/> positions, so a row has the same bits alone and in a batch.
+/// Where few rows see many cached keys, spans are spread over blocks (flash decoding, Dao et al. 2023), with the same bits.
+/// Products in BF16 on tensor cores, sums and the softmax in F32. Bound by multiply-adds: forward 4 · D of FLOPs, backward 14 · D
+/// (10 · D and the scores once more, so that no sum needs atomics), for each pair of a query row and a key that it sees.
+/// </remarks>
+internal static class Attention
+{
+    /// <summary>Bytes of the partial sums that spans on several blocks may leave.</summary>
+    public const int PartialsBytes = 16 << 20;
+
+    /// <summary>Positions whose keys are summed on their own, in a cache; Attention.cuh has the same.</summary>
+    private const int Span = 256;
+
+    private const int Threads = 128;
+
+    // Head rows of a block, but for the forward over rows of the batch: see ForwardRows.
+    private const int Rows = 64;
+    private const int Keys = TokenLayout.KeyBlock;
+
+    // Blocks for each multiprocessor, at least: what hides the latency of the others.
+    private const int BlocksPerProcessor = 2;
+
+    private static readonly string[] s_forward = Names("attention_forward");
+    private static readonly string[] s_cached = Names("attention_cached");
+    private static readonly string[] s_cachedQ80 = Names("attention_cached_q8_0");
+    private static readonly string[] s_merge = Names("attention_merge");
+    private static readonly string[] s_dQuery = Names("attention_d_query");
+    private static readonly string[] s_dKeyValue = Names("attention_d_key_value");
+
+    /// <summary>Writes output and logSumExp.</summary>
+    /// <param name="device">The GPU.</param>
+    /// <param name="partials">Scratch of <see cref="PartialsBytes"/>.</param>
+    /// <param name="output">As in <see cref="Backend.Attention"/>, as all that follow.</param>
+    /// <param name="logSumExp">Without gaps between rows.</param>
+    /// <param name="query">In BF16, as all but logSumExp and a quantized cache.</param>
+    /// <param name="keys">Rows of the batch, or a <see cref="KeyValueCache"/>.</param>
+    /// <param name="values">As keys.</param>
+    /// <param name="layout">Which keys each query row sees.</param>
+    /// <param name="headDim">D.</param>
+    public static void Forward(
+        CudaDevice device, nint partials, Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout,
+        int headDim)
+    {
+        RequireHeadDim(headDim);
+        bool cached = !layout.BlockTable.IsEmpty;
+        int keyHeads = keys.Columns / (cached ? KeyValueCache.HeadElements(headDim, keys.Type) : headDim);
+        int group = Group(query, keyHeads, headDim);
+        RequireRows(query, query.Rows, query.Columns);
+        RequireRows(output, query.Rows, query.Columns);
+        RequireStatistics(logSumExp, query.Rows, keyHeads * group);
+        Shape.Require(layout.TokenCount <= query.Rows, "a query row for each token of the layout");
+        float scale = 1f / MathF.Sqrt(headDim);
+        if (!cached)
+        {
+            RequireRows(keys, keys.Rows, keys.Columns);
+            RequireRows(values, keys.Rows, keys.Columns);
+            int rows = ForwardRows(headDim);
+            device.Launch(
+                s_forward[Index(headDim)], (Slots(layout, group, rows), keyHeads, 1), Threads, TileBytes(headDim, rows + (4 * Keys)), output,
+                logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group, output.Stride, query.Stride,
+                keys.Stride, values.Stride, scale);
+            return;
+        }
+
+        KeyValueCache.RequireBlocks(keys, keys, keyHeads, headDim);
+        KeyValueCache.RequireBlocks(values, keys, keyHeads, headDim);
+        int slots = Slots(layout, group, Rows);
+        int depth = Depth(device, layout, slots * keyHeads, keyHeads * group, headDim);
+        string[] kernels = keys.Type == DType.Q8_0 ? s_cachedQ80 : s_cached;
+        device.Launch(
+            kernels[Index(headDim)], (slots, keyHeads, depth), Threads, TileBytes(headDim, Rows + (4 * Keys)), output, logSumExp, (long)partials,
+            query, keys, values, layout.Segments, layout.BlockTable, layout.SegmentCount, layout.TokenCount, keyHeads, group, output.Stride,
+            query.Stride, scale);
+        if (depth > 1)
+        {
+            int threads = layout.TokenCount * query.Columns / 4;
+            device.Launch(
+                s_merge[Index(headDim)], ((threads + Threads - 1) / Threads, 1, 1), Threads, 0, output, logSumExp, (long)partials,
+                layout.Positions, layout.TokenCount, keyHeads * group, output.Stride, scale);
+        }
+    }
+
+    /// <summary>Writes dQuery, dKeys, dValues and the scratch delta, which has no gaps between rows.</summary>
+    public static void Backward(
+        CudaDevice device, Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
+        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
+    {
+        RequireHeadDim(headDim);
+        int keyHeads = keys.Columns / headDim;
+        int group = Group(query, keyHeads, headDim);
+        int tokens = query.Rows;
+        foreach (Tensor rows in (ReadOnlySpan<Tensor>)[query, dQuery, dOutput, output])
+        {
+            RequireRows(rows, tokens, query.Columns);
+        }
+
+        foreach (Tensor rows in (ReadOnlySpan<Tensor>)[keys, values, dKeys, dValues])
+        {
+            RequireRows(rows, tokens, keyHeads * headDim);
+        }
+
+        RequireStatistics(logSumExp, tokens, keyHeads * group);
+        RequireStatistics(delta, tokens, keyHeads * group);
+        Shape.Require(layout.BlockTable.IsEmpty, "keys that are rows of the batch");
+        Shape.Require(layout.TokenCount == tokens, "a layout of all rows");
+        float scale = 1f / MathF.Sqrt(headDim);
+        device.Launch(
+            s_dQuery[Index(headDim)], (Slots(layout, group, Rows), keyHeads, 1), Threads, TileBytes(headDim, (2 * Rows) + (4 * Keys)),
+            dQuery, delta, dOutput, output, logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group,
+            dQuery.Stride, dOutput.Stride, output.Stride, query.Stride, keys.Stride, values.Stride, scale);
+        int queryRows = headDim <= 64 ? 64 : 32;
+        device.Launch(
+            s_dKeyValue[Index(headDim)], (Slots(layout, 1, Keys), keyHeads, 1), Threads,
+            TileBytes(headDim, (2 * Keys) + (4 * queryRows)) + (4 * queryRows * sizeof(float)), dKeys, dValues, delta, dOutput, logSumExp,
+            query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group, dKeys.Stride, dValues.Stride, dOutput.Stride,
+            query.Stride, keys.Stride, values.Stride, scale);
+    }
+
+    /// <summary>Throws if no kernel is made for a head dim.</summary>
+    public static void RequireHeadDim(int headDim) => Shape.Require(headDim is 16 or 32 or 64 or 128, "a head dim of 16, 32, 64 or 128");
+
+    /// <summary>Throws if rows of heads are not of this shape, or not where loads of 16 bytes can begin.</summary>
+    public static void RequireRows(Tensor tensor, int rows, int columns) => Shape.Require(
+        tensor.Type == DType.BF16 && tensor.Rows == rows && tensor.Columns == columns && tensor.Stride % 8 == 0 && tensor.Address % 16 == 0,
+        "rows of heads in BF16 at multiples of 16 bytes");
+
+    private static void RequireStatistics(Tensor tensor, int tokens, int heads) => Shape.Require(
+        tensor.Type == DType.F32 && tensor.Rows == tokens && tensor.Columns == heads && tensor.IsContiguous, "a number in F32 for each query head");
+
+    private static int Group(Tensor query, int keyHeads, int headDim)
+    {
+        int queryHeads = query.Columns / headDim;
+        Shape.Require(queryHeads * headDim == query.Columns && keyHeads > 0 && queryHeads % keyHeads == 0, "whole groups of query heads for each key head");
+        return queryHeads / keyHeads;
+    }
+
+    // How many blocks share the keys of a tile of rows: more where few rows would leave the device idle.
+    private static int Depth(CudaDevice device, TokenLayout layout, int blocks, int heads, int headDim)
+    {
+        int spans = (layout.MostKeys + Span - 1) / Span;
+        long bytes = (long)spans * layout.TokenCount * heads * (headDim + 4) * sizeof(float);
+        int wanted = BlocksPerProcessor * device.Multiprocessors;
+        return blocks == 0 || bytes > PartialsBytes ? 1 : Math.Clamp((wanted + blocks - 1) / blocks, 1, Math.Max(1, spans));
+    }
+
+    // Tiles of head rows of all segments, with those that may be left over: see find_work in Attention.cuh.
+    private static int Slots(TokenLayout layout, int group, int rows) =>
+        layout.TokenCount == 0 ? 0 : checked((int)((long)layout.TokenCount * group / rows) + layout.SegmentCount);
+
+    private static int ForwardRows(int headDim) => headDim <= 64 ? 128 : 64;
+
+    private static int TileBytes(int headDim, int rows) => rows * headDim * sizeof(ushort);
+
+    private static int Index(int headDim) => int.Log2(headDim) - 4;
+
+    private static string[] Names(string kernel) => [.. from headDim in (int[])[16, 32, 64, 128] select $"{kernel}_{headDim}"];
+}

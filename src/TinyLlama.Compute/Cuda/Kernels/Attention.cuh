@@ -1,0 +1,316 @@
+#pragma once
+#include "Device.cuh"
+
+// Causal grouped-query attention by tiles of 64 keys with a running softmax (FlashAttention-2, Dao 2023) on tensor cores:
+// products in bf16, sums in fp32. D is the head dim.
+//
+// The query heads that share a key head are more rows of the same matrix: row r of a segment is its token r / group and
+// head r % group of the group. A block of 4 warps takes one tile of such rows (output, dQuery) or one tile of keys (dKeys,
+// dValues) of one segment and one key head: block x stands for segment and tile, y for the key head.
+//
+// Probabilities and their gradients never leave registers: what one product accumulates is, rounded to bf16, the left
+// operand of the next. All sums have one order: no atomics, and no bit depends on the other rows of a batch.
+//
+// Shared memory in bytes, D = 16, 32, 64, 128 (registers are for the compiler to say; the loops hold, in 32-bit words,
+// about what is in brackets, of 255):
+//   attention_forward      12,288  24,576   49,152   81,920   [64, 104, 176, 144]
+//   attention_cached       10,240  20,480   40,960   81,920   [64, 80, 112, 176]
+//   attention_d_query      12,288  24,576   49,152   98,304   [88, 104, 136, 168]
+//   attention_d_key_value  13,312  25,600   50,176   98,816   [96, 120, 168, 184]
+
+struct alignas(8) Words2 {
+    u32 v[2];
+};
+
+struct alignas(16) Words4 {
+    u32 v[4];
+};
+
+struct alignas(8) Floats2 {
+    float v[2];
+};
+
+constexpr int Keys = 64;
+constexpr int Threads = 128;
+constexpr int WarpRows = 16;
+constexpr int Warps = Threads / 32;
+constexpr float Log2E = 1.4426950408889634f;
+constexpr float Ln2 = 0.6931471805599453f;
+
+// Positions whose keys are summed before they are added to those before them, where keys lie in a cache.
+constexpr int Span = 256;
+constexpr int SpanTiles = Span / Keys;
+
+// TinyLlama.Compute.Segment.
+struct Segment {
+    int first_row, row_count, first_position, first_key;
+};
+
+// Which tile of which segment a block works on.
+struct Work {
+    Segment segment;
+    int rows;   // the segment's, of all heads of a group
+    int first;  // first row of the tile
+};
+
+// The last of `count` indices for which a condition holds that holds up to some index, and for the first.
+template<class Condition>
+__device__ __forceinline__ int last_where(int count, Condition holds) {
+    int low = 0;
+    for (int high = count; high - low > 1;) {
+        const int middle = (low + high) / 2;
+        const bool is_later = holds(middle);
+        low = is_later ? middle : low;
+        high = is_later ? high : middle;
+    }
+
+    return low;
+}
+
+// Segment s has the slots from first_row · group / Rows + s on: at least as many as it has tiles, whatever the lengths, so
+// that the grid, N · group / Rows + S slots, follows from the number of tokens and of segments. False for a slot left over.
+template<int Rows>
+__device__ __forceinline__ bool find_work(Work& work, const int* segments, int segment_count, int group) {
+    const auto first_slot = [&](int s) { return (int)((i64)segments[4 * s] * group / Rows) + s; };
+    const int slot = blockIdx.x;
+    const int s = last_where(segment_count, [&](int i) { return first_slot(i) <= slot; });
+    const int* fields = segments + 4 * s;
+    work.segment = {fields[0], fields[1], fields[2], fields[3]};
+    work.rows = work.segment.row_count * group;
+    work.first = (slot - first_slot(s)) * Rows;
+    return work.first < work.rows;
+}
+
+// Where a tile in shared memory keeps chunk c (8 elements) of row r, in elements. The chunks of a row are permuted so that
+// those of any 8 rows lie in different banks: ldmatrix reads the tile, or its transpose, without conflicts.
+template<int D>
+__device__ __forceinline__ int place(int row, int chunk) {
+    constexpr int Chunks = D / 8;
+    constexpr int RowsPerLine = Chunks < 8 ? 8 / Chunks : 1;
+    constexpr int Mask = Chunks < 8 ? Chunks - 1 : 7;
+    return row * D + (chunk ^ (row / RowsPerLine & Mask)) * 8;
+}
+
+template<int D>
+__device__ __forceinline__ SharedAddress address(SharedAddress tile, int row, int chunk) {
+    return tile + place<D>(row, chunk) * (int)sizeof(bf16);
+}
+
+// Where head row r of a segment lies in a matrix of all heads.
+template<int D>
+__device__ __forceinline__ i64 head_row(int row, int first_token, int key_head, int group, i64 stride) {
+    const int token = row / group;
+    return (first_token + token) * stride + (key_head * group + row - token * group) * D;
+}
+
+// Begins to load rows of D elements; zeros from `count` on.
+template<int D, int Rows>
+__device__ __forceinline__ void load_rows(bf16* tile, const bf16* source, i64 stride, int count) {
+    constexpr int Chunks = D / 8;
+    const SharedAddress to = shared_address(tile);
+#pragma unroll
+    for (int at = threadIdx.x; at < Rows * Chunks; at += Threads) {
+        const int row = at / Chunks, chunk = at % Chunks;
+        const bool is_there = row < count;
+        cp_async_16(address<D>(to, row, chunk), source + (is_there ? row : 0) * stride + chunk * 8, is_there ? 16 : 0);
+    }
+}
+
+// Begins to load the head rows of a tile; zeros beyond the segment.
+template<int D, int Rows>
+__device__ __forceinline__ void load_heads(bf16* tile, const bf16* source, i64 stride, const Work& work, int first, int key_head, int group) {
+    constexpr int Chunks = D / 8;
+    const SharedAddress to = shared_address(tile);
+#pragma unroll
+    for (int at = threadIdx.x; at < Rows * Chunks; at += Threads) {
+        const int row = at / Chunks, chunk = at % Chunks;
+        const bool is_there = first + row < work.rows;
+        const i64 from = head_row<D>(is_there ? first + row : first, work.segment.first_row, key_head, group, stride);
+        cp_async_16(address<D>(to, row, chunk), source + from + chunk * 8, is_there ? 16 : 0);
+    }
+}
+
+// Writes the 16 head rows that a warp accumulated, those of each half times a factor, in pieces of 16 bytes by way of
+// `room`: 16 rows of a tile that only this warp still uses.
+template<int D>
+__device__ __forceinline__ void store_heads(
+    bf16* target, i64 stride, const Work& work, int first, int key_head, int group, bf16* room, const float (&c)[D / 8][4],
+    const float (&factors)[2]) {
+    constexpr int Chunks = D / 8;
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int j = 0; j < Chunks; j++) {
+            *(u32*)(room + place<D>(lane / 4 + half * 8, j) + lane % 4 * 2) =
+                pack_bf16x2(c[j][half * 2] * factors[half], c[j][half * 2 + 1] * factors[half]);
+        }
+    }
+
+    __syncwarp();
+#pragma unroll
+    for (int at = lane; at < WarpRows * Chunks; at += 32) {
+        const int row = at / Chunks, chunk = at % Chunks;
+        if (first + row < work.rows) {
+            *(Bf16x8*)(target + head_row<D>(first + row, work.segment.first_row, key_head, group, stride) + chunk * 8) =
+                *(const Bf16x8*)(room + place<D>(row, chunk));
+        }
+    }
+}
+
+// 16 rows of a tile as left operands of products over D: in registers, or where the accumulators need these, read anew
+// for each product.
+template<int D>
+struct LeftRows {
+    static constexpr bool Keeps = D <= 64;
+
+    __device__ __forceinline__ void set(const bf16* rows) {
+        from = shared_address(rows);
+        if (Keeps) {
+#pragma unroll
+            for (int step = 0; step < D / 16; step++) {
+                read(kept[step], step);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void get(u32 (&operand)[4], int step) const {
+        if (Keeps) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                operand[i] = kept[step][i];
+            }
+        } else {
+            read(operand, step);
+        }
+    }
+
+private:
+    u32 kept[Keeps ? D / 16 : 1][4];
+    SharedAddress from;
+
+    __device__ __forceinline__ void read(u32 (&operand)[4], int step) const {
+        ldmatrix_x4(operand, address<D>(from, threadIdx.x % 16, step * 2 + threadIdx.x / 16 % 2));
+    }
+};
+
+template<int N>
+__device__ __forceinline__ void clear(float (&c)[N][4]) {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            c[j][i] = 0;
+        }
+    }
+}
+
+// c = a · tileᵀ, R times (16, D) by (N, D).
+template<int D, int R, int N>
+__device__ __forceinline__ void multiply_transposed(float (&c)[R][N / 8][4], const LeftRows<D> (&a)[R], const bf16* tile) {
+    const int lane = threadIdx.x % 32;
+    const SharedAddress from = shared_address(tile);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        clear(c[r]);
+    }
+
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        u32 left[R][4];
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            a[r].get(left[r], step);
+        }
+
+#pragma unroll
+        for (int j = 0; j < N / 8; j += 2) {
+            u32 right[4];
+            ldmatrix_x4(right, address<D>(from, j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                mma_m16n8k16(c[r][j], left[r], right[0], right[1]);
+                mma_m16n8k16(c[r][j + 1], left[r], right[2], right[3]);
+            }
+        }
+    }
+}
+
+// c += p · tile, R times (16, N) by (N, D), p rounded to bf16.
+template<int D, int R, int N>
+__device__ __forceinline__ void multiply_add(float (&c)[R][D / 8][4], const float (&p)[R][N / 8][4], const bf16* tile) {
+    const int lane = threadIdx.x % 32;
+    const SharedAddress from = shared_address(tile);
+#pragma unroll
+    for (int step = 0; step < N / 16; step++) {
+        u32 left[R][4];
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float (&x)[4] = p[r][2 * step + i / 2];
+                left[r][i] = pack_bf16x2(x[i % 2 * 2], x[i % 2 * 2 + 1]);
+            }
+        }
+
+#pragma unroll
+        for (int j = 0; j < D / 8; j += 2) {
+            u32 right[4];
+            ldmatrix_x4_trans(right, address<D>(from, step * 16 + lane % 16, j + lane / 16));
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                mma_m16n8k16(c[r][j], left[r], right[0], right[1]);
+                mma_m16n8k16(c[r][j + 1], left[r], right[2], right[3]);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ float low_half(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_half(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// Over the 4 lanes that share rows of an accumulator.
+__device__ __forceinline__ float row_sum(float value) {
+    value += __shfl_xor_sync(~0u, value, 1);
+    return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+__device__ __forceinline__ float row_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+// Whether the query of head row r, the first of which have position 0, does not see a key.
+__device__ __forceinline__ bool is_later(int key, int row, int group) { return key * group > row; }
+
+// Scores of keys that a row does not see become -∞. `first_key` is relative to the position of the segment's first row.
+template<int R>
+__device__ __forceinline__ void mask(float (&scores)[R][Keys / 8][4], int first_key, int first_row, int group) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+#pragma unroll
+        for (int j = 0; j < Keys / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int key = first_key + j * 8 + lane % 4 * 2 + i % 2, row = first_row + r * WarpRows + lane / 4 + i / 2 * 8;
+                scores[r][j][i] = is_later(key, row, group) ? -infinity() : scores[r][j][i];
+            }
+        }
+    }
+}
+
+// Keys and values that are rows of the batch.
+template<int D>
+struct BatchKeys {
+    const bf16 *keys, *values;
+    i64 key_stride, value_stride;
+
+    __device__ __forceinline__ void begin(bf16* key_tile, bf16* value_tile, int tile, int count) {
+        load_rows<D, Keys>(key_tile, keys + tile * Keys * key_stride, key_stride, count);
+        load_rows<D, Keys>(value_tile, values + tile * Keys * value_stride, value_stride, count);
+    }
+
+    __device__ __forceinline__ void end(bf16*, bf16*) {}
+};

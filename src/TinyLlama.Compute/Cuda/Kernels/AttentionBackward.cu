@@ -1,0 +1,252 @@
+#include "Attention.cuh"
+
+// dQuery, and delta = the row sums of dOutput · output. 16 head rows a warp.
+template<int D>
+__device__ __forceinline__ void d_query(
+    bf16* d_query, float* delta, const bf16* d_output, const bf16* output, const float* log_sums, const bf16* query, BatchKeys<D> source,
+    Work work, int key_heads, int group, i64 d_query_stride, i64 d_output_stride, i64 output_stride, i64 query_stride, float scale) {
+    constexpr int Rows = Warps * WarpRows;
+    DYNAMIC_SHARED(shared);
+    bf16* query_tile = (bf16*)shared;
+    bf16* d_output_tile = query_tile + Rows * D;
+    bf16* stages = d_output_tile + Rows * D;
+
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WarpRows;
+    const int key_head = blockIdx.y, first_token = work.segment.first_row;
+    work.first = (work.rows - 1) / Rows * Rows - work.first;
+    const int warp_first = work.first + warp_row;
+    const int warp_end = min(warp_first + WarpRows, work.rows);
+    const int key_count = (min(work.first + Rows, work.rows) - 1) / group + 1;
+    const int seen_by_all = warp_first / group + 1;
+    const int seen_by_any = warp_first < warp_end ? (warp_end - 1) / group + 1 : 0;
+
+    // The output passes through the second stage.
+    bf16* output_tile = stages + 2 * Keys * D;
+    load_heads<D, Rows>(query_tile, query, query_stride, work, work.first, key_head, group);
+    load_heads<D, Rows>(d_output_tile, d_output, d_output_stride, work, work.first, key_head, group);
+    load_heads<D, Rows>(output_tile, output, output_stride, work, work.first, key_head, group);
+    source.begin(stages, stages + Keys * D, 0, key_count);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+
+    LeftRows<D> q[1], dy[1], y;
+    q[0].set(query_tile + warp_row * D);
+    dy[0].set(d_output_tile + warp_row * D);
+    y.set(output_tile + warp_row * D);
+    float row_delta[2] = {}, row_log_sum[2];
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        u32 a[4], b[4];
+        dy[0].get(a, step);
+        y.get(b, step);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            row_delta[i % 2] = fmaf(low_half(a[i]), low_half(b[i]), row_delta[i % 2]);
+            row_delta[i % 2] = fmaf(high_half(a[i]), high_half(b[i]), row_delta[i % 2]);
+        }
+    }
+
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = warp_first + half * 8 + lane / 4;
+        const i64 at = head_row<1>(row, first_token, key_head, group, key_heads * group);
+        row_delta[half] = row_sum(row_delta[half]);
+        row_log_sum[half] = row < work.rows ? log_sums[at] * Log2E : infinity();  // no weight on any key
+        if (lane % 4 == 0 && row < work.rows) {
+            delta[at] = row_delta[half];
+        }
+    }
+
+    float dq[1][D / 8][4];
+    clear(dq[0]);
+    for (int tile = 0; tile * Keys < key_count; tile++) {
+        bf16* key_tile = stages + tile % 2 * (2 * Keys * D);
+        cp_async_wait<0>();
+        __syncthreads();
+        if ((tile + 1) * Keys < key_count) {
+            bf16* other = stages + (tile + 1) % 2 * (2 * Keys * D);
+            source.begin(other, other + Keys * D, tile + 1, key_count - (tile + 1) * Keys);
+            cp_async_commit();
+        }
+
+        if (tile * Keys < seen_by_any) {
+            float p[1][Keys / 8][4], dp[1][Keys / 8][4];
+            multiply_transposed<D, 1, Keys>(p, q, key_tile);
+            if ((tile + 1) * Keys > seen_by_all) {
+                mask(p, tile * Keys, warp_first, group);
+            }
+
+            multiply_transposed<D, 1, Keys>(dp, dy, key_tile + Keys * D);
+#pragma unroll
+            for (int j = 0; j < Keys / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float weight = exp2_approx(fmaf(p[0][j][i], scale * Log2E, -row_log_sum[i / 2]));
+                    dp[0][j][i] = weight * (dp[0][j][i] - row_delta[i / 2]);
+                }
+            }
+
+            multiply_add<D, 1, Keys>(dq, dp, key_tile);
+        }
+    }
+
+    store_heads<D>(d_query, d_query_stride, work, warp_first, key_head, group, query_tile + warp_row * D, dq[0], {scale, scale});
+}
+
+// dKeys and dValues of 64 keys, 16 a warp, over the rows of all query heads that read them. The products are those of
+// d_query transposed, with keys as rows.
+template<int D>
+__device__ __forceinline__ void d_key_value(
+    bf16* d_keys, bf16* d_values, const float* delta, const bf16* d_output, const float* log_sums, const bf16* query, const bf16* keys,
+    const bf16* values, Work work, int key_heads, int group, i64 d_key_stride, i64 d_value_stride, i64 d_output_stride, i64 query_stride,
+    i64 key_stride, i64 value_stride, float scale) {
+    constexpr int Rows = D <= 64 ? 64 : 32;  // head rows of a tile
+    DYNAMIC_SHARED(shared);
+    bf16* key_tile = (bf16*)shared;
+    bf16* value_tile = key_tile + Keys * D;
+    bf16* stages = value_tile + Keys * D;
+    float* statistics = (float*)(stages + 2 * 2 * Rows * D);  // of each stage: log sums, then delta
+
+    const int lane = threadIdx.x % 32, warp_key = threadIdx.x / 32 * WarpRows;
+    const int key_head = blockIdx.y, heads = key_heads * group, first_token = work.segment.first_row;
+    const int first_key = work.first;
+    const int rows = work.rows * group;
+    const Work row_work = {work.segment, rows, 0};
+
+    const auto begin = [&](int tile, float& statistic) {
+        bf16* stage = stages + tile % 2 * (2 * Rows * D);
+        load_heads<D, Rows>(stage, query, query_stride, row_work, tile * Rows, key_head, group);
+        load_heads<D, Rows>(stage + Rows * D, d_output, d_output_stride, row_work, tile * Rows, key_head, group);
+        cp_async_commit();
+        const int row = tile * Rows + threadIdx.x % Rows;
+        const bool is_log_sum = threadIdx.x < Rows;
+        statistic = is_log_sum ? infinity() : 0.0f;  // beyond the segment: no weight on any key
+        if (row < rows && threadIdx.x < 2 * Rows) {
+            const i64 at = head_row<1>(row, first_token, key_head, group, heads);
+            statistic = is_log_sum ? log_sums[at] * Log2E : delta[at];
+        }
+    };
+
+    int tile = first_key * group / Rows;
+    float statistic;
+    load_rows<D, Keys>(key_tile, keys + (first_token + first_key) * key_stride + key_head * D, key_stride, work.rows - first_key);
+    load_rows<D, Keys>(value_tile, values + (first_token + first_key) * value_stride + key_head * D, value_stride, work.rows - first_key);
+    begin(tile, statistic);
+    cp_async_wait<0>();
+    __syncthreads();
+    LeftRows<D> k[1], v[1];
+    k[0].set(key_tile + warp_key * D);
+    v[0].set(value_tile + warp_key * D);
+    float dk[1][D / 8][4], dv[1][D / 8][4];
+    clear(dk[0]);
+    clear(dv[0]);
+    const int warp_first = first_key + warp_key, first_seeing = warp_first * group, first_seeing_all = (warp_first + WarpRows - 1) * group;
+    for (; tile * Rows < rows; tile++) {
+        const bf16* query_tile = stages + tile % 2 * (2 * Rows * D);
+        const float* tile_statistics = statistics + tile % 2 * (2 * Rows);
+        cp_async_wait<0>();
+        if (threadIdx.x < 2 * Rows) {
+            statistics[tile % 2 * (2 * Rows) + threadIdx.x] = statistic;
+        }
+
+        __syncthreads();
+        if ((tile + 1) * Rows < rows) {
+            begin(tile + 1, statistic);
+        }
+
+        if (warp_first < work.rows && (tile + 1) * Rows > first_seeing) {
+            float p[1][Rows / 8][4], ds[1][Rows / 8][4];
+            multiply_transposed<D, 1, Rows>(p, k, query_tile);
+#pragma unroll
+            for (int j = 0; j < Rows / 8; j++) {
+                const Floats2 log_sum = *(const Floats2*)(tile_statistics + j * 8 + lane % 4 * 2);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    p[0][j][i] = exp2_approx(fmaf(p[0][j][i], scale * Log2E, -log_sum.v[i % 2]));
+                }
+            }
+
+            if (tile * Rows < first_seeing_all) {
+#pragma unroll
+                for (int j = 0; j < Rows / 8; j++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int key = warp_first + lane / 4 + i / 2 * 8, row = tile * Rows + j * 8 + lane % 4 * 2 + i % 2;
+                        p[0][j][i] = is_later(key, row, group) ? 0.0f : p[0][j][i];
+                    }
+                }
+            }
+
+            multiply_add<D, 1, Rows>(dv, p, query_tile + Rows * D);
+            multiply_transposed<D, 1, Rows>(ds, v, query_tile + Rows * D);
+#pragma unroll
+            for (int j = 0; j < Rows / 8; j++) {
+                const Floats2 mean = *(const Floats2*)(tile_statistics + Rows + j * 8 + lane % 4 * 2);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    ds[0][j][i] = p[0][j][i] * (ds[0][j][i] - mean.v[i % 2]);
+                }
+            }
+
+            multiply_add<D, 1, Rows>(dk, ds, query_tile);
+        }
+    }
+
+    store_heads<D>(d_keys, d_key_stride, work, warp_first, key_head, 1, key_tile + warp_key * D, dk[0], {scale, scale});
+    store_heads<D>(d_values, d_value_stride, work, warp_first, key_head, 1, value_tile + warp_key * D, dv[0], {1.0f, 1.0f});
+}
+
+// ---- kernels: one for each head dim -------------------------------------------------------------------------------
+// Shapes as in TinyLlama.Compute.Backend; strides in elements, multiples of 8; `scale` is 1 / √D. Log sums and delta, (N, Hq),
+// lie without gaps.
+
+#define D_QUERY_PARAMETERS \
+    bf16 *dq, float *delta, const bf16 *d_output, const bf16 *output, const float *log_sums, const bf16 *query, const bf16 *keys, \
+        const bf16 *values, const int *segments, int segment_count, int key_heads, int group, i64 dq_stride, i64 d_output_stride, \
+        i64 output_stride, i64 query_stride, i64 key_stride, i64 value_stride, float scale
+#define D_QUERY_ARGUMENTS \
+    dq, delta, d_output, output, log_sums, query, keys, values, segments, segment_count, key_heads, group, dq_stride, d_output_stride, \
+        output_stride, query_stride, key_stride, value_stride, scale
+
+template<int D>
+__device__ __forceinline__ void attention_d_query(D_QUERY_PARAMETERS) {
+    Work work;
+    if (find_work<Warps * WarpRows>(work, segments, segment_count, group)) {
+        const int key_head = blockIdx.y;
+        const BatchKeys<D> source = {
+            keys + work.segment.first_row * key_stride + key_head * D, values + work.segment.first_row * value_stride + key_head * D,
+            key_stride, value_stride};
+        d_query<D>(
+            dq, delta, d_output, output, log_sums, query, source, work, key_heads, group, dq_stride, d_output_stride, output_stride,
+            query_stride, scale);
+    }
+}
+
+KERNEL(128) void attention_d_query_16(D_QUERY_PARAMETERS) { attention_d_query<16>(D_QUERY_ARGUMENTS); }
+KERNEL(128) void attention_d_query_32(D_QUERY_PARAMETERS) { attention_d_query<32>(D_QUERY_ARGUMENTS); }
+KERNEL(128) void attention_d_query_64(D_QUERY_PARAMETERS) { attention_d_query<64>(D_QUERY_ARGUMENTS); }
+KERNEL(128) void attention_d_query_128(D_QUERY_PARAMETERS) { attention_d_query<128>(D_QUERY_ARGUMENTS); }
+
+#define D_KEY_VALUE_PARAMETERS \
+    bf16 *dk, bf16 *dv, const float *delta, const bf16 *d_output, const float *log_sums, const bf16 *query, const bf16 *keys, \
+        const bf16 *values, const int *segments, int segment_count, int key_heads, int group, i64 dk_stride, i64 dv_stride, \
+        i64 d_output_stride, i64 query_stride, i64 key_stride, i64 value_stride, float scale
+#define D_KEY_VALUE_ARGUMENTS \
+    dk, dv, delta, d_output, log_sums, query, keys, values, segments, segment_count, key_heads, group, dk_stride, dv_stride, \
+        d_output_stride, query_stride, key_stride, value_stride, scale
+
+template<int D>
+__device__ __forceinline__ void attention_d_key_value(D_KEY_VALUE_PARAMETERS) {
+    Work work;
+    if (find_work<Keys>(work, segments, segment_count, 1)) {
+        d_key_value<D>(
+            dk, dv, delta, d_output, log_sums, query, keys, values, work, key_heads, group, dk_stride, dv_stride, d_output_stride,
+            query_stride, key_stride, value_stride, scale);
+    }
+}
+
+KERNEL(128) void attention_d_key_value_16(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<16>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_d_key_value_32(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<32>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_d_key_value_64(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<64>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_d_key_value_128(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<128>(D_KEY_VALUE_ARGUMENTS); }
