@@ -38,6 +38,13 @@ public abstract class Backend : IDisposable
     /// <summary>Gets the bytes that arenas may take together.</summary>
     public abstract long AvailableBytes { get; }
 
+    /// <summary>Refuses a model whose shape the device has no kernels for.</summary>
+    /// <param name="channels">C.</param>
+    /// <param name="hidden">H.</param>
+    /// <param name="headDim">D.</param>
+    /// <exception cref="DeviceException">Says what it has kernels for.</exception>
+    public abstract void RequireModel(int channels, int hidden, int headDim);
+
     /// <summary>Allocates zeroed memory on the device.</summary>
     /// <param name="name">What the arena is for.</param>
     /// <param name="byteCount">Its size.</param>

@@ -2,6 +2,7 @@
 // was built with. Every call is done when it returns.
 #include "driver.h"
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -200,7 +201,7 @@ Result launch(const emulator::Function& function, dim3 grid, unsigned threads, s
 using driver::Result;
 
 static const std::map<int, const char*> names = {
-    {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"}, {500, "CUDA_ERROR_NOT_FOUND"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}};
+    {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"}, {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {500, "CUDA_ERROR_NOT_FOUND"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}};
 
 // A failed launch is the end of a context, as on a device.
 static Result sticky = driver::Success;
@@ -218,15 +219,30 @@ static int environment(const char* name, int otherwise) {
     return value ? atoi(value) : otherwise;
 }
 
+// What TINYLLAMA_CUDA_FAIL says: "cuLaunchKernel 100 719" lets 100 launches succeed, and from the next on 719 is the result.
+static int planned_failure(const char* function) {
+    static std::atomic<long> calls;
+    const char* value = getenv("TINYLLAMA_CUDA_FAIL");
+    char name[64];
+    long successes;
+    int error;
+    if (!value || sscanf(value, "%63s %ld %d", name, &successes, &error) != 3 || strcmp(name, function) != 0 || calls++ < successes) {
+        return 0;
+    }
+
+    sticky = (Result)error;
+    return error;
+}
+
 extern "C" {
 
 int cuInit(unsigned) {
     emulator::schedule = environment("TINYLLAMA_CUDA_SCHEDULE", 0);
-    return 0;
+    return planned_failure("cuInit");
 }
 
 int cuDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = environment("TINYLLAMA_CUDA_VERSION", 13000);
     return 0;
 }
 
@@ -329,6 +345,10 @@ int cuMemcpy2DAsync_v2(const Copy2D* copy, void*) {
 
 // A module is a source; its image is the source's name, as nvrtcGetCUBIN below gives it.
 int cuModuleLoadData(void** module, const char* image) {
+    if (int error = planned_failure("cuModuleLoadData")) {
+        return error;
+    }
+
     for (emulator::Source* source : emulator::sources()) {
         if (strcmp(source->name, image) == 0) {
             *module = source;
@@ -362,6 +382,7 @@ int cuFuncSetAttribute(const emulator::Function*, int, int) { return 0; }
 int cuLaunchKernel(
     const emulator::Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z,
     unsigned shared_bytes, void*, void** arguments, void**) {
+    planned_failure("cuLaunchKernel");
     if (sticky != driver::Success) {
         return sticky;
     }

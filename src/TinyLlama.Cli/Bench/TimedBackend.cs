@@ -64,6 +64,9 @@ internal sealed class TimedBackend(Backend inner) : Backend
     }
 
     /// <inheritdoc/>
+    public override void RequireModel(int channels, int hidden, int headDim) => inner.RequireModel(channels, hidden, headDim);
+
+    /// <inheritdoc/>
     public override Arena Allocate(string name, long byteCount) => inner.Allocate(name, byteCount);
 
     /// <inheritdoc/>

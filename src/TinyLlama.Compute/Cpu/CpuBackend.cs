@@ -78,6 +78,12 @@ public abstract class CpuBackend : Backend
     }
 
     /// <inheritdoc/>
+    public override void RequireModel(int channels, int hidden, int headDim)
+    {
+        // Any.
+    }
+
+    /// <inheritdoc/>
     public override Arena Allocate(string name, long byteCount)
     {
         nint address = PageMemory.Map(name, byteCount);

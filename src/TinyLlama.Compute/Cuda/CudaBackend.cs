@@ -62,6 +62,21 @@ public sealed unsafe class CudaBackend : Backend
     public static CudaBackend Plan(long memoryBytes) => new(memoryBytes);
 
     /// <inheritdoc/>
+    public override void RequireModel(int channels, int hidden, int headDim)
+    {
+        if (headDim is not (16 or 32 or 64 or 128))
+        {
+            throw new DeviceException($"a GPU computes attention with heads of 16, 32, 64 or 128 channels, and this model's have {headDim}: use --device cpu");
+        }
+
+        if (channels % Operands.Eight != 0 || hidden % Operands.Eight != 0)
+        {
+            throw new DeviceException(
+                $"a GPU computes with multiples of {Operands.Eight} channels, and this model has {channels}, {hidden} in its feed-forward: use --device cpu");
+        }
+    }
+
+    /// <inheritdoc/>
     public override Arena Allocate(string name, long byteCount)
     {
         nint address = _device.Allocate(name, byteCount);

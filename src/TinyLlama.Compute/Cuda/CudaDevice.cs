@@ -45,7 +45,12 @@ internal sealed unsafe class CudaDevice : IDisposable
             nint module;
             fixed (byte* image = KernelImages.Get(source, Gpu.Capability))
             {
-                Check(CudaDriver.cuModuleLoadData(&module, image), source);
+                int result = CudaDriver.cuModuleLoadData(&module, image);
+                if (result != 0)
+                {
+                    throw new DeviceException(
+                        $"the driver of {Gpu}, for CUDA {CudaLibraries.Text(CudaLibraries.Found.DriverVersion)}, cannot load {source} as NVRTC {KernelImages.CompilerVersion} compiled it ({Gpu.ErrorName(result)}): install a newer driver, or use --device cpu");
+                }
             }
 
             _modules.Add(module);

@@ -26,8 +26,10 @@ public sealed class LlamaModel : IDisposable
     /// <param name="config">The shape.</param>
     /// <param name="backend">The device.</param>
     /// <param name="arenas">Where parameters live, and gradients if the model trains.</param>
+    /// <exception cref="DeviceException">The device has no kernels for the shape.</exception>
     public LlamaModel(ModelConfig config, Backend backend, ModelArenas arenas)
     {
+        backend.RequireModel(config.Channels, config.Hidden, config.HeadDim);
         (Config, _backend) = (config, backend);
         _embedding = Embedding(arenas);
         _table = _embedding.Values.IsEmpty ? _embedding.Frozen.Weight!.PackedForward : _embedding.Values;

@@ -106,7 +106,46 @@ public sealed class Trainer : IDisposable
     /// <param name="stop">Asks to stop after the step that is under way.</param>
     /// <param name="lastStep">Stops after this many steps in all, though the plan has more; its schedule stays.</param>
     /// <exception cref="UserErrorException">The loss is not finite; no update was made with it.</exception>
+    /// <exception cref="DeviceException">The device failed; says from where the run can go on.</exception>
     public void Run(CancellationToken stop, long lastStep = long.MaxValue)
+    {
+        try
+        {
+            RunSteps(stop, lastStep);
+        }
+        catch (DeviceException e)
+        {
+            string saved = _savedStep < 0
+                ? "nothing was saved yet: the same command begins anew"
+                : $"the checkpoint of step {_savedStep} is whole: the same command goes on from there";
+            throw new DeviceException($"step {_state.Step}: {e.Message}; {saved}", e);
+        }
+    }
+
+    /// <summary>Writes a line to the run's log and tells the observer.</summary>
+    public void Record(Metrics metrics)
+    {
+        try
+        {
+            _log.Append(metrics);
+        }
+        catch (IOException e)
+        {
+            _observer.Warn($"{Path.Combine(_folder, MetricsLog.FileName)}: a line could not be written: {e.Message}");
+        }
+
+        _observer.Measured(metrics);
+    }
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        _generator?.Dispose();
+        _log.Dispose();
+        _memory.Dispose();
+    }
+
+    private void RunSteps(CancellationToken stop, long lastStep)
     {
         while (!IsFinished && _state.Step < lastStep && !stop.IsCancellationRequested)
         {
@@ -135,29 +174,6 @@ public sealed class Trainer : IDisposable
             Sample();
             Retain();
         }
-    }
-
-    /// <summary>Writes a line to the run's log and tells the observer.</summary>
-    public void Record(Metrics metrics)
-    {
-        try
-        {
-            _log.Append(metrics);
-        }
-        catch (IOException e)
-        {
-            _observer.Warn($"{Path.Combine(_folder, MetricsLog.FileName)}: a line could not be written: {e.Message}");
-        }
-
-        _observer.Measured(metrics);
-    }
-
-    /// <inheritdoc/>
-    public void Dispose()
-    {
-        _generator?.Dispose();
-        _log.Dispose();
-        _memory.Dispose();
     }
 
     private void Step()
