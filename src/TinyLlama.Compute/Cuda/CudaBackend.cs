@@ -15,23 +15,25 @@ public sealed unsafe class CudaBackend : Backend
     private const long OwnBytes = 512L << 20;
 
     private readonly CudaDevice _device;
+    private readonly MatMul _products;
     private readonly long? _plannedBytes;
     private readonly nint _attentionPartials;
 
     private CudaBackend(CudaDevice device)
     {
-        _device = device;
+        (_device, _products) = (device, new MatMul(device));
         _attentionPartials = device.Allocate("partial sums of attention", Cuda.Attention.PartialsBytes);
     }
 
     // Whoever plans calls no operation.
-    private CudaBackend(long plannedBytes) => (_device, _plannedBytes) = (null!, plannedBytes);
+    private CudaBackend(long plannedBytes) => (_device, _products, _plannedBytes) = (null!, null!, plannedBytes);
 
     /// <inheritdoc/>
     public override string Description => _plannedBytes is long bytes ? $"cuda, planned for {bytes / (double)(1L << 30):F1} GiB" : $"{_device.Gpu}";
 
     /// <inheritdoc/>
-    public override string Arithmetic => $"cuda {_device.Gpu.Name}, sm_{_device.Gpu.Capability}, NVRTC {KernelImages.CompilerVersion}";
+    public override string Arithmetic =>
+        $"cuda {_device.Gpu.Name}, sm_{_device.Gpu.Capability}, NVRTC {KernelImages.CompilerVersion}, cuBLASLt {CublasLt.cublasLtGetVersion()}";
 
     /// <summary>Gets the GPU; null of a backend that only plans.</summary>
     public Gpu? Gpu => _device?.Gpu;
@@ -84,13 +86,14 @@ public sealed unsafe class CudaBackend : Backend
     }
 
     /// <inheritdoc/>
-    public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => throw new NotSupportedException("matrix products");
+    public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => Cuda.MatMul.TakePacked(arena, outputs, inputs, type);
 
     /// <inheritdoc/>
-    public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows) => throw new NotSupportedException("matrix products");
+    public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows) =>
+        _products.WriteRows(weight, firstRow, rows);
 
     /// <inheritdoc/>
-    public override void Pack(Weight weight) => throw new NotSupportedException("matrix products");
+    public override void Pack(Weight weight) => _products.Pack(weight);
 
     /// <inheritdoc/>
     public override void Write<T>(Tensor destination, ReadOnlySpan<T> source)
@@ -147,14 +150,16 @@ public sealed unsafe class CudaBackend : Backend
         Cuda.RmsNorm.Backward(_device, dInput, dWeight, dOutput, input, weight, r);
 
     /// <inheritdoc/>
-    public override void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false) => throw new NotSupportedException("matrix products");
+    public override void MatMul(Tensor output, Tensor input, Weight weight, bool accumulate = false) =>
+        _products.Forward(output, input, weight, accumulate);
 
     /// <inheritdoc/>
     public override void MatMulBackwardInput(Tensor dInput, Tensor dOutput, Weight weight, bool accumulate = false) =>
-        throw new NotSupportedException("matrix products");
+        _products.BackwardInput(dInput, dOutput, weight, accumulate);
 
     /// <inheritdoc/>
-    public override void MatMulBackwardWeight(Tensor dWeight, Tensor dOutput, Tensor input) => throw new NotSupportedException("matrix products");
+    public override void MatMulBackwardWeight(Tensor dWeight, Tensor dOutput, Tensor input) =>
+        _products.BackwardWeight(dWeight, dOutput, input);
 
     /// <inheritdoc/>
     public override void Rope(Tensor heads, Tensor positions, Tensor table, bool inverse = false) =>
@@ -209,6 +214,7 @@ public sealed unsafe class CudaBackend : Backend
         {
             if (_device is not null)
             {
+                _products.Dispose();
                 _device.Free(_attentionPartials);
                 _device.Dispose();
             }

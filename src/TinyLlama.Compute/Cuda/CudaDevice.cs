@@ -86,6 +86,16 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
     }
 
+    /// <summary>Makes its context that of the calling thread, as every call to a library that runs on it needs.</summary>
+    public void MakeCurrent()
+    {
+        if (s_current != _context)
+        {
+            Check(CudaDriver.cuCtxSetCurrent(_context), "the GPU could not be used");
+            s_current = _context;
+        }
+    }
+
     /// <summary>Allocates zeroed memory.</summary>
     /// <param name="name">What it is for.</param>
     /// <param name="bytes">Its size.</param>
@@ -219,15 +229,6 @@ internal sealed unsafe class CudaDevice : IDisposable
     }
 
     private static string Gibibytes(long bytes) => $"{bytes / (double)(1L << 30):F2} GiB";
-
-    private void MakeCurrent()
-    {
-        if (s_current != _context)
-        {
-            Check(CudaDriver.cuCtxSetCurrent(_context), "the GPU could not be used");
-            s_current = _context;
-        }
-    }
 
     private int Attribute(int attribute)
     {

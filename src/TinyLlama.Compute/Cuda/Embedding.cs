@@ -2,7 +2,7 @@ namespace TinyLlama.Compute.Cuda;
 
 /// <summary>Rows picked by index: the embedding, its backward, and the gathering of rows.</summary>
 /// <remarks>
-/// Shapes: output, dOutput (N, C) of BF16; table (V, C) of F32, BF16 or F16; dTable (V, C) of F32; tokens (N, 1). Memory-bound:
+/// Shapes: output, dOutput (N, C) of BF16; table (V, C) of F32, BF16, F16 or blocks (<see cref="WeightBlocks"/>); dTable (V, C) of F32; tokens (N, 1). Memory-bound:
 /// 6 · N · C bytes forward, 10 · N · C backward.
 /// </remarks>
 internal static class Embedding
@@ -15,12 +15,17 @@ internal static class Embedding
         output.RequireEights(tokens.Rows, table.Columns);
         table.RequireEights(table.Rows, table.Columns, table.Type);
         tokens.RequireIndices(output.Rows);
+        if (table.Type.IsQuantized())
+        {
+            WeightBlocks.Gather(device, output, table, tokens);
+            return;
+        }
+
         string kernel = table.Type switch
         {
             DType.F32 => "embedding_f32",
             DType.BF16 => "embedding_bf16",
-            DType.F16 => "embedding_f16",
-            _ => throw new NotSupportedException($"an embedding in {table.Type}"),
+            _ => "embedding_f16",
         };
         device.Launch(
             kernel, (output.Rows, 1, 1), Operands.RowThreads(table.Columns), 0, output, (long)output.Stride, table, (long)table.Stride, tokens,

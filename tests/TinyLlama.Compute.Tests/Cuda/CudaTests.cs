@@ -69,6 +69,14 @@ public abstract class CudaTests : IDisposable
     /// <summary>A tensor of the GPU in memory of its own, so that the address sanitizer sees what leaves it.</summary>
     protected Tensor Take(int rows, int columns, DType type = DType.BF16) => Own(Cuda, rows, columns, type);
 
+    /// <summary>An arena of the GPU.</summary>
+    protected Arena Room(long bytes)
+    {
+        Arena arena = Cuda.Allocate("test", bytes);
+        _arenas.Add(arena);
+        return arena;
+    }
+
     /// <summary>A tensor of the GPU with these values.</summary>
     protected Tensor Put(int rows, int columns, ReadOnlySpan<float> values, DType type = DType.BF16)
     {
