@@ -111,7 +111,7 @@ public sealed class Trainer : IDisposable
     {
         try
         {
-            RunSteps(stop, lastStep);
+            RunSteps(lastStep, stop);
         }
         catch (DeviceException e)
         {
@@ -145,7 +145,7 @@ public sealed class Trainer : IDisposable
         _memory.Dispose();
     }
 
-    private void RunSteps(CancellationToken stop, long lastStep)
+    private void RunSteps(long lastStep, CancellationToken stop)
     {
         while (!IsFinished && _state.Step < lastStep && !stop.IsCancellationRequested)
         {
