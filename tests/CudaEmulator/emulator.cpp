@@ -231,7 +231,7 @@ void poison(void* memory, size_t bytes) {
 
 void* allocate_shared(size_t bytes) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, 128, bytes) != 0) {
+    if (posix_memalign(&memory, 1024, bytes) != 0) {
         abort();
     }
 

@@ -197,6 +197,7 @@ inline SharedAddress shared_address(const void* pointer) { return (SharedAddress
 void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row);
 void cp_async_16(SharedAddress to, const void* from, int bytes);
+inline void store_shared_16(SharedAddress to, const uint32_t (&words)[4]) { memcpy((void*)to, words, 16); }
 void cp_async_commit();
 void cp_async_wait_group(int open_groups);
 template<int N> void cp_async_wait() { cp_async_wait_group(N); }

@@ -76,9 +76,10 @@ internal static class Attention
         KeyValueCache.RequireBlocks(values, keys, keyHeads, headDim);
         int slots = Slots(layout, group, Rows);
         int depth = Depth(device, layout, slots * keyHeads, keyHeads * group, headDim);
-        string[] kernels = keys.Type == DType.Q8_0 ? s_cachedQ80 : s_cached;
+        bool quantized = keys.Type == DType.Q8_0; // its bytes have room beside the tiles
         device.Launch(
-            kernels[Index(headDim)], (slots, keyHeads, depth), Threads, TileBytes(headDim, Rows + (4 * Keys)), output, logSumExp, (long)partials,
+            (quantized ? s_cachedQ80 : s_cached)[Index(headDim)], (slots, keyHeads, depth), Threads,
+            TileBytes(headDim, Rows + ((quantized ? 5 : 4) * Keys)), output, logSumExp, (long)partials,
             query, keys, values, layout.Segments, layout.BlockTable, layout.SegmentCount, layout.TokenCount, keyHeads, group, output.Stride,
             query.Stride, scale);
         if (depth > 1)

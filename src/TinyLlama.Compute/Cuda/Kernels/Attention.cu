@@ -123,73 +123,75 @@ struct CachedKeys {
     const int* table;
     int key_heads, key_head;
 
-    __device__ __forceinline__ void begin(bf16* key_tile, bf16* value_tile, int tile, int count) {
+    __device__ __forceinline__ void begin(SharedAddress key_tile, SharedAddress value_tile, int tile, int count) {
         const i64 from = ((i64)table[tile] * key_heads + key_head) * (Keys * D);
         load_rows<D, Keys>(key_tile, keys + from, D, count);
         load_rows<D, Keys>(value_tile, values + from, D, count);
     }
 
-    __device__ __forceinline__ void end(bf16*, bf16*) {}
+    __device__ __forceinline__ void end(SharedAddress, SharedAddress) {}
 };
 
 // The same in Q8_0: of each block and key head bytes, (position % 64, channel), then scales in f16, (position % 64,
-// channel / 32). They pass through registers, and reach shared memory as bf16.
+// channel / 32). Each thread has a room in shared memory for the bytes that it loads, and widens them to bf16 when a tile is due.
 template<int D>
 struct QuantizedKeys {
     const u8 *keys, *values;
     const int* table;
     int key_heads, key_head;
+    u8* room;  // 2 · Keys · D bytes
 
-    __device__ __forceinline__ void begin(bf16*, bf16*, int tile, int count) {
+    __device__ __forceinline__ void begin(SharedAddress, SharedAddress, int tile, int count) {
         const i64 from = ((i64)table[tile] * key_heads + key_head) * (Keys * Groups * 34);
-        fetch(key_pieces, keys + from, count);
-        fetch(value_pieces, values + from, count);
+        fetch(room, key_scales, keys + from, count);
+        fetch(room + Keys * D, value_scales, values + from, count);
     }
 
-    __device__ __forceinline__ void end(bf16* key_tile, bf16* value_tile) {
-        widen(key_tile, key_pieces);
-        widen(value_tile, value_pieces);
+    __device__ __forceinline__ void end(SharedAddress key_tile, SharedAddress value_tile) const {
+        widen(key_tile, room, key_scales);
+        widen(value_tile, room + Keys * D, value_scales);
     }
 
 private:
     static constexpr int Groups = (D + 31) / 32;
     static constexpr int Chunks = D / 16;
-    static constexpr int Pieces = (Keys * Chunks + Threads - 1) / Threads;
+    static constexpr int RowsAtOnce = Threads / Chunks;
+    static constexpr int Pieces = (Keys + RowsAtOnce - 1) / RowsAtOnce;
 
-    struct Piece {
-        Words4 bytes;
-        float scale;
-    };
+    float key_scales[Pieces], value_scales[Pieces];
 
-    Piece key_pieces[Pieces], value_pieces[Pieces];
-
-    __device__ __forceinline__ static void fetch(Piece (&pieces)[Pieces], const u8* from, int count) {
+    __device__ __forceinline__ static void fetch(u8* room, float (&scales)[Pieces], const u8* from, int count) {
+        const int row = threadIdx.x / Chunks, group = threadIdx.x % Chunks / 2;
+        const SharedAddress to = shared_address(room) + threadIdx.x * 16;
+        const u8* bytes = from + threadIdx.x * 16;
+        const f16* from_scales = (const f16*)(from + Keys * Groups * 32) + row * Groups + group;
 #pragma unroll
         for (int i = 0; i < Pieces; i++) {
-            const int at = threadIdx.x + i * Threads, row = at / Chunks;
-            pieces[i] = {};
-            if (row < count) {
-                pieces[i].bytes = *(const Words4*)(from + at * 16);
-                pieces[i].scale = to_float(((const f16*)(from + Keys * Groups * 32))[row * Groups + at % Chunks / 2]);
+            const bool is_there = row + i * RowsAtOnce < min(count, Keys);
+            scales[i] = is_there ? to_float(from_scales[i * RowsAtOnce * Groups]) : 0.0f;
+            if (row + i * RowsAtOnce < Keys) {
+                cp_async_16(to + i * Threads * 16, bytes + i * Threads * 16, is_there ? 16 : 0);
             }
         }
     }
 
-    __device__ __forceinline__ static void widen(bf16* tile, const Piece (&pieces)[Pieces]) {
+    __device__ __forceinline__ static void widen(SharedAddress tile, const u8* room, const float (&scales)[Pieces]) {
+        const int row = threadIdx.x / Chunks;
+        const SharedAddress to = address<D>(tile, row, threadIdx.x % Chunks * 2);
 #pragma unroll
         for (int i = 0; i < Pieces; i++) {
-            const int at = threadIdx.x + i * Threads, row = at / Chunks;
-            if (row < Keys) {
+            if (row + i * RowsAtOnce < Keys) {
+                const Words4 bytes = *(const Words4*)(room + (i * Threads + threadIdx.x) * 16);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    Words4 words;
+                    u32 words[4];
 #pragma unroll
                     for (int pair = 0; pair < 4; pair++) {
-                        const u32 bytes = pieces[i].bytes.v[half * 2 + pair / 2] >> pair % 2 * 16;
-                        words.v[pair] = pack_bf16x2(signed_byte(bytes) * pieces[i].scale, signed_byte(bytes >> 8) * pieces[i].scale);
+                        const u32 two = bytes.v[half * 2 + pair / 2] >> pair % 2 * 16;
+                        words[pair] = pack_bf16x2(signed_byte(two) * scales[i], signed_byte(two >> 8) * scales[i]);
                     }
 
-                    *(Words4*)(tile + place<D>(row, at % Chunks * 2 + half)) = words;
+                    store_shared_16((to ^ half * 16) + i * RowsAtOnce * D * (int)sizeof(bf16), words);
                 }
             }
         }
@@ -207,8 +209,9 @@ __device__ __forceinline__ void forward(
     i64 output_stride, i64 query_stride, float scale) {
     constexpr int Rows = Warps * WarpRows * R;
     DYNAMIC_SHARED(shared);
-    bf16* query_tile = (bf16*)shared;
-    bf16* stages = query_tile + Rows * D;
+    constexpr int TileBytes = Keys * D * sizeof(bf16);
+    bf16* query_rows = (bf16*)shared + threadIdx.x / 32 * WarpRows * R * D;  // this warp's
+    const SharedAddress query_tile = shared_address(shared), stages = query_tile + Rows * D * sizeof(bf16);
 
     const Segment& segment = work.segment;
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WarpRows * R;
@@ -226,15 +229,18 @@ __device__ __forceinline__ void forward(
     }
 
     load_heads<D, Rows>(query_tile, query, query_stride, work, work.first, key_head, group);
-    source.begin(stages, stages + Keys * D, tile, key_count - tile * Keys);
+    source.begin(stages, stages + TileBytes, tile, key_count - tile * Keys);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
 
     LeftRows<D> q[R];
+    int last_key[R][2];
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        q[r].set(query_tile + (warp_row + r * WarpRows) * D);
+        last_key[r][0] = segment.first_position + (warp_first + r * WarpRows + lane / 4) / group;
+        last_key[r][1] = segment.first_position + (warp_first + r * WarpRows + lane / 4 + 8) / group;
+        q[r].set(query_tile + (warp_row + r * WarpRows) * D * (int)sizeof(bf16));
     }
 
     Softmax<D, R> span, total;
@@ -242,15 +248,15 @@ __device__ __forceinline__ void forward(
     total.reset();
     int next;
     for (int stage = 0; tile * Keys < key_count; tile = next, stage ^= 1) {
-        bf16* key_tile = stages + stage * (2 * Keys * D);
+        const SharedAddress key_tile = stages + stage * (2 * TileBytes), value_tile = key_tile + TileBytes;
         cp_async_wait<0>();
-        source.end(key_tile, key_tile + Keys * D);
+        source.end(key_tile, value_tile);
         __syncthreads();  // this stage is there, and nobody reads the other one
         const bool ends_span = InSpans && (tile + 1) % SpanTiles == 0;
         next = tile + 1 + (ends_span ? (gridDim.z - 1) * SpanTiles : 0);
         if (next * Keys < key_count) {
-            bf16* other = stages + (stage ^ 1) * (2 * Keys * D);
-            source.begin(other, other + Keys * D, next, key_count - next * Keys);
+            const SharedAddress other = stages + (stage ^ 1) * (2 * TileBytes);
+            source.begin(other, other + TileBytes, next, key_count - next * Keys);
             cp_async_commit();
         }
 
@@ -258,11 +264,11 @@ __device__ __forceinline__ void forward(
             float scores[R][Keys / 8][4];
             multiply_transposed<D, R, Keys>(scores, q, key_tile);
             if ((tile + 1) * Keys > seen_by_all) {
-                mask(scores, tile * Keys - segment.first_position, warp_first, group);
+                mask(scores, last_key, tile * Keys);
             }
 
             span.weigh(scores, scale);
-            multiply_add<D, R, Keys>(span.o, scores, key_tile + Keys * D);
+            multiply_add<D, R, Keys>(span.o, scores, value_tile);
         }
 
         if constexpr (InSpans) {
@@ -303,7 +309,7 @@ __device__ __forceinline__ void forward(
         }
 
         store_heads<D>(
-            output, output_stride, work, first, key_head, group, query_tile + (warp_row + r * WarpRows) * D, result.o[r],
+            output, output_stride, work, first, key_head, group, query_rows + r * WarpRows * D, result.o[r],
             {1.0f / result.sum[r][0], 1.0f / result.sum[r][1]});
     }
 }
@@ -374,29 +380,42 @@ KERNEL(128) void attention_forward_128(BATCH_PARAMETERS) { attention_forward<128
     output, log_sums, partials, query, keys, values, segments, table, segment_count, tokens, key_heads, group, output_stride, \
         query_stride, scale
 
-template<int D, class Source, class T>
+template<int D>
 __device__ __forceinline__ void attention_cached(CACHE_PARAMETERS) {
     Work work;
     if (find_work<Warps * WarpRows>(work, segments, segment_count, group)) {
-        Source source;
-        source.keys = (const T*)keys;
-        source.values = (const T*)values;
-        source.table = table + work.segment.first_key;
-        source.key_heads = key_heads;
-        source.key_head = blockIdx.y;
+        const CachedKeys<D> source = {
+            (const bf16*)keys, (const bf16*)values, table + work.segment.first_key, key_heads, (int)blockIdx.y};
         forward<D, 1, true>(
             output, log_sums, partials, query, source, work, tokens, key_heads, group, output_stride, query_stride, scale * Log2E);
     }
 }
 
-KERNEL(128) void attention_cached_16(CACHE_PARAMETERS) { attention_cached<16, CachedKeys<16>, bf16>(CACHE_ARGUMENTS); }
-KERNEL(128) void attention_cached_32(CACHE_PARAMETERS) { attention_cached<32, CachedKeys<32>, bf16>(CACHE_ARGUMENTS); }
-KERNEL(128) void attention_cached_64(CACHE_PARAMETERS) { attention_cached<64, CachedKeys<64>, bf16>(CACHE_ARGUMENTS); }
-KERNEL(128) void attention_cached_128(CACHE_PARAMETERS) { attention_cached<128, CachedKeys<128>, bf16>(CACHE_ARGUMENTS); }
-KERNEL(128) void attention_cached_q8_0_16(CACHE_PARAMETERS) { attention_cached<16, QuantizedKeys<16>, u8>(CACHE_ARGUMENTS); }
-KERNEL(128) void attention_cached_q8_0_32(CACHE_PARAMETERS) { attention_cached<32, QuantizedKeys<32>, u8>(CACHE_ARGUMENTS); }
-KERNEL(128) void attention_cached_q8_0_64(CACHE_PARAMETERS) { attention_cached<64, QuantizedKeys<64>, u8>(CACHE_ARGUMENTS); }
-KERNEL(128) void attention_cached_q8_0_128(CACHE_PARAMETERS) { attention_cached<128, QuantizedKeys<128>, u8>(CACHE_ARGUMENTS); }
+template<int D>
+__device__ __forceinline__ void attention_cached_q8_0(CACHE_PARAMETERS) {
+    DYNAMIC_SHARED(shared);
+    Work work;
+    if (find_work<Warps * WarpRows>(work, segments, segment_count, group)) {
+        QuantizedKeys<D> source;
+        source.keys = keys;
+        source.values = values;
+        source.table = table + work.segment.first_key;
+        source.key_heads = key_heads;
+        source.key_head = blockIdx.y;
+        source.room = shared + (Warps * WarpRows + 4 * Keys) * D * sizeof(bf16);
+        forward<D, 1, true>(
+            output, log_sums, partials, query, source, work, tokens, key_heads, group, output_stride, query_stride, scale * Log2E);
+    }
+}
+
+KERNEL(128) void attention_cached_16(CACHE_PARAMETERS) { attention_cached<16>(CACHE_ARGUMENTS); }
+KERNEL(128) void attention_cached_32(CACHE_PARAMETERS) { attention_cached<32>(CACHE_ARGUMENTS); }
+KERNEL(128) void attention_cached_64(CACHE_PARAMETERS) { attention_cached<64>(CACHE_ARGUMENTS); }
+KERNEL(128) void attention_cached_128(CACHE_PARAMETERS) { attention_cached<128>(CACHE_ARGUMENTS); }
+KERNEL(128) void attention_cached_q8_0_16(CACHE_PARAMETERS) { attention_cached_q8_0<16>(CACHE_ARGUMENTS); }
+KERNEL(128) void attention_cached_q8_0_32(CACHE_PARAMETERS) { attention_cached_q8_0<32>(CACHE_ARGUMENTS); }
+KERNEL(128) void attention_cached_q8_0_64(CACHE_PARAMETERS) { attention_cached_q8_0<64>(CACHE_ARGUMENTS); }
+KERNEL(128) void attention_cached_q8_0_128(CACHE_PARAMETERS) { attention_cached_q8_0<128>(CACHE_ARGUMENTS); }
 
 #define MERGE_PARAMETERS \
     bf16 *output, float *log_sums, const float *partials, const int *positions, int tokens, int heads, i64 output_stride, float scale

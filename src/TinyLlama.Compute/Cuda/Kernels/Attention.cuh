@@ -30,7 +30,7 @@ struct alignas(8) Floats2 {
     float v[2];
 };
 
-constexpr int Keys = 64;
+constexpr int Keys = 64;  // of a tile
 constexpr int Threads = 128;
 constexpr int WarpRows = 16;
 constexpr int Warps = Threads / 32;
@@ -96,6 +96,13 @@ __device__ __forceinline__ SharedAddress address(SharedAddress tile, int row, in
     return tile + place<D>(row, chunk) * (int)sizeof(bf16);
 }
 
+// What lies so many rows (a multiple of 8) below and chunks (even) to the right of an address of an upper row and left chunk
+// pair. Cheaper than an address of its own: tiles begin at multiples of 1024 bytes.
+template<int D>
+__device__ __forceinline__ SharedAddress moved(SharedAddress from, int rows, int chunks) {
+    return (from ^ chunks * 16) + rows * D * (int)sizeof(bf16);
+}
+
 // Where head row r of a segment lies in a matrix of all heads.
 template<int D>
 __device__ __forceinline__ i64 head_row(int row, int first_token, int key_head, int group, i64 stride) {
@@ -105,28 +112,30 @@ __device__ __forceinline__ i64 head_row(int row, int first_token, int key_head, 
 
 // Begins to load rows of D elements; zeros from `count` on.
 template<int D, int Rows>
-__device__ __forceinline__ void load_rows(bf16* tile, const bf16* source, i64 stride, int count) {
-    constexpr int Chunks = D / 8;
-    const SharedAddress to = shared_address(tile);
+__device__ __forceinline__ void load_rows(SharedAddress tile, const bf16* source, i64 stride, int count) {
+    constexpr int Chunks = D / 8, RowsAtOnce = Threads / Chunks;
+    static_assert(Rows % RowsAtOnce == 0 && RowsAtOnce % 8 == 0);
+    const int row = threadIdx.x / Chunks, chunk = threadIdx.x % Chunks;
+    const SharedAddress to = address<D>(tile, row, chunk);
+    source += row * stride + chunk * 8;
 #pragma unroll
-    for (int at = threadIdx.x; at < Rows * Chunks; at += Threads) {
-        const int row = at / Chunks, chunk = at % Chunks;
-        const bool is_there = row < count;
-        cp_async_16(address<D>(to, row, chunk), source + (is_there ? row : 0) * stride + chunk * 8, is_there ? 16 : 0);
+    for (int first = 0; first < Rows; first += RowsAtOnce, source += RowsAtOnce * stride) {
+        cp_async_16(to + first * D * (int)sizeof(bf16), source, first + row < count ? 16 : 0);
     }
 }
 
 // Begins to load the head rows of a tile; zeros beyond the segment.
 template<int D, int Rows>
-__device__ __forceinline__ void load_heads(bf16* tile, const bf16* source, i64 stride, const Work& work, int first, int key_head, int group) {
-    constexpr int Chunks = D / 8;
-    const SharedAddress to = shared_address(tile);
+__device__ __forceinline__ void load_heads(
+    SharedAddress tile, const bf16* source, i64 stride, const Work& work, int first, int key_head, int group) {
+    constexpr int Chunks = D / 8, RowsAtOnce = Threads / Chunks;
+    const int chunk = threadIdx.x % Chunks;
+    const SharedAddress to = address<D>(tile, threadIdx.x / Chunks, chunk);
 #pragma unroll
-    for (int at = threadIdx.x; at < Rows * Chunks; at += Threads) {
-        const int row = at / Chunks, chunk = at % Chunks;
-        const bool is_there = first + row < work.rows;
-        const i64 from = head_row<D>(is_there ? first + row : first, work.segment.first_row, key_head, group, stride);
-        cp_async_16(address<D>(to, row, chunk), source + from + chunk * 8, is_there ? 16 : 0);
+    for (int i = 0; i < Rows / RowsAtOnce; i++) {
+        const int row = first + i * RowsAtOnce + threadIdx.x / Chunks;
+        const i64 from = head_row<D>(row, work.segment.first_row, key_head, group, stride) + chunk * 8;
+        cp_async_16(to + i * RowsAtOnce * D * (int)sizeof(bf16), source + from, row < work.rows ? 16 : 0);
     }
 }
 
@@ -165,8 +174,8 @@ template<int D>
 struct LeftRows {
     static constexpr bool Keeps = D <= 64;
 
-    __device__ __forceinline__ void set(const bf16* rows) {
-        from = shared_address(rows);
+    __device__ __forceinline__ void set(SharedAddress rows) {
+        from = address<D>(rows, threadIdx.x % 16, threadIdx.x / 16 % 2);
         if (Keeps) {
 #pragma unroll
             for (int step = 0; step < D / 16; step++) {
@@ -191,7 +200,7 @@ private:
     SharedAddress from;
 
     __device__ __forceinline__ void read(u32 (&operand)[4], int step) const {
-        ldmatrix_x4(operand, address<D>(from, threadIdx.x % 16, step * 2 + threadIdx.x / 16 % 2));
+        ldmatrix_x4(operand, moved<D>(from, 0, step * 2));
     }
 };
 
@@ -208,9 +217,9 @@ __device__ __forceinline__ void clear(float (&c)[N][4]) {
 
 // c = a · tileᵀ, R times (16, D) by (N, D).
 template<int D, int R, int N>
-__device__ __forceinline__ void multiply_transposed(float (&c)[R][N / 8][4], const LeftRows<D> (&a)[R], const bf16* tile) {
+__device__ __forceinline__ void multiply_transposed(float (&c)[R][N / 8][4], const LeftRows<D> (&a)[R], SharedAddress tile) {
     const int lane = threadIdx.x % 32;
-    const SharedAddress from = shared_address(tile);
+    const SharedAddress from = address<D>(tile, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int r = 0; r < R; r++) {
         clear(c[r]);
@@ -227,7 +236,7 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[R][N / 8][4], con
 #pragma unroll
         for (int j = 0; j < N / 8; j += 2) {
             u32 right[4];
-            ldmatrix_x4(right, address<D>(from, j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+            ldmatrix_x4(right, moved<D>(from, j * 8, step * 2));
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 mma_m16n8k16(c[r][j], left[r], right[0], right[1]);
@@ -239,9 +248,9 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[R][N / 8][4], con
 
 // c += p · tile, R times (16, N) by (N, D), p rounded to bf16.
 template<int D, int R, int N>
-__device__ __forceinline__ void multiply_add(float (&c)[R][D / 8][4], const float (&p)[R][N / 8][4], const bf16* tile) {
+__device__ __forceinline__ void multiply_add(float (&c)[R][D / 8][4], const float (&p)[R][N / 8][4], SharedAddress tile) {
     const int lane = threadIdx.x % 32;
-    const SharedAddress from = shared_address(tile);
+    const SharedAddress from = address<D>(tile, lane % 16, lane / 16);
 #pragma unroll
     for (int step = 0; step < N / 16; step++) {
         u32 left[R][4];
@@ -257,7 +266,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[R][D / 8][4], const floa
 #pragma unroll
         for (int j = 0; j < D / 8; j += 2) {
             u32 right[4];
-            ldmatrix_x4_trans(right, address<D>(from, step * 16 + lane % 16, j + lane / 16));
+            ldmatrix_x4_trans(right, moved<D>(from, step * 16, j));
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 mma_m16n8k16(c[r][j], left[r], right[0], right[1]);
@@ -281,21 +290,19 @@ __device__ __forceinline__ float row_max(float value) {
     return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
 }
 
-// Whether the query of head row r, the first of which have position 0, does not see a key.
-__device__ __forceinline__ bool is_later(int key, int row, int group) { return key * group > row; }
-
-// Scores of keys that a row does not see become -∞. `first_key` is relative to the position of the segment's first row.
+// Scores of keys that a row does not see become -∞: those after last_key[r][half], counted from the tile's first key.
 template<int R>
-__device__ __forceinline__ void mask(float (&scores)[R][Keys / 8][4], int first_key, int first_row, int group) {
-    const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void mask(float (&scores)[R][Keys / 8][4], const int (&last_key)[R][2], int first_key) {
+    const int lane_key = first_key + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int r = 0; r < R; r++) {
 #pragma unroll
-        for (int j = 0; j < Keys / 8; j++) {
+        for (int half = 0; half < 2; half++) {
+            const int last = last_key[r][half] - lane_key;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int key = first_key + j * 8 + lane % 4 * 2 + i % 2, row = first_row + r * WarpRows + lane / 4 + i / 2 * 8;
-                scores[r][j][i] = is_later(key, row, group) ? -infinity() : scores[r][j][i];
+            for (int j = 0; j < Keys / 8; j++) {
+                scores[r][j][half * 2] = j * 8 > last ? -infinity() : scores[r][j][half * 2];
+                scores[r][j][half * 2 + 1] = j * 8 + 1 > last ? -infinity() : scores[r][j][half * 2 + 1];
             }
         }
     }
@@ -307,10 +314,10 @@ struct BatchKeys {
     const bf16 *keys, *values;
     i64 key_stride, value_stride;
 
-    __device__ __forceinline__ void begin(bf16* key_tile, bf16* value_tile, int tile, int count) {
+    __device__ __forceinline__ void begin(SharedAddress key_tile, SharedAddress value_tile, int tile, int count) {
         load_rows<D, Keys>(key_tile, keys + tile * Keys * key_stride, key_stride, count);
         load_rows<D, Keys>(value_tile, values + tile * Keys * value_stride, value_stride, count);
     }
 
-    __device__ __forceinline__ void end(bf16*, bf16*) {}
+    __device__ __forceinline__ void end(SharedAddress, SharedAddress) {}
 };

@@ -5,11 +5,10 @@ template<int D>
 __device__ __forceinline__ void d_query(
     bf16* d_query, float* delta, const bf16* d_output, const bf16* output, const float* log_sums, const bf16* query, BatchKeys<D> source,
     Work work, int key_heads, int group, i64 d_query_stride, i64 d_output_stride, i64 output_stride, i64 query_stride, float scale) {
-    constexpr int Rows = Warps * WarpRows;
+    constexpr int Rows = Warps * WarpRows;  // as many as keys of a tile
     DYNAMIC_SHARED(shared);
-    bf16* query_tile = (bf16*)shared;
-    bf16* d_output_tile = query_tile + Rows * D;
-    bf16* stages = d_output_tile + Rows * D;
+    constexpr int TileBytes = Keys * D * sizeof(bf16);
+    const SharedAddress query_tile = shared_address(shared), d_output_tile = query_tile + TileBytes, stages = d_output_tile + TileBytes;
 
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WarpRows;
     const int key_head = blockIdx.y, first_token = work.segment.first_row;
@@ -21,20 +20,21 @@ __device__ __forceinline__ void d_query(
     const int seen_by_any = warp_first < warp_end ? (warp_end - 1) / group + 1 : 0;
 
     // The output passes through the second stage.
-    bf16* output_tile = stages + 2 * Keys * D;
+    const SharedAddress output_tile = stages + 2 * TileBytes;
     load_heads<D, Rows>(query_tile, query, query_stride, work, work.first, key_head, group);
     load_heads<D, Rows>(d_output_tile, d_output, d_output_stride, work, work.first, key_head, group);
     load_heads<D, Rows>(output_tile, output, output_stride, work, work.first, key_head, group);
-    source.begin(stages, stages + Keys * D, 0, key_count);
+    source.begin(stages, stages + TileBytes, 0, key_count);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
 
     LeftRows<D> q[1], dy[1], y;
-    q[0].set(query_tile + warp_row * D);
-    dy[0].set(d_output_tile + warp_row * D);
-    y.set(output_tile + warp_row * D);
+    q[0].set(query_tile + warp_row * D * (int)sizeof(bf16));
+    dy[0].set(d_output_tile + warp_row * D * (int)sizeof(bf16));
+    y.set(output_tile + warp_row * D * (int)sizeof(bf16));
     float row_delta[2] = {}, row_log_sum[2];
+    int last_key[1][2];
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
         u32 a[4], b[4];
@@ -50,6 +50,7 @@ __device__ __forceinline__ void d_query(
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = warp_first + half * 8 + lane / 4;
+        last_key[0][half] = row / group;
         const i64 at = head_row<1>(row, first_token, key_head, group, key_heads * group);
         row_delta[half] = row_sum(row_delta[half]);
         row_log_sum[half] = row < work.rows ? log_sums[at] * Log2E : infinity();  // no weight on any key
@@ -61,12 +62,12 @@ __device__ __forceinline__ void d_query(
     float dq[1][D / 8][4];
     clear(dq[0]);
     for (int tile = 0; tile * Keys < key_count; tile++) {
-        bf16* key_tile = stages + tile % 2 * (2 * Keys * D);
+        const SharedAddress key_tile = stages + tile % 2 * (2 * TileBytes), value_tile = key_tile + TileBytes;
         cp_async_wait<0>();
         __syncthreads();
         if ((tile + 1) * Keys < key_count) {
-            bf16* other = stages + (tile + 1) % 2 * (2 * Keys * D);
-            source.begin(other, other + Keys * D, tile + 1, key_count - (tile + 1) * Keys);
+            const SharedAddress other = stages + (tile + 1) % 2 * (2 * TileBytes);
+            source.begin(other, other + TileBytes, tile + 1, key_count - (tile + 1) * Keys);
             cp_async_commit();
         }
 
@@ -74,10 +75,10 @@ __device__ __forceinline__ void d_query(
             float p[1][Keys / 8][4], dp[1][Keys / 8][4];
             multiply_transposed<D, 1, Keys>(p, q, key_tile);
             if ((tile + 1) * Keys > seen_by_all) {
-                mask(p, tile * Keys, warp_first, group);
+                mask(p, last_key, tile * Keys);
             }
 
-            multiply_transposed<D, 1, Keys>(dp, dy, key_tile + Keys * D);
+            multiply_transposed<D, 1, Keys>(dp, dy, value_tile);
 #pragma unroll
             for (int j = 0; j < Keys / 8; j++) {
 #pragma unroll
@@ -91,7 +92,7 @@ __device__ __forceinline__ void d_query(
         }
     }
 
-    store_heads<D>(d_query, d_query_stride, work, warp_first, key_head, group, query_tile + warp_row * D, dq[0], {scale, scale});
+    store_heads<D>(d_query, d_query_stride, work, warp_first, key_head, group, (bf16*)shared + warp_row * D, dq[0], {scale, scale});
 }
 
 // dKeys and dValues of 64 keys, 16 a warp, over the rows of all query heads that read them. The products are those of
@@ -103,10 +104,9 @@ __device__ __forceinline__ void d_key_value(
     i64 key_stride, i64 value_stride, float scale) {
     constexpr int Rows = D <= 64 ? 64 : 32;  // head rows of a tile
     DYNAMIC_SHARED(shared);
-    bf16* key_tile = (bf16*)shared;
-    bf16* value_tile = key_tile + Keys * D;
-    bf16* stages = value_tile + Keys * D;
-    float* statistics = (float*)(stages + 2 * 2 * Rows * D);  // of each stage: log sums, then delta
+    constexpr int KeyBytes = Keys * D * sizeof(bf16), RowBytes = Rows * D * sizeof(bf16);
+    const SharedAddress key_tile = shared_address(shared), value_tile = key_tile + KeyBytes, stages = value_tile + KeyBytes;
+    float* statistics = (float*)(shared + 2 * KeyBytes + 4 * RowBytes);  // of each stage: log sums, then delta
 
     const int lane = threadIdx.x % 32, warp_key = threadIdx.x / 32 * WarpRows;
     const int key_head = blockIdx.y, heads = key_heads * group, first_token = work.segment.first_row;
@@ -115,9 +115,9 @@ __device__ __forceinline__ void d_key_value(
     const Work row_work = {work.segment, rows, 0};
 
     const auto begin = [&](int tile, float& statistic) {
-        bf16* stage = stages + tile % 2 * (2 * Rows * D);
+        const SharedAddress stage = stages + tile % 2 * (2 * RowBytes);
         load_heads<D, Rows>(stage, query, query_stride, row_work, tile * Rows, key_head, group);
-        load_heads<D, Rows>(stage + Rows * D, d_output, d_output_stride, row_work, tile * Rows, key_head, group);
+        load_heads<D, Rows>(stage + RowBytes, d_output, d_output_stride, row_work, tile * Rows, key_head, group);
         cp_async_commit();
         const int row = tile * Rows + threadIdx.x % Rows;
         const bool is_log_sum = threadIdx.x < Rows;
@@ -136,14 +136,14 @@ __device__ __forceinline__ void d_key_value(
     cp_async_wait<0>();
     __syncthreads();
     LeftRows<D> k[1], v[1];
-    k[0].set(key_tile + warp_key * D);
-    v[0].set(value_tile + warp_key * D);
+    k[0].set(key_tile + warp_key * D * (int)sizeof(bf16));
+    v[0].set(value_tile + warp_key * D * (int)sizeof(bf16));
     float dk[1][D / 8][4], dv[1][D / 8][4];
     clear(dk[0]);
     clear(dv[0]);
     const int warp_first = first_key + warp_key, first_seeing = warp_first * group, first_seeing_all = (warp_first + WarpRows - 1) * group;
     for (; tile * Rows < rows; tile++) {
-        const bf16* query_tile = stages + tile % 2 * (2 * Rows * D);
+        const SharedAddress query_tile = stages + tile % 2 * (2 * RowBytes), d_output_tile = query_tile + RowBytes;
         const float* tile_statistics = statistics + tile % 2 * (2 * Rows);
         cp_async_wait<0>();
         if (threadIdx.x < 2 * Rows) {
@@ -169,17 +169,17 @@ __device__ __forceinline__ void d_key_value(
 
             if (tile * Rows < first_seeing_all) {
 #pragma unroll
-                for (int j = 0; j < Rows / 8; j++) {
+                for (int i = 0; i < 4; i++) {
+                    const int first_row = (warp_first + lane / 4 + i / 2 * 8) * group - tile * Rows - lane % 4 * 2 - i % 2;
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int key = warp_first + lane / 4 + i / 2 * 8, row = tile * Rows + j * 8 + lane % 4 * 2 + i % 2;
-                        p[0][j][i] = is_later(key, row, group) ? 0.0f : p[0][j][i];
+                    for (int j = 0; j < Rows / 8; j++) {
+                        p[0][j][i] = j * 8 < first_row ? 0.0f : p[0][j][i];
                     }
                 }
             }
 
-            multiply_add<D, 1, Rows>(dv, p, query_tile + Rows * D);
-            multiply_transposed<D, 1, Rows>(ds, v, query_tile + Rows * D);
+            multiply_add<D, 1, Rows>(dv, p, d_output_tile);
+            multiply_transposed<D, 1, Rows>(ds, v, d_output_tile);
 #pragma unroll
             for (int j = 0; j < Rows / 8; j++) {
                 const Floats2 mean = *(const Floats2*)(tile_statistics + Rows + j * 8 + lane % 4 * 2);
@@ -193,8 +193,8 @@ __device__ __forceinline__ void d_key_value(
         }
     }
 
-    store_heads<D>(d_keys, d_key_stride, work, warp_first, key_head, 1, key_tile + warp_key * D, dk[0], {scale, scale});
-    store_heads<D>(d_values, d_value_stride, work, warp_first, key_head, 1, value_tile + warp_key * D, dv[0], {1.0f, 1.0f});
+    store_heads<D>(d_keys, d_key_stride, work, warp_first, key_head, 1, (bf16*)shared + warp_key * D, dk[0], {scale, scale});
+    store_heads<D>(d_values, d_value_stride, work, warp_first, key_head, 1, (bf16*)shared + (Keys + warp_key) * D, dv[0], {1.0f, 1.0f});
 }
 
 // ---- kernels: one for each head dim -------------------------------------------------------------------------------

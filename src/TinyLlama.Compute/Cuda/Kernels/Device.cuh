@@ -15,7 +15,7 @@ typedef long long i64;
 
 // Memory of the block: an array of known size, or what the launch asked for.
 #define SHARED(type, name, count) __shared__ type name[count]
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 // The bits of a float rounded to nearest, ties to even.
 __device__ __forceinline__ u16 bf16_from_float(float value) {
@@ -92,6 +92,10 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], SharedAddress row
 // Copies 16 bytes to shared memory, the first of them from global memory and zeros for the rest; there after a wait and a barrier.
 __device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_16(SharedAddress to, const u32 (&words)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" :: "r"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
