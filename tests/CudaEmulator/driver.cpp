@@ -90,7 +90,7 @@ Result allocate(uint64_t& address, size_t bytes) {
         return OutOfMemory;
     }
 
-    memset(memory, 0xff, bytes);
+    emulator::fill(memory, 0xff, bytes);
     address = (uint64_t)memory;
     allocations[address] = bytes;
     allocated += bytes;
@@ -157,7 +157,7 @@ Result fill(uint64_t to, uint8_t value, size_t bytes) {
         trace.event(Event::Fill, to, value, (uint64_t)bytes);
     }
 
-    memset((void*)to, value, bytes);
+    emulator::fill((void*)to, value, bytes);
     return Success;
 }
 
@@ -177,6 +177,17 @@ Result read(void* to, uint64_t from, size_t bytes) {
 }
 
 Result launch(const emulator::Function& function, dim3 grid, unsigned threads, size_t shared_bytes, void** arguments) {
+    {
+        std::lock_guard lock(mutex);
+        for (int i = 0; i < function.count && arguments[i]; i++) {
+            const uint64_t address = *(uint64_t*)arguments[i];
+            if (function.parameters[i].pointer && address != 0 && !inside(address, 0)) {
+                fprintf(stderr, "emulator: %s: argument %d points to no memory of the device\n", function.name, i);
+                return LaunchFailed;
+            }
+        }
+    }
+
     if (trace) {
         std::lock_guard lock(mutex);
         trace.event(Event::Launch, (uint32_t)strlen(function.name));
@@ -203,15 +214,17 @@ using driver::Result;
 static const std::map<int, const char*> names = {
     {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"}, {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {500, "CUDA_ERROR_NOT_FOUND"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}};
 
-// A failed launch is the end of a context, as on a device.
-static Result sticky = driver::Success;
+// A failed launch is the end of what was queued behind it: of all that the stream is asked for from then on.
+struct Stream {
+    Result failure = driver::Success;
+};
 
-static int keep(Result result) {
-    if (result == driver::LaunchFailed) {
-        sticky = result;
+static int queue(Stream* stream, Result result) {
+    if (stream->failure == driver::Success && result == driver::LaunchFailed) {
+        stream->failure = result;
     }
 
-    return sticky != driver::Success ? sticky : result;
+    return stream->failure != driver::Success ? stream->failure : result;
 }
 
 static int environment(const char* name, int otherwise) {
@@ -230,7 +243,6 @@ static int planned_failure(const char* function) {
         return 0;
     }
 
-    sticky = (Result)error;
     return error;
 }
 
@@ -273,12 +285,6 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
     }
 }
 
-int cuDeviceTotalMem_v2(size_t* bytes, int) {
-    size_t free;
-    driver::memory_info(free, *bytes);
-    return 0;
-}
-
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
     driver::memory_info(*free, *total);
     return 0;
@@ -292,28 +298,40 @@ int cuDevicePrimaryCtxRetain(void** context, int) {
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 int cuCtxSetCurrent(void*) { return 0; }
 
-int cuStreamCreate(void** stream, unsigned) {
-    *stream = (void*)2;
+int cuStreamCreate(Stream** stream, unsigned) {
+    *stream = new Stream;
     return 0;
 }
 
-int cuStreamDestroy_v2(void*) { return 0; }
-int cuStreamSynchronize(void*) { return sticky; }
+int cuStreamDestroy_v2(Stream* stream) {
+    delete stream;
+    return 0;
+}
 
-int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return keep(driver::allocate(*address, bytes)); }
-int cuMemFree_v2(uint64_t address) { return keep(driver::release(address)); }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) { return keep(driver::write(to, from, bytes)); }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) { return keep(driver::read(to, from, bytes)); }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void*) { return keep(driver::copy(to, from, bytes)); }
-int cuMemsetD8Async(uint64_t to, uint8_t value, size_t bytes, void*) { return keep(driver::fill(to, value, bytes)); }
+int cuStreamSynchronize(Stream* stream) { return stream->failure; }
 
-int cuMemsetD2D8Async(uint64_t to, size_t pitch, uint8_t value, size_t width, size_t height, void*) {
+int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return driver::allocate(*address, bytes); }
+int cuMemFree_v2(uint64_t address) { return driver::release(address); }
+
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
+    return queue(stream, driver::write(to, from, bytes));
+}
+
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* stream) {
+    return queue(stream, driver::read(to, from, bytes));
+}
+
+int cuMemsetD8Async(uint64_t to, uint8_t value, size_t bytes, Stream* stream) {
+    return queue(stream, driver::fill(to, value, bytes));
+}
+
+int cuMemsetD2D8Async(uint64_t to, size_t pitch, uint8_t value, size_t width, size_t height, Stream* stream) {
     Result result = driver::Success;
     for (size_t row = 0; row < height && result == driver::Success; row++) {
         result = driver::fill(to + row * pitch, value, width);
     }
 
-    return keep(result);
+    return queue(stream, result);
 }
 
 // CUDA_MEMCPY2D.
@@ -333,14 +351,14 @@ struct Copy2D {
     size_t width, height;
 };
 
-int cuMemcpy2DAsync_v2(const Copy2D* copy, void*) {
+int cuMemcpy2DAsync_v2(const Copy2D* copy, Stream* stream) {
     constexpr int Device = 2;
     Result result = copy->from_type == Device && copy->to_type == Device ? driver::Success : driver::InvalidValue;
     for (size_t row = 0; row < copy->height && result == driver::Success; row++) {
         result = driver::copy(copy->to + row * copy->to_pitch, copy->from + row * copy->from_pitch, copy->width);
     }
 
-    return keep(result);
+    return queue(stream, result);
 }
 
 // A module is a source; its image is the source's name, as nvrtcGetCUBIN below gives it.
@@ -381,14 +399,18 @@ int cuFuncSetAttribute(const emulator::Function*, int, int) { return 0; }
 
 int cuLaunchKernel(
     const emulator::Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z,
-    unsigned shared_bytes, void*, void** arguments, void**) {
-    planned_failure("cuLaunchKernel");
-    if (sticky != driver::Success) {
-        return sticky;
+    unsigned shared_bytes, Stream* stream, void** arguments, void**) {
+    if (int error = planned_failure("cuLaunchKernel")) {
+        stream->failure = (Result)error;
     }
 
-    return threads_y != 1 || threads_z != 1 ? (int)driver::InvalidValue
-                                            : keep(driver::launch(*function, {x, y, z}, threads, shared_bytes, arguments));
+    if (stream->failure != driver::Success) {
+        return stream->failure;
+    }
+
+    return threads_y != 1 || threads_z != 1
+        ? (int)driver::InvalidValue
+        : queue(stream, driver::launch(*function, {x, y, z}, threads, shared_bytes, arguments));
 }
 
 int cuGetErrorName(int error, const char** name) {

@@ -6,7 +6,9 @@ namespace driver {
 
 enum Result { Success = 0, InvalidValue = 1, OutOfMemory = 2, NotFound = 500, LaunchFailed = 719 };
 
-/// What a trace is made of, each followed by its fields: see driver.cpp.
+/// What a trace is made of. Each event is a byte, then its fields in the order of the arguments below, addresses and sizes in
+/// 8 bytes: Write ends with the bytes, Read with their hash; Launch begins with the length and the letters of the name, and ends
+/// with every argument in 8 bytes.
 enum class Event : uint8_t { Allocate = 1, Free, Write, Copy, Fill, Read, Launch };
 
 Result allocate(uint64_t& address, size_t bytes);

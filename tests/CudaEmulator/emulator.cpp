@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <random>
 #include <thread>
 
@@ -22,7 +23,6 @@ void __tsan_acquire(void*);
 void __tsan_release(void*);
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
 void __tsan_switch_to_fiber(void*, unsigned);
 }
 #endif
@@ -92,17 +92,17 @@ thread_local Fiber* current;
 // ---- what the sanitizers must be told -----------------------------------------------------------------------------
 
 #if defined(EMULATOR_TSAN)
+constexpr bool InTurn = true;
 void release(void* token) { __tsan_release(token); }
 void acquire(void* token) { __tsan_acquire(token); }
 void* create_tsan() { return __tsan_create_fiber(0); }
-void destroy_tsan(void* fiber) { __tsan_destroy_fiber(fiber); }
 void switch_tsan(void* fiber, bool ordered) { __tsan_switch_to_fiber(fiber, ordered ? 0 : 1); }
 void* current_tsan() { return __tsan_get_current_fiber(); }
 #else
+constexpr bool InTurn = false;
 void release(void*) {}
 void acquire(void*) {}
 void* create_tsan() { return nullptr; }
-void destroy_tsan(void*) {}
 void switch_tsan(void*, bool) {}
 void* current_tsan() { return nullptr; }
 #endif
@@ -177,29 +177,33 @@ void fiber_main() {
     abort();
 }
 
-/// The stacks of the fibers of one thread of the system.
-struct Stacks {
-    char* memory = nullptr;
-
-    char* get() {
-        if (!memory) {
-            memory = (char*)mmap(
-                nullptr, MostThreads * StackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        }
-
-        return memory;
-    }
-
-    ~Stacks() {
-        if (memory) {
-            munmap(memory, MostThreads * StackBytes);
-        }
-    }
+/// What a thread of the system needs to run blocks; kept for the next launch, because it is slow to make.
+struct Worker {
+    char* stacks = (char*)mmap(
+        nullptr, MostThreads * StackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    std::vector<void*> tsan;
 };
 
-thread_local Stacks stacks;
+std::mutex idle_mutex;
+std::vector<Worker*> idle;
 
-void prepare(Fiber& fiber, unsigned index) {
+Worker* take_worker() {
+    std::lock_guard lock(idle_mutex);
+    if (idle.empty()) {
+        return new Worker;
+    }
+
+    Worker* worker = idle.back();
+    idle.pop_back();
+    return worker;
+}
+
+void give_worker(Worker* worker) {
+    std::lock_guard lock(idle_mutex);
+    idle.push_back(worker);
+}
+
+void prepare(Fiber& fiber, unsigned index, Worker& worker) {
     fiber.state = State::Ready;
     fiber.index = index;
     fiber.warp = &block->warps[index / Warp];
@@ -207,9 +211,13 @@ void prepare(Fiber& fiber, unsigned index) {
     fiber.warp->live++;
     fiber.groups.clear();
     fiber.open.clear();
-    fiber.stack = stacks.get() + index * StackBytes;
+    fiber.stack = worker.stacks + index * StackBytes;
     fiber.started = false;
-    fiber.tsan = create_tsan();
+    if (index == worker.tsan.size()) {
+        worker.tsan.push_back(create_tsan());
+    }
+
+    fiber.tsan = worker.tsan[index];
     unpoison(fiber.stack, StackBytes);
     void** top = (void**)(fiber.stack + StackBytes - 64);
     *--top = nullptr;
@@ -221,30 +229,19 @@ void prepare(Fiber& fiber, unsigned index) {
     fiber.stack_pointer = top;
 }
 
-// Not memset: the thread sanitizer would take it for an access of the CUDA thread.
-void poison(void* memory, size_t bytes) {
-    volatile unsigned char* to = (volatile unsigned char*)memory;
-    for (size_t i = 0; i < bytes; i++) {
-        to[i] = 0xff;
-    }
-}
-
 void* allocate_shared(size_t bytes) {
     void* memory = nullptr;
     if (posix_memalign(&memory, 1024, bytes) != 0) {
         abort();
     }
 
-    poison(memory, bytes);
+    fill(memory, 0xff, bytes);
     return memory;
 }
 
-void run_block(Block& b, std::mt19937& random) {
+void run_block(Block& b, Worker& worker, std::mt19937& random) {
     block = &b;
-    void* home = current_tsan();
-    b.tsan = create_tsan();
-    switch_tsan(b.tsan, true);
-
+    b.tsan = current_tsan();
     const unsigned threads = b.size.x;
     b.dynamic = b.shared_bytes > 0 ? (unsigned char*)allocate_shared(b.shared_bytes) : nullptr;
     b.fibers.resize(threads);
@@ -253,7 +250,7 @@ void run_block(Block& b, std::mt19937& random) {
     b.arrived = 0;
     std::vector<unsigned> order(threads);
     for (unsigned i = 0; i < threads; i++) {
-        prepare(b.fibers[i], i);
+        prepare(b.fibers[i], i, worker);
         order[i] = schedule == 1 ? threads - 1 - i : i;
     }
 
@@ -290,12 +287,6 @@ void run_block(Block& b, std::mt19937& random) {
     }
 
     b.arrays.clear();
-    release(b.arguments);
-    switch_tsan(home, false);
-    destroy_tsan(b.tsan);
-    for (Fiber& fiber : b.fibers) {
-        destroy_tsan(fiber.tsan);
-    }
 }
 
 void leave_collective(WarpOf32& warp) {
@@ -358,26 +349,30 @@ bool launch(const Function& function, dim3 grid, unsigned threads, size_t shared
         return false;
     }
 
+    // Blocks go to whom is free; where races between blocks are looked for, in turn, so that neighbours have no order.
     std::atomic<unsigned long long> next{0};
     std::atomic<bool> failed{false};
-    auto work = [&](int worker) {
+    auto work = [&](int number) {
+        Worker* worker = take_worker();
         Block b;
         b.function = &function;
         b.arguments = arguments;
         b.size = {threads, 1, 1};
         b.grid = grid;
         b.shared_bytes = shared_bytes;
-        std::mt19937 random(schedule * 7919 + worker);
-        for (unsigned long long i; !failed && (i = next++) < blocks;) {
+        std::mt19937 random(schedule * 7919 + number);
+        for (unsigned long long turn = 0, i; !failed && (i = InTurn ? turn++ * os_threads + number : next++) < blocks;) {
             const unsigned long long j = schedule == 1 ? blocks - 1 - i : i;
             b.index = {(unsigned)(j % grid.x), (unsigned)(j / grid.x % grid.y), (unsigned)(j / grid.x / grid.y)};
-            run_block(b, random);
+            run_block(b, *worker, random);
             failed = failed || b.failed;
         }
+
+        give_worker(worker);
     };
     std::vector<std::thread> others;
-    for (int worker = 1; worker < os_threads && (unsigned)worker < blocks; worker++) {
-        others.emplace_back(work, worker);
+    for (int number = 1; number < os_threads && (unsigned)number < blocks; number++) {
+        others.emplace_back(work, number);
     }
 
     work(0);
@@ -385,7 +380,6 @@ bool launch(const Function& function, dim3 grid, unsigned threads, size_t shared
         other.join();
     }
 
-    acquire(arguments);
     return !failed;
 }
 
@@ -397,6 +391,11 @@ dim3 block_size() { return block->size; }
 dim3 grid_size() { return block->grid; }
 int lane() { return current->index % Warp; }
 unsigned char* dynamic_shared() { return block->dynamic; }
+
+// Not memset: the thread sanitizer would take it for an access of the CUDA thread, and a slow one.
+void fill(void* memory, uint8_t value, size_t bytes) {
+    asm volatile("rep stosb" : "+D"(memory), "+c"(bytes) : "a"(value) : "memory");
+}
 
 void fail(const char* message) {
     const dim3 i = block->index;

@@ -77,6 +77,8 @@ bool launch(const Function& function, dim3 grid, unsigned threads, size_t shared
 extern int schedule;    // the order of blocks and of threads: 0 ascending, 1 descending, else the seed of a random one
 extern int os_threads;  // on which blocks run
 
+void fill(void* memory, uint8_t value, size_t bytes);
+
 [[noreturn]] void fail(const char* message);
 unsigned char* dynamic_shared();
 void* shared(const void* key, size_t bytes);

@@ -53,9 +53,6 @@ internal static unsafe partial class CudaDriver
     public static partial int cuDeviceGetAttribute(int* value, int attribute, int device);
 
     [LibraryImport(Library)]
-    public static partial int cuDeviceTotalMem_v2(nuint* bytes, int device);
-
-    [LibraryImport(Library)]
     public static partial int cuDevicePrimaryCtxRetain(nint* context, int device);
 
     [LibraryImport(Library)]
@@ -78,9 +75,6 @@ internal static unsafe partial class CudaDriver
 
     [LibraryImport(Library)]
     public static partial int cuMemcpyDtoHAsync_v2(void* destination, nint source, nuint bytes, nint stream);
-
-    [LibraryImport(Library)]
-    public static partial int cuMemcpyDtoDAsync_v2(nint destination, nint source, nuint bytes, nint stream);
 
     [LibraryImport(Library)]
     public static partial int cuMemcpy2DAsync_v2(Copy2D* copy, nint stream);

@@ -4,7 +4,7 @@ public sealed class EmbeddingTests : CudaTests
 {
     public static TheoryData<int, int, int> Shapes => new()
     {
-        { 1, 1, 8 }, { 5, 3, 24 }, { 300, 40, 16 }, { 600, 7, 8 }, { 40, 11, 2056 },
+        { 1, 1, 8 }, { 5, 3, 24 }, { 300, 40, 16 }, { 40, 11, 2056 },
     };
 
     [Theory]

@@ -1,6 +1,6 @@
 #include "Device.cuh"
 
-// The sum over a block of 256 threads, in one fixed tree; the result is thread 0's.
+// The sum over a block of 256 threads, in one fixed tree; once a kernel.
 __device__ __forceinline__ double block_sum(double value) {
     SHARED(double, sums, 256);
     sums[threadIdx.x] = value;
@@ -11,6 +11,7 @@ __device__ __forceinline__ double block_sum(double value) {
         }
     }
 
+    __syncthreads();
     return sums[0];
 }
 
