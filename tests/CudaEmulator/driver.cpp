@@ -285,6 +285,12 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
     }
 }
 
+int cuDeviceTotalMem_v2(size_t* bytes, int) {
+    size_t free;
+    driver::memory_info(free, *bytes);
+    return 0;
+}
+
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
     driver::memory_info(*free, *total);
     return 0;

@@ -53,6 +53,9 @@ internal static unsafe partial class CudaDriver
     public static partial int cuDeviceGetAttribute(int* value, int attribute, int device);
 
     [LibraryImport(Library)]
+    public static partial int cuDeviceTotalMem_v2(nuint* bytes, int device);
+
+    [LibraryImport(Library)]
     public static partial int cuDevicePrimaryCtxRetain(nint* context, int device);
 
     [LibraryImport(Library)]
