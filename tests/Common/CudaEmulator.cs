@@ -3,7 +3,10 @@ using System.Runtime.InteropServices;
 
 namespace TinyLlama.Tests.Common;
 
-/// <summary>The library that stands for a GPU where there is none: tests/CudaEmulator.</summary>
+/// <summary>
+/// The library that stands for a GPU: tests/CudaEmulator. With <c>TINYLLAMA_TEST_DEVICE=cuda</c> none does, and tests run on
+/// the GPU of this machine.
+/// </summary>
 internal static class CudaEmulator
 {
     private static readonly Lazy<string?> s_fault = new(Install);
@@ -13,6 +16,11 @@ internal static class CudaEmulator
 
     private static string? Install()
     {
+        if (Environment.GetEnvironmentVariable("TINYLLAMA_TEST_DEVICE") == "cuda")
+        {
+            return null;
+        }
+
         if (!OperatingSystem.IsLinux() || RuntimeInformation.ProcessArchitecture != Architecture.X64)
         {
             return "the CUDA emulator runs on Linux for x64 alone";
