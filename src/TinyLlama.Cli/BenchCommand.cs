@@ -25,6 +25,7 @@ internal sealed class BenchCommand
         DefaultValueFactory = _ => "fp32",
     }.AcceptOnlyFromAmong("fp32", "bf16");
 
+    private readonly Option<Device?> _device = CommonOptions.Device();
     private readonly Option<double?> _seconds;
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
@@ -50,13 +51,13 @@ internal sealed class BenchCommand
     {
         var command = new Command("train", "Train on random tokens and show where the time of a step goes")
         {
-            _model, _sequences, _context, _precision, _seconds, _threads, _json,
+            _model, _sequences, _context, _device, _precision, _seconds, _threads, _json,
         };
         command.SetAction((parse, stop) =>
         {
             TextWriter output = parse.InvocationConfiguration.Output;
             BenchModel model = Model(parse);
-            using CpuBackend device = Device(parse);
+            using Backend device = (parse.GetValue(_device) ?? default).Open(parse.GetValue(_threads) ?? 0, Products(parse));
             TrainBench bench = TrainBench.Run(device, model, parse.GetValue(_seconds) ?? 20, stop);
             if (parse.GetValue(_json))
             {
@@ -137,8 +138,9 @@ internal sealed class BenchCommand
         return command;
     }
 
-    private CpuBackend Device(ParseResult parse) => CpuBackend.Create(
-        parse.GetValue(_threads) ?? 0, products: parse.GetRequiredValue(_precision) == "bf16" ? DType.BF16 : DType.F32);
+    private CpuBackend Device(ParseResult parse) => CpuBackend.Create(parse.GetValue(_threads) ?? 0, products: Products(parse));
+
+    private DType Products(ParseResult parse) => parse.GetRequiredValue(_precision) == "bf16" ? DType.BF16 : DType.F32;
 
     private BenchModel Model(ParseResult parse) =>
         BenchModel.Find(parse.GetRequiredValue(_model), parse.GetValue(_sequences), parse.GetValue(_context));

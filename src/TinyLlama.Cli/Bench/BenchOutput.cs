@@ -1,6 +1,6 @@
 using System.Globalization;
 using System.Text.Json.Nodes;
-using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute;
 
 namespace TinyLlama.Cli.Bench;
 
@@ -39,11 +39,20 @@ internal static class BenchOutput
         Row("step", $"{Both(s => s * 1e3, "N1")} ms");
         Row("tokens/s", $"{Both(s => model.Tokens / s, "N0")}");
         Row("GFLOP/s", $"{Both(s => bench.StepFlops / s / 1e9, "N1")}");
-        Row("of ceiling", $"{Both(s => bench.StepFlops / s / (bench.Ceiling.AllThreads * 1e9), "P0")}");
-        Row("processor", $"{bench.ProcessorSeconds * 1e3:N1} ms a step of all threads, {bench.StepFlops / bench.ProcessorSeconds / (bench.Ceiling.OneThread * 1e9):P0} of the ceiling of one");
-        Row("peak memory", $"{bench.PeakBytes / (double)(1 << 20):N0} MiB of the whole process");
+        Row("of ceiling", $"{Both(s => bench.StepFlops / s / (bench.Ceiling.Flops * 1e9), "P0")}");
+        if (bench.Ceiling.OneThread > 0)
+        {
+            Row("processor", $"{bench.ProcessorSeconds * 1e3:N1} ms a step of all threads, {bench.StepFlops / bench.ProcessorSeconds / (bench.Ceiling.OneThread * 1e9):P0} of the ceiling of one");
+        }
+
+        Row("peak memory", $"{bench.PeakBytes / (double)(1 << 20):N0} MiB of the {(bench.Ceiling.OneThread > 0 ? "whole process" : "GPU")}");
         output.WriteLine();
         Write(output, bench.Operations);
+        if (bench.Ceiling.OneThread == 0)
+        {
+            output.WriteLine("operations were measured one by one, in other steps: each is waited for");
+        }
+
         double products = bench.Operations.Where(o => o.Times.Operation.Tokens > 0).Sum(o => o.Time.Mean);
         double others = bench.Operations.Sum(o => o.Time.Mean) - products;
         output.WriteLine(string.Create(
@@ -52,9 +61,9 @@ internal static class BenchOutput
     }
 
     /// <summary>Writes what a run of <c>bench</c> is measured against.</summary>
-    public static void Write(TextWriter output, CpuBackend device, CpuCeiling ceiling) => output.WriteLine(string.Create(
+    public static void Write(TextWriter output, Backend device, Ceiling ceiling) => output.WriteLine(string.Create(
         CultureInfo.InvariantCulture,
-        $"{device.Description}; ceiling {ceiling.AllThreads:F1} GFLOP/s of multiply-adds, {ceiling.AllThreadsRead:F1} GB/s read from memory, measured in this run"));
+        $"{device.Description}; ceiling {ceiling.Flops:F1} GFLOP/s of multiply-adds, {ceiling.Bytes:F1} GB/s of memory, measured in this run"));
 
     /// <summary>Operations for <c>--json</c>.</summary>
     public static JsonArray ToJson(IReadOnlyList<Measurement> operations) => new([.. operations.Select(o => new JsonObject
@@ -86,8 +95,8 @@ internal static class BenchOutput
         ["processor_seconds"] = bench.ProcessorSeconds,
         ["flops"] = bench.StepFlops,
         ["peak_bytes"] = bench.PeakBytes,
-        ["all_threads_gflops"] = bench.Ceiling.AllThreads,
-        ["all_threads_read_gigabytes_per_second"] = bench.Ceiling.AllThreadsRead,
+        ["all_threads_gflops"] = bench.Ceiling.Flops,
+        ["all_threads_read_gigabytes_per_second"] = bench.Ceiling.Bytes,
         ["operations"] = ToJson(bench.Operations),
     };
 }

@@ -28,7 +28,7 @@ internal readonly record struct InferenceRound(int Sequences, int Depth, int Tok
 /// <param name="Ceiling">What the machine can do at best: the better of before and after.</param>
 /// <param name="Operations">A round by operation, the longest first.</param>
 internal sealed record InferenceBench(
-    ModelConfig Config, InferenceRound Round, Duration Time, double Load, long WeightBytes, long PeakBytes, CpuCeiling Ceiling,
+    ModelConfig Config, InferenceRound Round, Duration Time, double Load, long WeightBytes, long PeakBytes, Ceiling Ceiling,
     IReadOnlyList<Measurement> Operations)
 {
     private const int LeastRounds = 3;
@@ -46,7 +46,7 @@ internal sealed record InferenceBench(
     public static InferenceBench Run(CpuBackend device, string path, InferenceRound round, double seconds, CancellationToken stop)
     {
         long start = Stopwatch.GetTimestamp();
-        var backend = new TimedBackend(device);
+        using var backend = new TimedBackend(device);
         using ModelSource source = ModelSource.Open(path, Console.Error.WriteLine);
         using LlamaModel model = LlamaModel.AllocateFrozen(source.Config, backend, source.StorageOf);
         source.CopyTo(backend, model.Parameters);
@@ -76,7 +76,7 @@ internal sealed record InferenceBench(
         using var process = Process.GetCurrentProcess();
         long peakBytes = process.PeakWorkingSet64;
         OperationTimes[] operations = backend.TakeTimes();
-        CpuCeiling ceiling = CpuCeiling.Measure(device);
+        Ceiling ceiling = Ceiling.Measure(device);
         var shape = new BenchModel(Path.GetFileName(path), source.Config, round.Sequences);
         return new InferenceBench(
             source.Config, round, Duration.Of(times), load, model.ByteCount, peakBytes, ceiling,
@@ -133,7 +133,7 @@ internal sealed record InferenceBench(
         if (Round.Decode)
         {
             double bytes = (double)WeightBytes * Round.Tokens;
-            Row("weights", $"{bytes / Time.Best / 1e9:N1} GB/s best, {bytes / Time.Best / 1e9 / Ceiling.AllThreadsRead:P0} of the ceiling");
+            Row("weights", $"{bytes / Time.Best / 1e9:N1} GB/s best, {bytes / Time.Best / 1e9 / Ceiling.Bytes:P0} of the ceiling");
         }
 
         Row("first token", $"{Load * 1e3:N0} ms after the start of loading");
@@ -156,7 +156,7 @@ internal sealed record InferenceBench(
         ["median_tokens_per_second"] = Tokens / Time.Median,
         ["first_token_seconds"] = Load,
         ["peak_bytes"] = PeakBytes,
-        ["all_threads_read_gigabytes_per_second"] = Ceiling.AllThreadsRead,
+        ["all_threads_read_gigabytes_per_second"] = Ceiling.Bytes,
         ["operations"] = BenchOutput.ToJson(Operations),
     };
 }

@@ -1,5 +1,4 @@
 using System.Diagnostics;
-using TinyLlama.Compute.Cpu;
 
 namespace TinyLlama.Cli.Bench;
 
@@ -58,20 +57,11 @@ internal readonly record struct Duration(double Best, double Median, double Mean
 /// <param name="Name">What was measured.</param>
 /// <param name="Times">Time and work of its calls, round by round.</param>
 /// <param name="Ceiling">What the machine can do at best.</param>
-internal sealed record Measurement(string Name, OperationTimes Times, CpuCeiling Ceiling)
+internal sealed record Measurement(string Name, OperationTimes Times, Ceiling Ceiling)
 {
     /// <summary>Gets the time of the calls of a round.</summary>
     public Duration Time { get; } = Duration.Of(Times.Rounds);
 
     /// <summary>Gets the seconds of the floor: of the multiply-adds or of the bytes, whichever take longer.</summary>
-    public double Floor => Math.Max(Times.Flops / (Ceiling.AllThreads * 1e9), Times.Bytes / (Ceiling.AllThreadsRead * 1e9));
-
-    /// <summary>The better of two ceilings: other programs only ever lower one.</summary>
-    public static CpuCeiling Better(CpuCeiling first, CpuCeiling second) => first with
-    {
-        OneThread = Math.Max(first.OneThread, second.OneThread),
-        AllThreads = Math.Max(first.AllThreads, second.AllThreads),
-        OneThreadRead = Math.Max(first.OneThreadRead, second.OneThreadRead),
-        AllThreadsRead = Math.Max(first.AllThreadsRead, second.AllThreadsRead),
-    };
+    public double Floor => Math.Max(Times.Flops / (Ceiling.Flops * 1e9), Times.Bytes / (Ceiling.Bytes * 1e9));
 }

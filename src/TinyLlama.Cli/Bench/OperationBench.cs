@@ -11,7 +11,7 @@ internal sealed class OperationBench : IDisposable
     private readonly CancellationToken _stop;
     private readonly List<Measurement> _measurements = [];
     private readonly ProgressDisplay _progress = ProgressDisplay.Start("bench", 0, "operations");
-    private CpuCeiling _before;
+    private Ceiling _before;
 
     /// <summary>Measures the ceiling.</summary>
     /// <param name="device">The device.</param>
@@ -22,14 +22,14 @@ internal sealed class OperationBench : IDisposable
     {
         (_device, _seconds, _only, _stop) = (device, seconds, only, stop);
         Backend = new TimedBackend(device);
-        Ceiling = _before = CpuCeiling.Measure(device);
+        Ceiling = _before = Bench.Ceiling.Measure(device);
     }
 
     /// <summary>Gets the backend to call.</summary>
     public TimedBackend Backend { get; }
 
     /// <summary>Gets the best ceiling of the run.</summary>
-    public CpuCeiling Ceiling { get; private set; }
+    public Ceiling Ceiling { get; private set; }
 
     /// <summary>Gets what was measured so far.</summary>
     public IReadOnlyList<Measurement> Measurements => _measurements;
@@ -45,9 +45,9 @@ internal sealed class OperationBench : IDisposable
         }
 
         Duration.Measure(Backend, _seconds, call, _stop);
-        CpuCeiling after = CpuCeiling.Measure(_device);
-        _measurements.Add(new Measurement(name, Backend.TakeTimes().Single(), Measurement.Better(_before, after)));
-        Ceiling = Measurement.Better(Ceiling, after);
+        Ceiling after = Bench.Ceiling.Measure(_device);
+        _measurements.Add(new Measurement(name, Backend.TakeTimes().Single(), _before.Better(after)));
+        Ceiling = Ceiling.Better(after);
         _before = after;
         _progress.Report(_measurements.Count, name);
     }

@@ -1,11 +1,13 @@
 using System.Diagnostics;
 using TinyLlama.Compute;
+using TinyLlama.Compute.Cpu;
 
 namespace TinyLlama.Cli.Bench;
 
 /// <summary>
 /// A backend that times what it passes on, and counts the work. The arithmetic is the other backend's, bit for bit; whoever
-/// does not measure does not pay. Only for backends whose operations are done when they return.
+/// does not measure does not pay. After each operation of a GPU it waits for it: the sum of operations is longer than a step
+/// in which they follow each other.
 /// </summary>
 /// <remarks>
 /// Operations are those of products, a multiply-add counted as two; of attention those that a causal mask leaves. Bytes
@@ -15,6 +17,8 @@ namespace TinyLlama.Cli.Bench;
 internal sealed class TimedBackend(Backend inner) : Backend
 {
     private readonly Dictionary<Operation, OperationTimes> _times = [];
+    private readonly Arena? _arena = inner is CpuBackend ? null : inner.Allocate("bench", Arena.Alignment);
+    private Tensor _single;
 
     /// <inheritdoc/>
     public override string Description => inner.Description;
@@ -36,6 +40,18 @@ internal sealed class TimedBackend(Backend inner) : Backend
 
     /// <inheritdoc/>
     public override long AvailableBytes => inner.AvailableBytes;
+
+    /// <summary>Gets or sets a value indicating whether operations are timed, or only passed on.</summary>
+    public bool Times { get; set; } = true;
+
+    /// <summary>Waits for all operations of a device, by reading an element.</summary>
+    /// <param name="device">The device.</param>
+    /// <param name="single">(1, 1) of F32, of the device.</param>
+    public static void Wait(Backend device, Tensor single)
+    {
+        Span<float> element = stackalloc float[1];
+        device.Read(element, single);
+    }
 
     /// <summary>What was measured since the last call of this, in the order of the first calls.</summary>
     public OperationTimes[] TakeTimes()
@@ -211,14 +227,13 @@ internal sealed class TimedBackend(Backend inner) : Backend
     public override void Attention(
         Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
     {
+        (long pairs, long seen) = Pairs(layout);
         long start = Stopwatch.GetTimestamp();
         inner.Attention(output, logSumExp, query, keys, values, layout, headDim);
 
         // Scores, and their sum of values. Of a cache, the rows that are seen.
-        double seconds = SecondsSince(start);
-        (long pairs, long seen) = Pairs(layout);
         long keyBytes = 2 * seen * (layout.BlockTable.IsEmpty ? Bytes(keys) / keys.Rows : Bytes(keys) / keys.Rows / TokenLayout.KeyBlock);
-        Record(new Operation(nameof(Attention)), seconds, Bytes(output, logSumExp, query) + keyBytes, 4 * query.Columns * pairs);
+        Record(nameof(Attention), start, Bytes(output, logSumExp, query) + keyBytes, 4 * query.Columns * pairs);
     }
 
     /// <inheritdoc/>
@@ -226,13 +241,14 @@ internal sealed class TimedBackend(Backend inner) : Backend
         Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
         Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
     {
+        long pairs = Pairs(layout).Pairs;
         long start = Stopwatch.GetTimestamp();
         inner.AttentionBackward(
             dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, headDim);
         long bytes = Bytes(dQuery, dKeys, dValues, dOutput, output, logSumExp, query, keys, values) + (2 * Bytes(delta));
 
         // Scores again, the gradients of probabilities, of queries, of keys and of values.
-        Record(nameof(AttentionBackward), start, bytes, 10 * query.Columns * Pairs(layout).Pairs);
+        Record(nameof(AttentionBackward), start, bytes, 10 * query.Columns * pairs);
     }
 
     /// <inheritdoc/>
@@ -290,24 +306,29 @@ internal sealed class TimedBackend(Backend inner) : Backend
     }
 
     /// <inheritdoc/>
-    protected override void Dispose(bool disposing)
-    {
-    }
-
-    // A TimeSpan counts in steps of 100 ns, which a small operation does not last.
-    private static double SecondsSince(long start) => (Stopwatch.GetTimestamp() - start) / (double)Stopwatch.Frequency;
+    protected override void Dispose(bool disposing) => _arena?.Dispose();
 
     private void Record(string name, long start, long bytes, long flops = 0) =>
-        Record(new Operation(name), SecondsSince(start), bytes, flops);
+        Record(new Operation(name), start, bytes, flops);
 
-    private void RecordProduct(string name, long start, int tokens, int outputs, int inputs, long bytes)
-    {
-        double seconds = SecondsSince(start);
-        Record(new Operation(name, tokens, outputs, inputs), seconds, bytes, 2L * tokens * outputs * inputs);
-    }
+    private void RecordProduct(string name, long start, int tokens, int outputs, int inputs, long bytes) =>
+        Record(new Operation(name, tokens, outputs, inputs), start, bytes, 2L * tokens * outputs * inputs);
 
-    private void Record(Operation operation, double seconds, long bytes, long flops)
+    private void Record(Operation operation, long start, long bytes, long flops)
     {
+        if (!Times)
+        {
+            return;
+        }
+
+        if (_arena is not null)
+        {
+            _single = _single.IsEmpty ? _arena.Take(1, 1) : _single;
+            Wait(inner, _single);
+        }
+
+        // A TimeSpan counts in steps of 100 ns, which a small operation does not last.
+        double seconds = (Stopwatch.GetTimestamp() - start) / (double)Stopwatch.Frequency;
         if (!_times.TryGetValue(operation, out OperationTimes? times))
         {
             times = new OperationTimes(operation);
@@ -331,6 +352,11 @@ internal sealed class TimedBackend(Backend inner) : Backend
     // Pairs of a query and a key that it sees, and keys that are seen at all.
     private (long Pairs, long Keys) Pairs(TokenLayout layout)
     {
+        if (!Times)
+        {
+            return default;
+        }
+
         int[] fields = new int[4 * layout.SegmentCount];
         inner.Read<int>(fields, layout.Segments.RowRange(0, layout.SegmentCount));
         (long pairs, long keys) = (0, 0);

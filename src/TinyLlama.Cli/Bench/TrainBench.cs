@@ -10,12 +10,12 @@ namespace TinyLlama.Cli.Bench;
 /// <param name="Model">What was trained.</param>
 /// <param name="Step">The time of a step of one micro-batch.</param>
 /// <param name="ProcessorSeconds">The processor time of a step, of all threads: what other programs disturb least.</param>
-/// <param name="Steps">How many steps were measured.</param>
-/// <param name="PeakBytes">The most memory that the process held at any time.</param>
+/// <param name="Steps">How many steps were run.</param>
+/// <param name="PeakBytes">The most memory that the process held at any time; of a GPU, what the training holds of its memory.</param>
 /// <param name="Ceiling">What the machine can do at best: the better of before and after.</param>
 /// <param name="Operations">The step by operation, the longest first.</param>
 internal sealed record TrainBench(
-    BenchModel Model, Duration Step, double ProcessorSeconds, int Steps, long PeakBytes, CpuCeiling Ceiling,
+    BenchModel Model, Duration Step, double ProcessorSeconds, int Steps, long PeakBytes, Ceiling Ceiling,
     IReadOnlyList<Measurement> Operations)
 {
     /// <summary>Gets the operations of a step by the formula of PaLM, which counts attention in full; see <see cref="Flops"/>.</summary>
@@ -27,34 +27,42 @@ internal sealed record TrainBench(
     /// <param name="seconds">How long to measure.</param>
     /// <param name="stop">Ends it between two steps.</param>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
-    public static TrainBench Run(CpuBackend device, BenchModel model, double seconds, CancellationToken stop)
+    public static TrainBench Run(Backend device, BenchModel model, double seconds, CancellationToken stop)
     {
         var shape = new TrainingShape(
             model.Config, model.Sequences, model.Config.ContextLength, Keep.Everything,
             new AdamWSettings(Beta1: 0.9f, Beta2: 0.95f, Epsilon: 1e-8f, WeightDecay: 0.1f, MaxNorm: 1), DecayGroup.All, RateFactors.Same,
             model.Packed);
-        CpuCeiling ceiling = CpuCeiling.Measure(device);
-        using var backend = new TimedBackend(device);
+        var ceiling = Ceiling.Measure(device);
+        long available = device.AvailableBytes;
+        bool together = device is CpuBackend;
+        using var backend = new TimedBackend(device) { Times = together };
         using var training = new TrainingSpeed(shape, backend);
         Duration step;
         double processorSeconds;
+        int steps = 0;
         using (ProgressDisplay progress = ProgressDisplay.Start("bench", 0, "steps"))
         {
-            long steps = 0;
-            (step, processorSeconds) = Duration.Measure(
-                backend, seconds, () => progress.Report(++steps, $"loss {training.Step().Loss:0.000}"), stop);
+            (step, processorSeconds) = Duration.Measure(backend, seconds, Step, stop);
+            if (!together)
+            {
+                backend.Times = true;
+                Duration.Measure(backend, 0, Step, stop);
+            }
+
+            void Step() => progress.Report(++steps, $"loss {training.Step().Loss:0.000}");
         }
 
         OperationTimes[] times = backend.TakeTimes();
         using var process = Process.GetCurrentProcess();
-        long peakBytes = process.PeakWorkingSet64;
-        ceiling = Measurement.Better(ceiling, CpuCeiling.Measure(device));
+        long peakBytes = together ? process.PeakWorkingSet64 : available - device.AvailableBytes;
+        ceiling = ceiling.Better(Ceiling.Measure(device));
         Measurement[] operations =
         [
             .. times
                 .Select(operation => new Measurement(model.NameOf(operation.Operation), operation, ceiling))
                 .OrderByDescending(operation => operation.Time.Median),
         ];
-        return new TrainBench(model, step, processorSeconds, times[0].Rounds.Count, peakBytes, ceiling, operations);
+        return new TrainBench(model, step, processorSeconds, steps, peakBytes, ceiling, operations);
     }
 }

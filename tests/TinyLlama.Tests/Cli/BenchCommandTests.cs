@@ -7,6 +7,7 @@ using TinyLlama.Compute.Cpu;
 using TinyLlama.Data;
 using TinyLlama.Inference;
 using TinyLlama.Model;
+using TinyLlama.Tests.Common;
 using TinyLlama.Training;
 
 namespace TinyLlama.Tests.Cli;
@@ -41,6 +42,18 @@ public sealed class BenchCommandTests
             Assert.True((double)o["best_seconds"]! > 0 && (double)o["median_seconds"]! >= (double)o["best_seconds"]!, (string)o["name"]!);
             Assert.True((int)o["calls"]! > 0 && (double)o["bytes"]! > 0, (string)o["name"]!);
         });
+    }
+
+    [Fact]
+    public void A_step_on_a_GPU_is_measured_whole_and_operation_by_operation()
+    {
+        CudaEmulator.Require();
+        JsonNode bench = JsonNode.Parse(Run("train", "--model", "smoke", "--sequences", "1", "--ctx", "16", "--seconds", "0", "--device", "cuda", "--json"))!;
+        JsonNode[] operations = [.. bench["operations"]!.AsArray().Select(operation => operation!)];
+        Assert.Equal(s_smoke.Layers, (int)operations.Single(o => (string)o["name"]! == "Attention")["calls"]!);
+        Assert.Equal(s_smoke.Layers * 136 * 4 * 64.0, (double)operations.Single(o => (string)o["name"]! == "Attention")["flops"]!);
+        Assert.InRange((double)bench["median_tokens_per_second"]!, 0.01, 1e9);
+        Assert.InRange((long)bench["peak_bytes"]!, s_smoke.ParameterCount * 16, long.MaxValue);
     }
 
     [Theory]
