@@ -22,17 +22,18 @@ internal static class Copy
             return;
         }
 
+        bool eights = source.Columns % Operands.Eight == 0 && source.HasEights() && destination.HasEights();
         string kernel = (destination.Type, source.Type) switch
         {
             (DType.F32, DType.BF16) => "copy_f32_bf16",
             (DType.F32, DType.F16) => "copy_f32_f16",
-            (DType.BF16, DType.F32) => "copy_bf16_f32",
+            (DType.BF16, DType.F32) => eights ? "copy_bf16_f32_by_8" : "copy_bf16_f32",
             (DType.BF16, DType.F16) => "copy_bf16_f16",
             (DType.F16, DType.F32) => "copy_f16_f32",
             (DType.F16, DType.BF16) => "copy_f16_bf16",
             _ => throw new ArgumentException("the operation needs types that convert into each other"),
         };
-        int blocks = (source.Columns + Threads - 1) / Threads;
+        int blocks = Operands.Blocks(source.Columns, Threads * (eights ? Operands.Eight : 1));
         device.Launch(
             kernel, (blocks, Math.Min(source.Rows, ushort.MaxValue), 1), Threads, 0, destination, (long)destination.Stride, source,
             (long)source.Stride, source.Rows, source.Columns);

@@ -6,6 +6,7 @@ public sealed class CopyTests : CudaTests
     [InlineData(1, 1)]
     [InlineData(3, 37)]
     [InlineData(5, 300)]
+    [InlineData(3, 4104)]
     public void Rounds_singles_to_the_nearest_bfloat16_and_back(int rows, int columns)
     {
         float[] values = new float[rows * columns];

@@ -1,12 +1,11 @@
 using System.Globalization;
 using System.Text;
-using System.Text.RegularExpressions;
 using TinyLlama.Compute.Cuda;
 
 namespace TinyLlama.Compute.Tests.Cuda;
 
 /// <summary>What the compiler made of the kernels. Where the emulator stands for a GPU, there are no registers.</summary>
-public sealed unsafe partial class KernelTests(ITestOutputHelper output) : CudaTests
+public sealed unsafe class KernelTests(ITestOutputHelper output) : CudaTests
 {
     /// <summary>CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: of registers that were spilled, and of arrays.</summary>
     public const int LocalBytes = 3;
@@ -53,13 +52,17 @@ public sealed unsafe partial class KernelTests(ITestOutputHelper output) : CudaT
         Assert.Empty(spilled);
     }
 
-    private static IEnumerable<string> Kernels(string source)
+    // The names in lines such as: KERNEL(256) void name(
+    private static string[] Kernels(string source)
     {
+        const string Return = ") void ";
         using Stream stream = typeof(KernelImages).Assembly.GetManifestResourceStream("Kernels/" + source)!;
         using StreamReader reader = new(stream);
-        return Name().Matches(reader.ReadToEnd()).Select(match => match.Groups[1].Value).ToArray();
+        return
+        [
+            .. reader.ReadToEnd().Split('\n')
+                .Where(line => line.StartsWith("KERNEL(", StringComparison.Ordinal))
+                .Select(line => line[(line.IndexOf(Return, StringComparison.Ordinal) + Return.Length)..].Split('(')[0]),
+        ];
     }
-
-    [GeneratedRegex(@"^KERNEL\(.*\) void (\w+)\(", RegexOptions.Multiline)]
-    private static partial Regex Name();
 }

@@ -23,6 +23,18 @@ KERNEL(256) void copy_bf16_f32(bf16* to, i64 to_stride, const float* from, i64 f
     convert(to, to_stride, from, from_stride, rows, columns);
 }
 
+// The same where every row is whole eights at multiples of 16 bytes, as weights are: eight elements a thread.
+KERNEL(256) void copy_bf16_f32_by_8(bf16* to, i64 to_stride, const float* from, i64 from_stride, int rows, int columns) {
+    const int first = (blockIdx.x * blockDim.x + threadIdx.x) * 8, step = gridDim.x * blockDim.x * 8;
+    for (int row = blockIdx.y; row < rows; row += gridDim.y) {
+        for (int column = first; column < columns; column += step) {
+            float x[8];
+            load(x, from + row * from_stride + column);
+            store(to + row * to_stride + column, x);
+        }
+    }
+}
+
 KERNEL(256) void copy_bf16_f16(bf16* to, i64 to_stride, const f16* from, i64 from_stride, int rows, int columns) {
     convert(to, to_stride, from, from_stride, rows, columns);
 }
