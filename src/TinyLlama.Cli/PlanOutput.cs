@@ -44,7 +44,7 @@ internal static class PlanOutput
         Row("memory", $"{Megabytes(memory.Bytes),12} of {Megabytes(memory.AvailableBytes)}");
         foreach (MemoryChoice choice in memory.Choices())
         {
-            Row($"  recompute {choice.Recompute}", $"micro-batches of {choice.Sequences:N0} sequences fit, in {Megabytes(choice.Bytes)}");
+            Row("  would fit", $"{Megabytes(choice.Bytes),12} with recompute {choice.Recompute} and micro-batches of {choice.Sequences:N0} × {plan.ContextLength:N0} tokens");
         }
 
         if (tokensPerSecond is double rate)

@@ -2,7 +2,12 @@ using System.Diagnostics;
 using System.Text.Json.Nodes;
 using TinyLlama.Cli;
 using TinyLlama.Compute;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Model;
+using TinyLlama.Tests.Checkpoints;
 using TinyLlama.Tests.Common;
+using TinyLlama.Tests.Training;
+using TinyLlama.Training;
 
 namespace TinyLlama.Tests.Cli;
 
@@ -60,6 +65,107 @@ public sealed class DeviceTests
         (int code, string output, string error) = await RunAsync([], ["pretrain", "--recipe", s_recipe, "--plan", "--device", .. words.Split(' ')]);
         Assert.Equal((2, ""), (code, output));
         Assert.Contains(why, Assert.Single(error.TrimEnd().Split('\n')), StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task Auto_is_the_CPU_where_no_GPU_can_be_used_and_the_GPU_where_one_can()
+    {
+        foreach ((string variable, string device) in ((string, string)[])[("TINYLLAMA_CUDA_CAPABILITY=75", "cpu, "), ("TINYLLAMA_CUDA_CAPABILITY=80", "cuda:0, ")])
+        {
+            (int code, string output, string error) = await RunAsync([variable], "pretrain", "--recipe", Path.Combine(Checkout.Root, "recipes", "quickstart.yaml"), "--plan", "--device", "auto", "--json");
+            Assert.Equal((0, ""), (code, error));
+            Assert.StartsWith(device, JsonNode.Parse(output)!["device"]!.GetValue<string>(), StringComparison.Ordinal);
+        }
+    }
+
+    [Fact]
+    public async Task A_run_that_does_not_fit_is_refused_before_it_begins_with_numbers_and_a_remedy()
+    {
+        (int code, _, string error) = await RunAsync(["TINYLLAMA_CUDA_MEMORY=520000000"], "pretrain", "--recipe", s_recipe, "--plan", "--device", "cuda", "--set", "model=quickstart");
+        Assert.Equal(2, code);
+        Assert.Matches(@"^error: the run needs \d+\.\d\d GiB \(weights .*\), but the device has \d\.\d\d GiB; try .*batch\.micro_sequences \d+, which takes \d\.\d\d GiB$", error.TrimEnd());
+    }
+
+    [Fact]
+    public async Task A_plan_is_for_any_card()
+    {
+        async Task<JsonNode> PlanAsync(string memory, string recompute, int code)
+        {
+            (int actual, string output, _) = await RunAsync([], "pretrain", "--recipe", s_recipe, "--plan", "--json", "--device-memory", memory, "--set", $"recompute={recompute}");
+            Assert.Equal(code, actual);
+            return JsonNode.Parse(output)!;
+        }
+
+        // TinyLlama's own cards and micro-batch: 16,384 tokens.
+        JsonNode large = await PlanAsync("40536MiB", "elementwise", 0);
+        Assert.Equal(16_384, large["context"]!.GetValue<int>() * large["sequences_per_micro_batch"]!.GetValue<int>());
+        Assert.InRange(large["memory_bytes"]!.GetValue<long>() / (double)(1L << 30), 33, 33.5);
+
+        JsonNode small = await PlanAsync("24564MiB", "none", 2);
+        Assert.Equal(
+            ["none 1", "elementwise 2", "blocks 8"],
+            small["largest_micro_batches"]!.AsArray().Select(choice => $"{choice!["recompute"]} {choice["sequences"]}"));
+        Assert.All(small["largest_micro_batches"]!.AsArray(), choice => Assert.True(choice!["memory_bytes"]!.GetValue<long>() <= small["available_bytes"]!.GetValue<long>()));
+    }
+
+    [Fact]
+    public async Task A_run_moves_between_devices_and_survives_a_GPU_that_fails()
+    {
+        using var folder = new TemporaryFolder();
+        string[] pretrain = ["pretrain", "--recipe", TinyRun.Prepare(folder, steps: 40), "--out", folder["run"], "--set", "batch.global_tokens=128", "--set", "batch.micro_sequences=1"];
+
+        // 20 steps on the CPU, then on a GPU that fails after some steps: each launches more than a hundred kernels.
+        Assert.Equal(0, (await RunAsync([], [.. pretrain, "--max-steps", "20"])).Code);
+        (int code, _, string error) = await RunAsync(["TINYLLAMA_CUDA_FAIL=cuLaunchKernel 1500 719"], [.. pretrain, "--device", "cuda"]);
+        Assert.Equal(2, code);
+        Assert.Matches(@"error: step \d\d: cuda:0 \(CUDA emulator\): \w+: CUDA_ERROR_LAUNCH_FAILED; the checkpoint of step 20 is whole: the same command goes on from there$", error.TrimEnd());
+        Assert.Contains("the run goes on with 'cuda CUDA emulator, sm_90", error, StringComparison.Ordinal);
+
+        // Another GPU goes on from there, and the CPU from its checkpoint. The loss falls all the way.
+        Assert.Equal(0, (await RunAsync([], [.. pretrain, "--device", "cuda", "--max-steps", "30"])).Code);
+        Assert.Equal(0, (await RunAsync([], [.. pretrain, "--device", "cpu"])).Code);
+        StepMetrics[] steps = [.. MetricsLog.Read(Path.Combine(folder["run"], MetricsLog.FileName)).OfType<StepMetrics>()];
+        Assert.Equal(Enumerable.Range(0, 40).Select(step => (long)step), steps.Select(step => step.Step));
+        double Mean(int first) => steps[first..(first + 10)].Average(step => step.Loss);
+        Assert.True(Mean(0) > Mean(10) && Mean(10) > Mean(20) && Mean(20) > Mean(30), string.Join(' ', steps.Select(step => step.Loss)));
+    }
+
+    [Theory]
+    [InlineData("f16")]
+    [InlineData("q8_0")]
+    [InlineData("q4_0")]
+    [InlineData("q4_k_m")]
+    public async Task A_model_from_files_says_the_same_on_both_devices(string type)
+    {
+        using var folder = new TemporaryFolder();
+        BpeTokenizer tokenizer = SmallModel.Tokenizer(320);
+        ModelConfig config = new()
+        {
+            VocabularySize = 320,
+            ContextLength = 64,
+            Layers = 2,
+            Heads = 4,
+            KeyValueHeads = 2,
+            Channels = 256,
+            Hidden = 256,
+        };
+        string run = SmallModel.Save(folder["run"], config, tokenizer);
+        string file = folder["model.gguf"];
+        Assert.Equal(0, (await RunAsync([], "export", run, "--format", "gguf", "--type", type, "--out", file)).Code);
+        File.WriteAllText(folder["text.txt"], new SeededText(4).Document());
+        List<double> losses = [];
+        foreach (string device in (string[])["cpu", "cuda"])
+        {
+            (int code, string output, string error) = await RunAsync([], "eval", file, "--text", folder["text.txt"], "--max-tokens", "100", "--device", device, "--json");
+            Assert.Equal((0, ""), (code, error));
+            losses.Add(JsonNode.Parse(output)!["loss"]!.GetValue<double>());
+            (code, output, _) = await RunAsync([], "generate", file, "-p", "the", "--max-tokens", "10", "--temperature", "0", "--device", device);
+            Assert.Equal(0, code);
+            Assert.StartsWith("the", output, StringComparison.Ordinal);
+        }
+
+        // The CPU rounds activations to 8 bits for quantized weights, the GPU to bfloat16.
+        Assert.Equal(losses[0], losses[1], 0.005 * losses[0]);
     }
 
     [Fact]

@@ -1,6 +1,7 @@
 using System.Text.Json.Nodes;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Cuda;
 using TinyLlama.Model;
 using TinyLlama.Tests.Common;
 
@@ -118,11 +119,25 @@ public sealed class LlamaTinyTests
     [MemberData(nameof(Paths))]
     public void In_bf16_all_is_within_4_times_the_deviation_of_PyTorch_autocast(CpuPath path)
     {
+        using ModelRun run = Load(path, Keep.Everything, DType.BF16);
+        AssertNearAutocast(run);
+    }
+
+    // Autocast rounds operands of products; a GPU's activations are bfloat16 too, the residual stream among them.
+    [Fact]
+    public void On_a_GPU_all_is_within_4_times_the_deviation_of_PyTorch_autocast()
+    {
+        CudaEmulator.Require();
+        using ModelRun run = Load(CudaBackend.Create(), Keep.Everything);
+        AssertNearAutocast(run);
+    }
+
+    private static void AssertNearAutocast(ModelRun run)
+    {
         GoldenFile golden = Golden("grads.safetensors");
         GoldenFile forward = Golden("forward.safetensors");
         JsonNode deviation = JsonNode.Parse(File.ReadAllText(SharedFiles.Require("goldens/llama-tiny/tolerance_reference.json")))!["bf16_autocast"]!;
         double Tolerance(string name) => 4 * deviation[name]!.GetValue<double>();
-        using ModelRun run = Load(path, Keep.Everything, DType.BF16);
         (int[][] sequences, int[] targets) = Batch(forward);
         run.Forward(sequences);
         float[] logits = run.Logits();
@@ -148,8 +163,13 @@ public sealed class LlamaTinyTests
     private static ModelRun Load(CpuPath path, Keep keep, DType products = DType.F32)
     {
         Assert.SkipWhen(path < CpuPaths.Best, $"this machine has no {path}");
+        return Load(CpuBackend.Create(threads: 2, path, products), keep);
+    }
+
+    private static ModelRun Load(Backend backend, Keep keep)
+    {
         GoldenFile weights = Golden("model.safetensors");
-        var run = new ModelRun(s_config, Sequences * Length, keep, path, threads: 2, products);
+        var run = new ModelRun(backend, s_config, Sequences * Length, keep);
         foreach (Parameter parameter in run.Model.Parameters)
         {
             run.Backend.Write<float>(parameter.Values, weights.ReadSingles(parameter.Name));

@@ -1,3 +1,4 @@
+using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
 using TinyLlama.Model;
@@ -17,8 +18,14 @@ internal sealed class ModelRun : IDisposable
     public ModelRun(
         ModelConfig config, int capacity, Keep keep, CpuPath? path = null, int threads = 1, DType products = DType.F32,
         Func<string, DType>? storage = null)
+        : this(CpuBackend.Create(threads, path, products), config, capacity, keep, storage)
     {
-        Backend = CpuBackend.Create(threads, path, products);
+    }
+
+    /// <summary>On a device, which it disposes of.</summary>
+    public ModelRun(Backend backend, ModelConfig config, int capacity, Keep keep, Func<string, DType>? storage = null)
+    {
+        Backend = backend;
         Model = storage is null
             ? LlamaModel.Allocate(config, Backend, trains: keep != Keep.Nothing)
             : LlamaModel.AllocateFrozen(config, Backend, storage);
@@ -94,7 +101,7 @@ internal sealed class ModelRun : IDisposable
             int rows = Math.Min(Workspace.LogitsChunk.Rows, _count - row);
             Tensor chunk = Workspace.LogitsChunk.RowRange(0, rows);
             Model.Logits(chunk, Workspace.Output(_count).RowRange(row, rows));
-            Backend.Read(logits.AsSpan(row * vocabulary, rows * vocabulary), chunk);
+            DeviceElements.Read(logits.AsSpan(row * vocabulary, rows * vocabulary), Backend, chunk);
         }
 
         return logits;
@@ -124,7 +131,7 @@ internal sealed class ModelRun : IDisposable
         float[] values = new float[tensor.Count];
         for (int row = 0; row < tensor.Rows; row++)
         {
-            Backend.Read(values.AsSpan(row * tensor.Columns, tensor.Columns), tensor.RowRange(row, 1));
+            DeviceElements.Read(values.AsSpan(row * tensor.Columns, tensor.Columns), Backend, tensor.RowRange(row, 1));
         }
 
         return values;

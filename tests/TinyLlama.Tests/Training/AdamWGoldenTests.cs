@@ -1,5 +1,7 @@
+using System.Text.Json.Nodes;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Cuda;
 using TinyLlama.Model;
 using TinyLlama.Tests.Common;
 using TinyLlama.Training;
@@ -10,6 +12,8 @@ namespace TinyLlama.Tests.Training;
 public sealed class AdamWGoldenTests
 {
     private static readonly AdamWSettings s_settings = new(0.9f, 0.95f, 1e-8f, 0.1f, 1);
+
+    private static readonly double[] s_losses = [4.867182346221068, 4.0693089992063545, 3.452475502953473];
 
     public static TheoryData<int> Threads => [1, 2, 3];
 
@@ -24,18 +28,45 @@ public sealed class AdamWGoldenTests
         memory.Batch.Fill(backend, Ints(forward, "input_ids"), Ints(forward, "targets"));
 
         var step = new TrainingStep(memory, backend);
-        double[] losses = [4.867182346221068, 4.0693089992063545, 3.452475502953473];
         double[] norms = [4.507114001331253, 4.072733095906766, 3.3670949567767225];
         for (int s = 1; s <= 3; s++)
         {
             step.Begin(32);
             step.Accumulate();
             StepResult result = step.End(s, 1e-3);
-            Assert.Equal(losses[s - 1], result.Loss, 1e-6);
+            Assert.Equal(s_losses[s - 1], result.Loss, 1e-6);
             Assert.Equal(norms[s - 1], result.GradientNorm, 1e-4);
             if (s is 1 or 3)
             {
                 AssertMeanDifference(memory.Model.Parameters, backend, Open($"weights_step{s}.safetensors"), 5e-8);
+            }
+        }
+    }
+
+    [Theory]
+    [InlineData(Keep.Everything)]
+    [InlineData(Keep.BlockInputs)]
+    public void On_a_GPU_all_is_within_4_times_the_deviation_of_PyTorch_autocast(Keep keep)
+    {
+        CudaEmulator.Require();
+        GoldenFile forward = Open("forward.safetensors");
+        JsonNode deviation = JsonNode.Parse(File.ReadAllText(SharedFiles.Require("goldens/llama-tiny/tolerance_reference.json")))!["bf16_autocast"]!;
+        using CudaBackend backend = CudaBackend.Create();
+        using TrainingMemory memory = TrainingMemory.Allocate(TinyShape(keep), backend);
+        Load(memory, backend, Open("model.safetensors"));
+        memory.Batch.Fill(backend, Ints(forward, "input_ids"), Ints(forward, "targets"));
+
+        var step = new TrainingStep(memory, backend);
+        for (int s = 1; s <= 3; s++)
+        {
+            step.Begin(32);
+            step.Accumulate();
+            double autocast = deviation["losses"]![s - 1]!.GetValue<double>();
+            Assert.Equal(s_losses[s - 1], step.End(s, 1e-3).Loss, 4 * Math.Abs(autocast - s_losses[s - 1]));
+            if (s is 1 or 3)
+            {
+                AssertMeanDifference(
+                    memory.Model.Parameters, backend, Open($"weights_step{s}.safetensors"), 4 * deviation[$"weights_step{s}_mean_abs"]!.GetValue<double>());
             }
         }
     }
@@ -78,6 +109,19 @@ public sealed class AdamWGoldenTests
     public void A_step_allocates_no_managed_memory()
     {
         using CpuBackend backend = CpuBackend.Create(2);
+        AssertStepAllocatesNothing(backend);
+    }
+
+    [Fact]
+    public void A_step_on_a_GPU_allocates_no_managed_memory()
+    {
+        CudaEmulator.Require();
+        using CudaBackend backend = CudaBackend.Create();
+        AssertStepAllocatesNothing(backend);
+    }
+
+    private static void AssertStepAllocatesNothing(Backend backend)
+    {
         using TrainingMemory memory = TrainingMemory.Allocate(TinyShape(Keep.BlockInputs), backend);
         Initialization.Initialize(memory.Model, backend, InitializationScheme.TinyLlama, seed: 3);
         int[] tokens = [.. Enumerable.Range(0, 32)];
@@ -177,7 +221,7 @@ public sealed class AdamWGoldenTests
 
     private static int[] Ints(GoldenFile file, string name) => [.. file.Read(name).Values.Select(value => (int)value)];
 
-    private static void Load(TrainingMemory memory, CpuBackend backend, GoldenFile weights)
+    private static void Load(TrainingMemory memory, Backend backend, GoldenFile weights)
     {
         foreach (Parameter parameter in memory.Model.Parameters)
         {
@@ -187,7 +231,7 @@ public sealed class AdamWGoldenTests
         memory.Model.Pack();
     }
 
-    private static void AssertMeanDifference(IEnumerable<Parameter> actual, CpuBackend backend, GoldenFile expected, double tolerance)
+    private static void AssertMeanDifference(IEnumerable<Parameter> actual, Backend backend, GoldenFile expected, double tolerance)
     {
         double sum = 0;
         long count = 0;

@@ -3,9 +3,6 @@ using System.Globalization;
 using System.Security.Cryptography;
 using TinyLlama.Checkpoints;
 using TinyLlama.Cli;
-using TinyLlama.Data.Documents;
-using TinyLlama.Data.Shards;
-using TinyLlama.Data.Tokenizers;
 using TinyLlama.Tests.Checkpoints;
 using TinyLlama.Training;
 
@@ -26,7 +23,7 @@ public sealed class KillTests : IDisposable
     {
         int kills = FromEnvironment("TINYLLAMA_KILLS", 3);
         var random = new Random(FromEnvironment("TINYLLAMA_KILL_SEED", 1));
-        PrepareData();
+        TinyRun.Prepare(_folder, steps: 800);
 
         using (Process whole = Start("whole"))
         {
@@ -62,31 +59,6 @@ public sealed class KillTests : IDisposable
 
     private static int FromEnvironment(string name, int otherwise) =>
         int.TryParse(Environment.GetEnvironmentVariable(name), CultureInfo.InvariantCulture, out int value) ? value : otherwise;
-
-    private void PrepareData()
-    {
-        Directory.CreateDirectory(_folder["text"]);
-        for (int i = 0; i < 40; i++)
-        {
-            File.WriteAllText(
-                Path.Combine(_folder["text"], $"{i:00}.txt"),
-                string.Concat(Enumerable.Range(0, 30).Select(n => $"{n * i} times a word is {n + i}. ")));
-        }
-
-        DataPreparation.Run(
-            _folder["data"], TextFiles.Find([_folder["text"]], new TextFileOptions()), new ByteTokenizer(),
-            new PreparationOptions { ValidationShare = 0.1 });
-        File.WriteAllText(_folder["tiny.yaml"], $$"""
-            model: { vocabulary: 258, context: 64, layers: 2, heads: 4, key_value_heads: 2, channels: 64, hidden: 176 }
-            data: { path: '{{_folder["data"]}}' }
-            batch: { global_tokens: 512, micro_sequences: 4 }
-            budget: { steps: 800 }
-            optimizer: { learning_rate: 1e-3 }
-            schedule: { warmup: 20 }
-            validation: { every_steps: 100, tokens: 512 }
-            checkpoints: { every_steps: 20, keep_last: 2 }
-            """);
-    }
 
     private Process Start(string run)
     {

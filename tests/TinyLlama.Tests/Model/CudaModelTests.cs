@@ -1,0 +1,73 @@
+using TinyLlama.Compute.Cuda;
+using TinyLlama.Inference;
+using TinyLlama.Model;
+using TinyLlama.Tests.Common;
+
+namespace TinyLlama.Tests.Model;
+
+/// <summary>The whole model on a GPU, or on what stands for one: what holds for any weights.</summary>
+public sealed class CudaModelTests
+{
+    // Every head size is a test of attention's own; here the sizes are off the tiles of products.
+    private static readonly ModelConfig s_config = new()
+    {
+        VocabularySize = 99,
+        ContextLength = 160,
+        Layers = 3,
+        Heads = 4,
+        KeyValueHeads = 2,
+        Channels = 64,
+        Hidden = 104,
+    };
+
+    public CudaModelTests() => CudaEmulator.Require();
+
+    [Theory]
+    [InlineData(Keep.Products)]
+    [InlineData(Keep.BlockInputs)]
+    public void Recomputed_activations_give_the_same_bits(Keep keep) => Assert.Equal(TrainOnce(Keep.Everything), TrainOnce(keep));
+
+    [Fact]
+    public void The_same_batch_gives_the_same_bits() => Assert.Equal(TrainOnce(Keep.Everything), TrainOnce(Keep.Everything));
+
+    [Fact]
+    public void Prefill_and_decode_equal_one_forward()
+    {
+        using var run = new ModelRun(CudaBackend.Create(), s_config, 160, Keep.Nothing);
+        run.Randomize(3);
+        var random = new Random(5);
+        int[] tokens = [.. Enumerable.Range(0, 100).Select(_ => random.Next(s_config.VocabularySize))];
+        run.Forward(tokens);
+        float[] expected = run.Logits();
+
+        using var engine = new InferenceEngine(run.Model, run.Backend, sequences: 2);
+        CachedSequence sequence = engine.Begin();
+        engine.Forward(new Continuation(sequence, tokens.AsMemory(0, 70)));
+        float[] logits = new float[70 * s_config.VocabularySize];
+        engine.ReadAllLogits(logits, 0);
+        AssertNear(expected.AsSpan(0, logits.Length), logits);
+        for (int position = 70; position < tokens.Length; position++)
+        {
+            engine.Forward(new Continuation(sequence, tokens.AsMemory(position, 1)));
+            float[] next = new float[s_config.VocabularySize];
+            engine.ReadLogits(next);
+            AssertNear(expected.AsSpan(position * next.Length, next.Length), next);
+        }
+    }
+
+    private static uint[] TrainOnce(Keep keep)
+    {
+        using var run = new ModelRun(CudaBackend.Create(), s_config, 256, keep);
+        return LlamaModelTests.TrainOnce(run);
+    }
+
+    // The cache holds what the batch does, and keys are tiled alike: what differs is the tiles of products.
+    private static void AssertNear(ReadOnlySpan<float> expected, ReadOnlySpan<float> actual)
+    {
+        Assert.Equal(expected.Length, actual.Length);
+        for (int i = 0; i < expected.Length; i++)
+        {
+            Assert.Equal(expected[i], actual[i], 0.02 * (1 + Math.Abs(expected[i])));
+        }
+    }
+}

@@ -1,0 +1,40 @@
+using TinyLlama.Data.Documents;
+using TinyLlama.Data.Shards;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Tests.Checkpoints;
+
+namespace TinyLlama.Tests.Training;
+
+/// <summary>Text, its shards and a recipe of a model of seconds, for tests that start the program.</summary>
+internal static class TinyRun
+{
+    /// <summary>Writes them to a folder.</summary>
+    /// <param name="folder">The folder; shards go to <c>data</c>.</param>
+    /// <param name="steps">Steps of the run, with a checkpoint every 20.</param>
+    /// <returns>The recipe's path.</returns>
+    public static string Prepare(TemporaryFolder folder, int steps)
+    {
+        Directory.CreateDirectory(folder["text"]);
+        for (int i = 0; i < 40; i++)
+        {
+            File.WriteAllText(
+                Path.Combine(folder["text"], $"{i:00}.txt"),
+                string.Concat(Enumerable.Range(0, 30).Select(n => $"{n * i} times a word is {n + i}. ")));
+        }
+
+        DataPreparation.Run(
+            folder["data"], TextFiles.Find([folder["text"]], new TextFileOptions()), new ByteTokenizer(),
+            new PreparationOptions { ValidationShare = 0.1 });
+        File.WriteAllText(folder["tiny.yaml"], $$"""
+            model: { vocabulary: 258, context: 64, layers: 2, heads: 4, key_value_heads: 2, channels: 64, hidden: 176 }
+            data: { path: '{{folder["data"]}}' }
+            batch: { global_tokens: 512, micro_sequences: 4 }
+            budget: { steps: {{steps}} }
+            optimizer: { learning_rate: 1e-3 }
+            schedule: { warmup: 20 }
+            validation: { every_steps: 100, tokens: 512 }
+            checkpoints: { every_steps: 20, keep_last: 2 }
+            """);
+        return folder["tiny.yaml"];
+    }
+}
