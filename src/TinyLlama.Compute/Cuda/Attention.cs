@@ -23,7 +23,7 @@ internal static class Attention
 
     private const int Threads = 128;
 
-    // Head rows of a block, but for the forward over rows of the batch: see ForwardRows.
+    // Head rows of a block, where keys are cached; otherwise see RowsOfBlock.
     private const int Rows = 64;
     private const int Keys = TokenLayout.KeyBlock;
 
@@ -64,7 +64,7 @@ internal static class Attention
         {
             RequireRows(keys, keys.Rows, keys.Columns);
             RequireRows(values, keys.Rows, keys.Columns);
-            int rows = ForwardRows(headDim);
+            int rows = RowsOfBlock(headDim);
             device.Launch(
                 s_forward[Index(headDim)], (Slots(layout, group, rows), keyHeads, 1), Threads, TileBytes(headDim, rows + (4 * Keys)), output,
                 logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group, output.Stride, query.Stride,
@@ -115,8 +115,9 @@ internal static class Attention
         Shape.Require(layout.BlockTable.IsEmpty, "keys that are rows of the batch");
         Shape.Require(layout.TokenCount == tokens, "a layout of all rows");
         float scale = 1f / MathF.Sqrt(headDim);
+        int rowsAtOnce = RowsOfBlock(headDim);
         device.Launch(
-            s_dQuery[Index(headDim)], (Slots(layout, group, Rows), keyHeads, 1), Threads, TileBytes(headDim, (2 * Rows) + (4 * Keys)),
+            s_dQuery[Index(headDim)], (Slots(layout, group, rowsAtOnce), keyHeads, 1), Threads, TileBytes(headDim, (2 * rowsAtOnce) + (4 * Keys)),
             dQuery, delta, dOutput, output, logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group,
             dQuery.Stride, dOutput.Stride, output.Stride, query.Stride, keys.Stride, values.Stride, scale);
         int queryRows = headDim <= 64 ? 64 : 32;
@@ -158,7 +159,7 @@ internal static class Attention
     private static int Slots(TokenLayout layout, int group, int rows) =>
         layout.TokenCount == 0 ? 0 : checked((int)((long)layout.TokenCount * group / rows) + layout.SegmentCount);
 
-    private static int ForwardRows(int headDim) => headDim <= 64 ? 128 : 64;
+    private static int RowsOfBlock(int headDim) => headDim <= 64 ? 128 : 64;
 
     private static int TileBytes(int headDim, int rows) => rows * headDim * sizeof(ushort);
 

@@ -234,7 +234,7 @@ __device__ __forceinline__ void forward(
     cp_async_wait<0>();
     __syncthreads();
 
-    LeftRows<D> q[R];
+    LeftRows<D, D <= 64> q[R];
     int last_key[R][2];
 #pragma unroll
     for (int r = 0; r < R; r++) {

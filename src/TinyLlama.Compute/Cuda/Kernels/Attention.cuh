@@ -11,12 +11,14 @@
 // Probabilities and their gradients never leave registers: what one product accumulates is, rounded to bf16, the left
 // operand of the next. All sums have one order: no atomics, and no bit depends on the other rows of a batch.
 //
-// Shared memory in bytes, D = 16, 32, 64, 128 (registers are for the compiler to say; the loops hold, in 32-bit words,
-// about what is in brackets, of 255):
-//   attention_forward      12,288  24,576   49,152   81,920   [64, 104, 176, 144]
-//   attention_cached       10,240  20,480   40,960   81,920   [64, 80, 112, 176]
-//   attention_d_query      12,288  24,576   49,152   98,304   [88, 104, 136, 168]
-//   attention_d_key_value  13,312  25,600   50,176   98,816   [96, 120, 168, 184]
+// Kernels of 128 threads. Of each, for D = 16, 32, 64 and 128: shared memory in bytes, and the 32-bit values that live at once in
+// clang's PTX, about 25 of them arguments, which take no registers on a GPU; 255 registers are the most. What NVRTC makes of
+// it is unproved.
+//   attention_forward      12,288  24,576  49,152  81,920    149  181  230  176
+//   attention_cached       10,240  20,480  40,960  81,920    126  149  192  256
+//   attention_cached_q8_0  12,288  24,576  49,152  98,304    137  158  204  273
+//   attention_d_query      16,384  32,768  65,536  98,304    152  193  242  211
+//   attention_d_key_value  13,312  25,600  50,176  66,048    145  175  226  244
 
 struct alignas(8) Words2 {
     u32 v[2];
@@ -106,7 +108,7 @@ __device__ __forceinline__ SharedAddress moved(SharedAddress from, int rows, int
 // Where head row r of a segment lies in a matrix of all heads.
 template<int D>
 __device__ __forceinline__ i64 head_row(int row, int first_token, int key_head, int group, i64 stride) {
-    const int token = row / group;
+    const int token = (u32)row / (u32)group;
     return (first_token + token) * stride + (key_head * group + row - token * group) * D;
 }
 
@@ -168,12 +170,10 @@ __device__ __forceinline__ void store_heads(
     }
 }
 
-// 16 rows of a tile as left operands of products over D: in registers, or where the accumulators need these, read anew
-// for each product.
-template<int D>
+// 16 rows of a tile as left operands of products over D: in registers or, where the accumulators need these, read anew for
+// each product.
+template<int D, bool Keeps>
 struct LeftRows {
-    static constexpr bool Keeps = D <= 64;
-
     __device__ __forceinline__ void set(SharedAddress rows) {
         from = address<D>(rows, threadIdx.x % 16, threadIdx.x / 16 % 2);
         if (Keeps) {
@@ -216,8 +216,8 @@ __device__ __forceinline__ void clear(float (&c)[N][4]) {
 }
 
 // c = a · tileᵀ, R times (16, D) by (N, D).
-template<int D, int R, int N>
-__device__ __forceinline__ void multiply_transposed(float (&c)[R][N / 8][4], const LeftRows<D> (&a)[R], SharedAddress tile) {
+template<int D, int R, int N, bool Keeps>
+__device__ __forceinline__ void multiply_transposed(float (&c)[R][N / 8][4], const LeftRows<D, Keeps> (&a)[R], SharedAddress tile) {
     const int lane = threadIdx.x % 32;
     const SharedAddress from = address<D>(tile, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
@@ -291,8 +291,8 @@ __device__ __forceinline__ float row_max(float value) {
 }
 
 // Scores of keys that a row does not see become -∞: those after last_key[r][half], counted from the tile's first key.
-template<int R>
-__device__ __forceinline__ void mask(float (&scores)[R][Keys / 8][4], const int (&last_key)[R][2], int first_key) {
+template<int R, int J>
+__device__ __forceinline__ void mask(float (&scores)[R][J][4], const int (&last_key)[R][2], int first_key) {
     const int lane_key = first_key + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -300,7 +300,7 @@ __device__ __forceinline__ void mask(float (&scores)[R][Keys / 8][4], const int 
         for (int half = 0; half < 2; half++) {
             const int last = last_key[r][half] - lane_key;
 #pragma unroll
-            for (int j = 0; j < Keys / 8; j++) {
+            for (int j = 0; j < J; j++) {
                 scores[r][j][half * 2] = j * 8 > last ? -infinity() : scores[r][j][half * 2];
                 scores[r][j][half * 2 + 1] = j * 8 + 1 > last ? -infinity() : scores[r][j][half * 2 + 1];
             }

@@ -1,26 +1,44 @@
 #include "Attention.cuh"
 
-// dQuery, and delta = the row sums of dOutput · output. 16 head rows a warp.
-template<int D>
-__device__ __forceinline__ void d_query(
+// The sums over D of a row of one times a row of the other, of the row in each half.
+template<int D, bool Keeps>
+__device__ __forceinline__ void row_products(float (&sums)[2], const LeftRows<D, Keeps>& a, const LeftRows<D, Keeps>& b) {
+    sums[0] = sums[1] = 0;
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        u32 x[4], y[4];
+        a.get(x, step);
+        b.get(y, step);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            sums[i % 2] = fmaf(low_half(x[i]), low_half(y[i]), sums[i % 2]);
+            sums[i % 2] = fmaf(high_half(x[i]), high_half(y[i]), sums[i % 2]);
+        }
+    }
+
+    sums[0] = row_sum(sums[0]);
+    sums[1] = row_sum(sums[1]);
+}
+
+// dQuery, and delta = the row sums of dOutput · output. R · 16 head rows a warp; N keys at a time, a tile or half of it.
+template<int D, int R, int N>
+__device__ __forceinline__ void query_gradient(
     bf16* d_query, float* delta, const bf16* d_output, const bf16* output, const float* log_sums, const bf16* query, BatchKeys<D> source,
     Work work, int key_heads, int group, i64 d_query_stride, i64 d_output_stride, i64 output_stride, i64 query_stride, float scale) {
-    constexpr int Rows = Warps * WarpRows;  // as many as keys of a tile
+    constexpr int Rows = Warps * WarpRows * R, RowBytes = D * sizeof(bf16), TileBytes = Keys * RowBytes;
     DYNAMIC_SHARED(shared);
-    constexpr int TileBytes = Keys * D * sizeof(bf16);
-    const SharedAddress query_tile = shared_address(shared), d_output_tile = query_tile + TileBytes, stages = d_output_tile + TileBytes;
+    const SharedAddress query_tile = shared_address(shared), d_output_tile = query_tile + Rows * RowBytes;
+    const SharedAddress stages = d_output_tile + Rows * RowBytes, output_tile = stages + 2 * TileBytes;  // until the second stage is used
 
-    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WarpRows;
+    const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * WarpRows * R;
     const int key_head = blockIdx.y, first_token = work.segment.first_row;
-    work.first = (work.rows - 1) / Rows * Rows - work.first;
+    work.first = (work.rows - 1) / Rows * Rows - work.first;  // the rows with most keys first
     const int warp_first = work.first + warp_row;
-    const int warp_end = min(warp_first + WarpRows, work.rows);
+    const int warp_end = min(warp_first + WarpRows * R, work.rows);
     const int key_count = (min(work.first + Rows, work.rows) - 1) / group + 1;
     const int seen_by_all = warp_first / group + 1;
     const int seen_by_any = warp_first < warp_end ? (warp_end - 1) / group + 1 : 0;
 
-    // The output passes through the second stage.
-    const SharedAddress output_tile = stages + 2 * TileBytes;
     load_heads<D, Rows>(query_tile, query, query_stride, work, work.first, key_head, group);
     load_heads<D, Rows>(d_output_tile, d_output, d_output_stride, work, work.first, key_head, group);
     load_heads<D, Rows>(output_tile, output, output_stride, work, work.first, key_head, group);
@@ -29,40 +47,36 @@ __device__ __forceinline__ void d_query(
     cp_async_wait<0>();
     __syncthreads();
 
-    LeftRows<D> q[1], dy[1], y;
-    q[0].set(query_tile + warp_row * D * (int)sizeof(bf16));
-    dy[0].set(d_output_tile + warp_row * D * (int)sizeof(bf16));
-    y.set(output_tile + warp_row * D * (int)sizeof(bf16));
-    float row_delta[2] = {}, row_log_sum[2];
-    int last_key[1][2];
+    LeftRows<D, D <= 64> q[R];
+    LeftRows<D, D <= 32> dy[R];
+    float row_delta[R][2], row_log_sum[R][2], dq[R][D / 8][4];
+    int last_key[R][2];
 #pragma unroll
-    for (int step = 0; step < D / 16; step++) {
-        u32 a[4], b[4];
-        dy[0].get(a, step);
-        y.get(b, step);
+    for (int r = 0; r < R; r++) {
+        const int first_byte = (warp_row + r * WarpRows) * RowBytes;
+        LeftRows<D, D <= 32> y;
+        q[r].set(query_tile + first_byte);
+        dy[r].set(d_output_tile + first_byte);
+        y.set(output_tile + first_byte);
+        row_products(row_delta[r], dy[r], y);
+        clear(dq[r]);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            row_delta[i % 2] = fmaf(low_half(a[i]), low_half(b[i]), row_delta[i % 2]);
-            row_delta[i % 2] = fmaf(high_half(a[i]), high_half(b[i]), row_delta[i % 2]);
+        for (int half = 0; half < 2; half++) {
+            const int row = warp_first + r * WarpRows + half * 8 + lane / 4;
+            last_key[r][half] = row / group;
+            row_log_sum[r][half] = infinity();  // beyond the segment: no weight on any key
+            if (row < work.rows) {
+                const i64 at = head_row<1>(row, first_token, key_head, group, key_heads * group);
+                row_log_sum[r][half] = log_sums[at] * Log2E;
+                if (lane % 4 == 0) {
+                    delta[at] = row_delta[r][half];
+                }
+            }
         }
     }
 
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = warp_first + half * 8 + lane / 4;
-        last_key[0][half] = row / group;
-        const i64 at = head_row<1>(row, first_token, key_head, group, key_heads * group);
-        row_delta[half] = row_sum(row_delta[half]);
-        row_log_sum[half] = row < work.rows ? log_sums[at] * Log2E : infinity();  // no weight on any key
-        if (lane % 4 == 0 && row < work.rows) {
-            delta[at] = row_delta[half];
-        }
-    }
-
-    float dq[1][D / 8][4];
-    clear(dq[0]);
     for (int tile = 0; tile * Keys < key_count; tile++) {
-        const SharedAddress key_tile = stages + tile % 2 * (2 * TileBytes), value_tile = key_tile + TileBytes;
+        const SharedAddress stage = stages + tile % 2 * (2 * TileBytes);
         cp_async_wait<0>();
         __syncthreads();
         if ((tile + 1) * Keys < key_count) {
@@ -71,34 +85,49 @@ __device__ __forceinline__ void d_query(
             cp_async_commit();
         }
 
-        if (tile * Keys < seen_by_any) {
-            float p[1][Keys / 8][4], dp[1][Keys / 8][4];
-            multiply_transposed<D, 1, Keys>(p, q, key_tile);
-            if ((tile + 1) * Keys > seen_by_all) {
-                mask(p, last_key, tile * Keys);
+#pragma unroll
+        for (int part = 0; part < Keys; part += N) {
+            const int first_key = tile * Keys + part;
+            if (first_key >= seen_by_any) {
+                continue;
             }
 
-            multiply_transposed<D, 1, Keys>(dp, dy, value_tile);
+            const SharedAddress key_tile = stage + part * RowBytes, value_tile = key_tile + TileBytes;
+            float p[R][N / 8][4], ds[R][N / 8][4];
+            multiply_transposed<D, R, N>(p, q, key_tile);
+            if (first_key + N > seen_by_all) {
+                mask(p, last_key, first_key);
+            }
+
+            multiply_transposed<D, R, N>(ds, dy, value_tile);
 #pragma unroll
-            for (int j = 0; j < Keys / 8; j++) {
+            for (int r = 0; r < R; r++) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float weight = exp2_approx(fmaf(p[0][j][i], scale * Log2E, -row_log_sum[i / 2]));
-                    dp[0][j][i] = weight * (dp[0][j][i] - row_delta[i / 2]);
+                for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float weight = exp2_approx(fmaf(p[r][j][i], scale * Log2E, -row_log_sum[r][i / 2]));
+                        ds[r][j][i] = weight * (ds[r][j][i] - row_delta[r][i / 2]);
+                    }
                 }
             }
 
-            multiply_add<D, 1, Keys>(dq, dp, key_tile);
+            multiply_add<D, R, N>(dq, ds, key_tile);
         }
     }
 
-    store_heads<D>(d_query, d_query_stride, work, warp_first, key_head, group, (bf16*)shared + warp_row * D, dq[0], {scale, scale});
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        store_heads<D>(
+            d_query, d_query_stride, work, warp_first + r * WarpRows, key_head, group, (bf16*)shared + (warp_row + r * WarpRows) * D, dq[r],
+            {scale, scale});
+    }
 }
 
 // dKeys and dValues of 64 keys, 16 a warp, over the rows of all query heads that read them. The products are those of
-// d_query transposed, with keys as rows.
+// query_gradient transposed, with keys as rows.
 template<int D>
-__device__ __forceinline__ void d_key_value(
+__device__ __forceinline__ void key_value_gradient(
     bf16* d_keys, bf16* d_values, const float* delta, const bf16* d_output, const float* log_sums, const bf16* query, const bf16* keys,
     const bf16* values, Work work, int key_heads, int group, i64 d_key_stride, i64 d_value_stride, i64 d_output_stride, i64 query_stride,
     i64 key_stride, i64 value_stride, float scale) {
@@ -135,7 +164,7 @@ __device__ __forceinline__ void d_key_value(
     begin(tile, statistic);
     cp_async_wait<0>();
     __syncthreads();
-    LeftRows<D> k[1], v[1];
+    LeftRows<D, D <= 64> k[1], v[1];
     k[0].set(key_tile + warp_key * D * (int)sizeof(bf16));
     v[0].set(value_tile + warp_key * D * (int)sizeof(bf16));
     float dk[1][D / 8][4], dv[1][D / 8][4];
@@ -211,13 +240,14 @@ __device__ __forceinline__ void d_key_value(
 
 template<int D>
 __device__ __forceinline__ void attention_d_query(D_QUERY_PARAMETERS) {
+    constexpr int R = D <= 64 ? 2 : 1, N = D <= 64 ? 32 : 64;
     Work work;
-    if (find_work<Warps * WarpRows>(work, segments, segment_count, group)) {
+    if (find_work<Warps * WarpRows * R>(work, segments, segment_count, group)) {
         const int key_head = blockIdx.y;
         const BatchKeys<D> source = {
             keys + work.segment.first_row * key_stride + key_head * D, values + work.segment.first_row * value_stride + key_head * D,
             key_stride, value_stride};
-        d_query<D>(
+        query_gradient<D, R, N>(
             dq, delta, d_output, output, log_sums, query, source, work, key_heads, group, dq_stride, d_output_stride, output_stride,
             query_stride, scale);
     }
@@ -240,7 +270,7 @@ template<int D>
 __device__ __forceinline__ void attention_d_key_value(D_KEY_VALUE_PARAMETERS) {
     Work work;
     if (find_work<Keys>(work, segments, segment_count, 1)) {
-        d_key_value<D>(
+        key_value_gradient<D>(
             dk, dv, delta, d_output, log_sums, query, keys, values, work, key_heads, group, dk_stride, dv_stride, d_output_stride,
             query_stride, key_stride, value_stride, scale);
     }
