@@ -1,3 +1,5 @@
+using System.Runtime.InteropServices;
+
 namespace TinyLlama.Compute;
 
 /// <summary>Some consecutive query rows of one sequence, and where the keys they may attend to lie.</summary>
@@ -29,6 +31,8 @@ public sealed class TokenLayout
     /// </summary>
     public const int KeyBlock = 64;
 
+    private readonly int[] _positions;
+
     /// <summary>Takes the buffers.</summary>
     /// <param name="arena">Their owner.</param>
     /// <param name="tokens">Most packed tokens (N) of a forward.</param>
@@ -36,6 +40,7 @@ public sealed class TokenLayout
     /// <param name="tableEntries">Most block table entries; 0 where keys are rows of the batch.</param>
     public TokenLayout(Arena arena, int tokens, int segments, int tableEntries = 0)
     {
+        _positions = new int[tokens];
         Positions = arena.Take(tokens, 1, DType.I32);
         Segments = arena.Take(segments, 4, DType.I32);
         BlockTable = arena.Take(tableEntries, 1, DType.I32);
@@ -67,30 +72,21 @@ public sealed class TokenLayout
     {
         Shape.Require(segments.Length <= Segments.Rows && blockTable.Length <= BlockTable.Rows, "a layout within its capacity");
         (int row, int mostKeys) = (0, 0);
-        Span<int> fields = stackalloc int[4];
-        Span<int> positions = stackalloc int[256];
-        for (int s = 0; s < segments.Length; s++)
+        foreach (Segment segment in segments)
         {
-            Segment segment = segments[s];
             Shape.Require(segment.FirstRow == row && row + segment.RowCount <= Positions.Rows, "segments that cover the rows in order");
-            (fields[0], fields[1], fields[2], fields[3]) = (segment.FirstRow, segment.RowCount, segment.FirstPosition, segment.FirstKey);
-            backend.Write<int>(Segments.RowRange(s, 1), fields);
-            for (int done = 0; done < segment.RowCount;)
+            for (int i = 0; i < segment.RowCount; i++)
             {
-                int count = Math.Min(positions.Length, segment.RowCount - done);
-                for (int i = 0; i < count; i++)
-                {
-                    positions[i] = segment.FirstPosition + done + i;
-                }
-
-                backend.Write<int>(Positions.RowRange(row + done, count), positions[..count]);
-                done += count;
+                _positions[row + i] = segment.FirstPosition + i;
             }
 
             row += segment.RowCount;
             mostKeys = Math.Max(mostKeys, segment.KeyCount);
         }
 
+        // One copy each: a device may wait for what is queued before it copies from memory of the host.
+        backend.Write(Segments.RowRange(0, segments.Length), MemoryMarshal.Cast<Segment, int>(segments));
+        backend.Write<int>(Positions.RowRange(0, row), _positions.AsSpan(0, row));
         if (blockTable.Length > 0)
         {
             backend.Write(BlockTable.RowRange(0, blockTable.Length), blockTable);

@@ -14,9 +14,18 @@ internal static class CudaEmulator
     /// <summary>Builds it and makes the product's CUDA libraries be it, once a process; skips the test where it cannot be built.</summary>
     public static void Require() => Assert.SkipWhen(s_fault.Value is not null, s_fault.Value ?? "");
 
+    /// <summary>Skips a test of what the emulator alone can be told, such as to fail.</summary>
+    public static void RequireEmulated()
+    {
+        Require();
+        Assert.SkipWhen(IsReal, "only the emulator can be told what this test needs");
+    }
+
+    private static bool IsReal => Environment.GetEnvironmentVariable("TINYLLAMA_TEST_DEVICE") == "cuda";
+
     private static string? Install()
     {
-        if (Environment.GetEnvironmentVariable("TINYLLAMA_TEST_DEVICE") == "cuda")
+        if (IsReal)
         {
             return null;
         }

@@ -49,6 +49,7 @@ public sealed class DeviceTests
     [InlineData("TINYLLAMA_CUDA_FAIL=cuModuleLoadData 0 209", "as NVRTC 0.0 compiled it (CUDA_ERROR_NO_BINARY_FOR_GPU): install a newer driver, or use --device cpu")]
     public async Task A_GPU_that_cannot_be_used_is_one_line_that_says_why(string variable, string why)
     {
+        CudaEmulator.RequireEmulated();
         (int code, string output, string error) = await RunAsync([variable], "pretrain", "--recipe", s_recipe, "--plan", "--device", "cuda");
         Assert.Equal((2, ""), (code, output));
         Assert.StartsWith("error: ", error, StringComparison.Ordinal);
@@ -62,6 +63,7 @@ public sealed class DeviceTests
     [InlineData("cuda --set model=smoke --set model.heads=16 --set model.key_value_heads=16", "heads of 16, 32, 64 or 128 channels, and this model's have 4: use --device cpu")]
     public async Task What_a_GPU_has_not_is_refused(string words, string why)
     {
+        CudaEmulator.RequireEmulated();
         (int code, string output, string error) = await RunAsync([], ["pretrain", "--recipe", s_recipe, "--plan", "--device", .. words.Split(' ')]);
         Assert.Equal((2, ""), (code, output));
         Assert.Contains(why, Assert.Single(error.TrimEnd().Split('\n')), StringComparison.Ordinal);
@@ -70,6 +72,7 @@ public sealed class DeviceTests
     [Fact]
     public async Task Auto_is_the_CPU_where_no_GPU_can_be_used_and_the_GPU_where_one_can()
     {
+        CudaEmulator.RequireEmulated();
         foreach ((string variable, string device) in ((string, string)[])[("TINYLLAMA_CUDA_CAPABILITY=75", "cpu, "), ("TINYLLAMA_CUDA_CAPABILITY=80", "cuda:0, ")])
         {
             (int code, string output, string error) = await RunAsync([variable], "pretrain", "--recipe", Path.Combine(Checkout.Root, "recipes", "quickstart.yaml"), "--plan", "--device", "auto", "--json");
@@ -81,6 +84,7 @@ public sealed class DeviceTests
     [Fact]
     public async Task A_run_that_does_not_fit_is_refused_before_it_begins_with_numbers_and_a_remedy()
     {
+        CudaEmulator.RequireEmulated();
         (int code, _, string error) = await RunAsync(["TINYLLAMA_CUDA_MEMORY=520000000"], "pretrain", "--recipe", s_recipe, "--plan", "--device", "cuda", "--set", "model=quickstart");
         Assert.Equal(2, code);
         Assert.Matches(@"^error: the run needs \d+\.\d\d GiB \(weights .*\), but the device has \d\.\d\d GiB; try .*batch\.micro_sequences \d+, which takes \d\.\d\d GiB$", error.TrimEnd());
@@ -111,6 +115,7 @@ public sealed class DeviceTests
     [Fact]
     public async Task A_run_moves_between_devices_and_survives_a_GPU_that_fails()
     {
+        CudaEmulator.RequireEmulated();
         using var folder = new TemporaryFolder();
         string[] pretrain = ["pretrain", "--recipe", TinyRun.Prepare(folder, steps: 40), "--out", folder["run"], "--set", "batch.global_tokens=128", "--set", "batch.micro_sequences=1"];
 
@@ -171,6 +176,7 @@ public sealed class DeviceTests
     [Fact]
     public async Task Env_shows_the_GPUs_and_their_libraries()
     {
+        CudaEmulator.RequireEmulated();
         (int code, string output, _) = await RunAsync(["TINYLLAMA_CUDA_CAPABILITY=86"], "env", "--json");
         Assert.Equal(0, code);
         JsonNode env = JsonNode.Parse(output)!;

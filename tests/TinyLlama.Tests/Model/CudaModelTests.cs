@@ -28,6 +28,42 @@ public sealed class CudaModelTests
     public void Recomputed_activations_give_the_same_bits(Keep keep) => Assert.Equal(TrainOnce(Keep.Everything), TrainOnce(keep));
 
     [Fact]
+    public void Gradients_equal_central_differences_along_themselves()
+    {
+        using var run = new ModelRun(CudaBackend.Create(), s_config with { Layers = 2 }, 128, Keep.Everything);
+        Initialization.Initialize(run.Model, run.Backend, InitializationScheme.TinyLlama, seed: 2);
+        var random = new Random(4);
+        int[][] sequences = [.. Enumerable.Range(0, 2).Select(_ => Enumerable.Range(0, 64).Select(_ => random.Next(s_config.VocabularySize)).ToArray())];
+        int[] targets = [.. sequences.SelectMany(s => s).Select(token => (token * 7) % s_config.VocabularySize)];
+        run.Forward(sequences);
+        run.Backward(targets);
+        foreach (Parameter parameter in run.Model.Parameters)
+        {
+            float[] values = run.Read(parameter.Values), gradient = run.Read(parameter.Gradient);
+            double norm = Math.Sqrt(gradient.Sum(g => (double)g * g));
+
+            // So far that the loss changes by a twentieth: more than the rounding of weights and losses, less than curvature shows.
+            double distance = 0.025 / norm;
+            double difference = (LossAt(distance) - LossAt(-distance)) / (2 * distance);
+            MoveTo(0);
+            Assert.True(Math.Abs(difference - norm) <= 0.06 * norm, $"{parameter.Name}: gradient {norm:E3}, central difference {difference:E3}");
+
+            double LossAt(double along)
+            {
+                MoveTo(along);
+                run.Forward(sequences);
+                return run.Loss(targets);
+            }
+
+            void MoveTo(double along)
+            {
+                run.Backend.Write<float>(parameter.Values, [.. values.Zip(gradient, (value, g) => (float)(value + (along * g / norm)))]);
+                run.Model.Pack();
+            }
+        }
+    }
+
+    [Fact]
     public void The_same_batch_gives_the_same_bits() => Assert.Equal(TrainOnce(Keep.Everything), TrainOnce(Keep.Everything));
 
     [Fact]
