@@ -3,7 +3,7 @@
 # a GPU yet; without one it was run on the tests' emulator.
 #
 #   bench/gpu.sh pack [FILE]   with the .NET SDK: publishes the last commit with its tests, self-contained for Linux on
-#                              x86-64, and the golden files under TINYLLAMA_SHARED, to FILE (artifacts/gpu.tar.gz)
+#                              x86-64, and the golden files under TINYLLAMA_SHARED, to FILE (artifacts/gpu.tar.xz)
 #   bench/gpu.sh [FILE]        with the GPU, and no SDK: unpacks FILE and prints, in this order,
 #     1. the machine and the libraries that were found
 #     2. the tests of CUDA on the GPU: declarations beside the toolkit's headers, NVRTC's registers and local bytes of each
@@ -11,14 +11,16 @@
 #     3. training of tinyllama-1.1b at context 2048, 16,384 tokens a step with AdamW in each, in turns with PyTorch:
 #        PyTorch, ours, PyTorch (bench/peers/pytorch/train_gpu.py; skipped where python3 has no torch)
 #
-# RUN_SECONDS=20 is how long each training is measured, RESULTS=artifacts/gpu where all output goes. The exit code is 1
-# where a test failed. Where CUDA's libraries are Python wheels, python3 must be the one of their environment.
+# RUN_SECONDS=20 is how long each training is measured, SEQUENCES=8 how many of 2,048 tokens a step has (8 take 40 GiB),
+# RESULTS=artifacts/gpu where all output goes. The exit code is 1 where a test or a training failed. Where CUDA's libraries
+# are Python wheels, python3 must be the one of their environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 seconds=${RUN_SECONDS:-20}
+sequences=${SEQUENCES:-8}
 
 pack() {
-  local archive=${1:-artifacts/gpu.tar.gz} source shared=${TINYLLAMA_SHARED:-../shared}
+  local archive=${1:-artifacts/gpu.tar.xz} source shared=${TINYLLAMA_SHARED:-../shared}
   mkdir -p "$(dirname "$archive")"
   archive=$(realpath "$archive")
   shared=$(realpath "$shared")
@@ -33,7 +35,7 @@ pack() {
   rm -rf "$source"/gpu/bin/{Microsoft.CodeCoverage,*.xml,*.pdb}
   mkdir -p "$source/gpu/shared/goldens"
   [ ! -d "$shared/goldens/llama-tiny" ] || cp -r "$shared/goldens/llama-tiny" "$source/gpu/shared/goldens/"
-  tar -C "$source/gpu" -czf "$archive" .
+  XZ_OPT="-3 -T0" tar -C "$source/gpu" -cJf "$archive" .
   ls -l "$archive"
 }
 
@@ -61,18 +63,18 @@ row() {
 }
 
 peer() {
-  timeout 400 python3 bench/peers/pytorch/train_gpu.py --seconds "$seconds" >"$results/$1.json" 2>"$results/$1.log" || { tail -n 3 "$results/$1.log"; failed=1; return; }
+  timeout 400 python3 bench/peers/pytorch/train_gpu.py --sequences "$sequences" --seconds "$seconds" >"$results/$1.json" 2>"$results/$1.log" || { tail -n 3 "$results/$1.log"; failed=1; return; }
   row PyTorch "$results/$1.json"
 }
 
 ours() {
-  timeout 300 "$work/bin/TinyLlama.Cli" bench train --model tinyllama-1.1b --sequences 8 --ctx 2048 --device cuda \
+  timeout 300 "$work/bin/TinyLlama.Cli" bench train --model tinyllama-1.1b --sequences "$sequences" --ctx 2048 --device cuda \
     --seconds "$seconds" --json >"$results/ours.json" 2>"$results/ours.log" || { tail -n 3 "$results/ours.log"; failed=1; return; }
   row ours "$results/ours.json"
 }
 
 run() {
-  local archive=${1:-artifacts/gpu.tar.gz}
+  local archive=${1:-artifacts/gpu.tar.xz}
   results=${RESULTS:-artifacts/gpu}
   failed=0
   mkdir -p "$results"
@@ -80,7 +82,7 @@ run() {
   work=$(mktemp -d)
   # shellcheck disable=SC2064
   trap "rm -rf '$work'" EXIT
-  tar -xzf "$archive" -C "$work"
+  tar -xJf "$archive" -C "$work"
   export TINYLLAMA_TEST_DEVICE=cuda TINYLLAMA_SHARED=$work/shared XDG_CACHE_HOME=$work/cache
   VIRTUAL_ENV=${VIRTUAL_ENV:-$(python3 -c 'import sys; print(sys.prefix)' 2>/dev/null || true)}
   export VIRTUAL_ENV
@@ -89,18 +91,20 @@ run() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm --format=csv,noheader || true
   "$work/bin/TinyLlama.Cli" env | tee "$results/env.txt"
 
-  tests operations TinyLlama.Compute.Tests -namespace TinyLlama.Compute.Tests.Cuda
+  tests operations TinyLlama.Compute.Tests -namespace TinyLlama.Compute.Tests.Cuda -class- '*KernelSourceTests'
   tests models TinyLlama.Tests -class '*Cuda*'
 
-  heading 'training of tinyllama-1.1b, 8 x 2048 tokens a step'
+  heading "training of tinyllama-1.1b, $sequences x 2048 tokens a step"
   printf '%-10s %9s %9s %9s\n' tokens/s best median 'peak MiB'
   local torch=1
   python3 -c 'import torch' 2>/dev/null || { torch=0; echo 'python3 has no torch: no peer'; }
   [ $torch = 0 ] || peer pytorch-before
   ours
   [ $torch = 0 ] || peer pytorch-after
-  [ ! -s "$results/ours.json" ] || printf '%-10s %s\n' ceiling \
-    "$(number all_threads_gflops "$results/ours.json") GFLOP/s of a large product, $(number all_threads_read_gigabytes_per_second "$results/ours.json") GB/s of a copy; a step is $(number flops "$results/ours.json") FLOP"
+  [ ! -s "$results/ours.json" ] || awk -v rate="$(number median_tokens_per_second "$results/ours.json")" \
+    -v flops="$(number flops "$results/ours.json")" -v tokens="$((sequences * 2048))" \
+    -v ceiling="$(number all_threads_gflops "$results/ours.json")" -v bytes="$(number all_threads_read_gigabytes_per_second "$results/ours.json")" \
+    'BEGIN { t = rate * flops / tokens * 1e-12; printf "ours: %.0f TFLOP/s, %.0f %% of the %.0f of a large product; a copy moves %.0f GB/s\n", t, 1e5 * t / ceiling, ceiling * 1e-3, bytes }'
   printf '\nall output is in %s\n' "$results"
   return "$failed"
 }
