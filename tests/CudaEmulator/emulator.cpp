@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <random>
 #include <thread>
@@ -185,22 +186,22 @@ struct Worker {
 };
 
 std::mutex idle_mutex;
-std::vector<Worker*> idle;
+std::vector<std::unique_ptr<Worker>> idle;
 
-Worker* take_worker() {
+std::unique_ptr<Worker> take_worker() {
     std::lock_guard lock(idle_mutex);
     if (idle.empty()) {
-        return new Worker;
+        return std::make_unique<Worker>();
     }
 
-    Worker* worker = idle.back();
+    std::unique_ptr<Worker> worker = std::move(idle.back());
     idle.pop_back();
     return worker;
 }
 
-void give_worker(Worker* worker) {
+void give_worker(std::unique_ptr<Worker> worker) {
     std::lock_guard lock(idle_mutex);
-    idle.push_back(worker);
+    idle.push_back(std::move(worker));
 }
 
 void prepare(Fiber& fiber, unsigned index, Worker& worker) {
@@ -353,7 +354,7 @@ bool launch(const Function& function, dim3 grid, unsigned threads, size_t shared
     std::atomic<unsigned long long> next{0};
     std::atomic<bool> failed{false};
     auto work = [&](int number) {
-        Worker* worker = take_worker();
+        std::unique_ptr<Worker> worker = take_worker();
         Block b;
         b.function = &function;
         b.arguments = arguments;
@@ -368,7 +369,7 @@ bool launch(const Function& function, dim3 grid, unsigned threads, size_t shared
             failed = failed || b.failed;
         }
 
-        give_worker(worker);
+        give_worker(std::move(worker));
     };
     std::vector<std::thread> others;
     for (int number = 1; number < os_threads && (unsigned)number < blocks; number++) {

@@ -113,8 +113,9 @@ public sealed class AttentionTests : CudaTests
         float[] keys = Normal(2 * Dim);
         Tensor cache = Cuda.TakeCache(Plan(), 2, 2, Dim, DType.Q8_0);
         cache = Take(cache.Rows, cache.Columns, DType.Q8_0);
+        Tensor other = Take(cache.Rows, cache.Columns, DType.Q8_0);
         Tensor row = PutStrided(1, 2 * Dim, keys);
-        Cuda.AppendToCache(cache, cache, row, row, Layout(Cuda, [new Segment(0, 1, Position, 0)], 1), Dim);
+        Cuda.AppendToCache(cache, other, row, row, Layout(Cuda, [new Segment(0, 1, Position, 0)], 1), Dim);
         byte[] content = new byte[DType.Q8_0.RowBytes(2 * cache.Columns)];
         ReadBytes(content, cache);
         for (int i = 0; i < keys.Length; i++)

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Runs the tests of CUDA operations with a trace of each class, then every trace again: with other orders of blocks and threads
+# (plain), with the address and undefined-behaviour sanitizers (address), and with the thread sanitizer (thread), to which a CUDA
+# thread is a thread. check.sh [CLASS…]; TinyLlama.Compute.Tests must be built. A line for each run; ends with 1 if any failed.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+tests=$root/tests/TinyLlama.Compute.Tests/Cuda
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+for kind in plain address thread; do
+  "$here/build.sh" $kind >/dev/null || exit 1
+done
+
+if [ $# = 0 ]; then
+  mapfile -t classes < <(grep -l ': CudaTests' "$tests"/*.cs | xargs -n1 basename | sed 's/\.cs$//')
+  set -- "${classes[@]}"
+fi
+
+# replay CLASS MODE [OPTION…]: one line, and what was said where it failed.
+replay() {
+  local class=$1 mode=$2 kind=${2%%,*} log=$work/$1.$2.log seconds=$SECONDS
+  shift 2
+  TSAN_OPTIONS=exitcode=67 setarch -R "$root/artifacts/cuda-emulator/$kind/replay" "$@" "$work/$class" >"$log" 2>&1
+  local code=$?
+  printf '%-24s %-14s %s, %d s\n' "$class" "$mode" "$([ $code = 0 ] && tail -1 "$log" || echo "FAILED with $code")" $((SECONDS - seconds))
+  [ $code = 0 ] || { head -60 "$log"; return 1; }
+}
+
+check() {
+  local class=$1 failed=0
+  TINYLLAMA_CUDA_TRACE=$work/$class dotnet "$root/artifacts/bin/TinyLlama.Compute.Tests/release/TinyLlama.Compute.Tests.dll" \
+    -class "TinyLlama.Compute.Tests.Cuda.$class" >"$work/$class.log" 2>&1 || { cat "$work/$class.log"; return 1; }
+  replay "$class" 'plain, down' --schedule 1 || failed=1
+  replay "$class" 'plain, random' --schedule 2 || failed=1
+  replay "$class" address || failed=1
+  replay "$class" thread || failed=1
+  rm -f "$work/$class"
+  return $failed
+}
+
+export here root work
+export -f replay check
+printf '%s\n' "$@" | xargs -P "$(nproc)" -I{} bash -c 'check "$1"' - {}
