@@ -22,7 +22,11 @@ public sealed class KernelSourceTests
         try
         {
             string script = Path.Combine(Checkout.Root, "tests", "CudaEmulator", "ptx.sh");
-            ProcessStartInfo start = new("bash", [script, Path.Combine(s_folder, source), architecture, ptx]) { RedirectStandardError = true };
+            ProcessStartInfo start = new("bash", [script, Path.Combine(s_folder, source), architecture, ptx])
+            {
+                RedirectStandardError = true,
+                UseShellExecute = false,
+            };
             using Process process = Process.Start(start)!;
             string errors = process.StandardError.ReadToEnd();
             process.WaitForExit();

@@ -6,7 +6,7 @@ public sealed class RmsNormTests : CudaTests
 
     public static TheoryData<int, int> Shapes => new()
     {
-        { 1, 8 }, { 3, 24 }, { 33, 72 }, { 2, 2048 }, { 3, 2056 }, { 600, 16 },
+        { 1, 8 }, { 3, 24 }, { 33, 72 }, { 2, 2048 }, { 3, 2056 }, { 520, 264 },
     };
 
     [Theory]
