@@ -165,6 +165,7 @@ public abstract class Backend : IDisposable
     /// <param name="keyHeads">Hkv.</param>
     /// <param name="headDim">D.</param>
     /// <param name="type">What keys and values are rounded to, of those that the device offers: F32, F16, BF16; or Q8_0, whole multiples of the largest of 32 channels / 127.</param>
+    /// <exception cref="DeviceException">The device does not offer the type.</exception>
     public abstract Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type);
 
     /// <summary>Copies the batch's keys and values to the cache at their positions. keys and values (N, Hkv · D).</summary>

@@ -26,8 +26,9 @@ internal static unsafe class KeyValueCache
     /// <summary>Room for keys, or values.</summary>
     public static Tensor Take(Arena arena, int blocks, int keyHeads, int headDim, DType type)
     {
-        Shape.Require(type is DType.F32 or DType.F16 or DType.Q8_0, "a cache in F32, F16 or Q8_0");
-        return arena.Take(blocks, checked(keyHeads * HeadElements(headDim)), type);
+        return type is DType.F32 or DType.F16 or DType.Q8_0
+            ? arena.Take(blocks, checked(keyHeads * HeadElements(headDim)), type)
+            : throw new DeviceException($"the CPU keeps keys and values in F32, F16 or Q8_0, not in {type}: choose another cache type");
     }
 
     /// <summary>The elements of a block that a head takes.</summary>

@@ -12,7 +12,7 @@ public sealed unsafe class CudaBackend : Backend
     private const long LazyBytes = 256L << 20;
 
     // An allowance for what a GPU takes before the first arena: context, kernels, the products' workspace.
-    private const long OwnBytes = 512L << 20;
+    private const long OwnBytes = 768L << 20;
 
     private readonly CudaDevice _device;
     private readonly MatMul _products;

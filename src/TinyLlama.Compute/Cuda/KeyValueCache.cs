@@ -13,9 +13,10 @@ internal static class KeyValueCache
     /// <summary>Room for keys, or values.</summary>
     public static Tensor Take(Arena arena, int blocks, int keyHeads, int headDim, DType type)
     {
-        Shape.Require(type is DType.BF16 or DType.Q8_0, "a cache in BF16 or Q8_0");
         Attention.RequireHeadDim(headDim);
-        return arena.Take(blocks, checked(keyHeads * HeadElements(headDim, type)), type);
+        return type is DType.BF16 or DType.Q8_0
+            ? arena.Take(blocks, checked(keyHeads * HeadElements(headDim, type)), type)
+            : throw new DeviceException($"a GPU keeps keys and values in BF16 or Q8_0, not in {type}: choose another cache type");
     }
 
     /// <summary>The elements of a block that a head takes.</summary>

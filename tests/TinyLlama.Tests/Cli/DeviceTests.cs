@@ -173,6 +173,18 @@ public sealed class DeviceTests
         Assert.Equal(losses[0], losses[1], 0.005 * losses[0]);
     }
 
+    [Theory]
+    [InlineData("cpu", "bf16", "error: the CPU keeps keys and values in F32, F16 or Q8_0, not in BF16: choose another cache type")]
+    [InlineData("cuda", "f16", "error: a GPU keeps keys and values in BF16 or Q8_0, not in F16: choose another cache type")]
+    public async Task A_cache_type_that_a_device_has_not_is_refused(string device, string type, string line)
+    {
+        using var folder = new TemporaryFolder();
+        ModelConfig config = new() { VocabularySize = 320, ContextLength = 64, Layers = 1, Heads = 1, KeyValueHeads = 1, Channels = 16, Hidden = 16 };
+        string run = SmallModel.Save(folder["run"], config, SmallModel.Tokenizer(320));
+        (int code, _, string error) = await RunAsync([], "generate", run, "-p", "the", "--cache-type", type, "--device", device);
+        Assert.Equal((2, line), (code, error.TrimEnd()));
+    }
+
     [Fact]
     public async Task Env_shows_the_GPUs_and_their_libraries()
     {
