@@ -64,6 +64,12 @@ public sealed class TokenLayout
     /// <summary>Gets the most keys that a query row sees.</summary>
     public int MostKeys { get; private set; }
 
+    /// <summary>Gets the rows that keys have at least: of the batch or, with a block table, blocks of the cache.</summary>
+    public int KeyRows { get; private set; }
+
+    /// <summary>Gets a value indicating whether each segment is a whole sequence whose keys are its own rows, as backward needs.</summary>
+    public bool HasWholeSequences { get; private set; }
+
     /// <summary>Writes the segments, and from them the positions. Queued like any operation.</summary>
     /// <param name="backend">The device of the arena.</param>
     /// <param name="segments">Segments that together cover rows 0 … N-1 once, in order.</param>
@@ -71,7 +77,7 @@ public sealed class TokenLayout
     public void Set(Backend backend, ReadOnlySpan<Segment> segments, ReadOnlySpan<int> blockTable = default)
     {
         Shape.Require(segments.Length <= Segments.Rows && blockTable.Length <= BlockTable.Rows, "a layout within its capacity");
-        (int row, int mostKeys) = (0, 0);
+        (int row, int mostKeys, int keyRows, bool whole) = (0, 0, 0, blockTable.IsEmpty);
         foreach (Segment segment in segments)
         {
             Shape.Require(segment.FirstRow == row && row + segment.RowCount <= Positions.Rows, "segments that cover the rows in order");
@@ -82,6 +88,17 @@ public sealed class TokenLayout
 
             row += segment.RowCount;
             mostKeys = Math.Max(mostKeys, segment.KeyCount);
+            keyRows = Math.Max(keyRows, segment.FirstKey + segment.KeyCount);
+            whole &= segment.FirstPosition == 0 && segment.FirstKey == segment.FirstRow;
+        }
+
+        if (!blockTable.IsEmpty)
+        {
+            keyRows = 1;
+            foreach (int block in blockTable)
+            {
+                keyRows = Math.Max(keyRows, block + 1);
+            }
         }
 
         // One copy each: a device may wait for what is queued before it copies from memory of the host.
@@ -92,6 +109,6 @@ public sealed class TokenLayout
             backend.Write(BlockTable.RowRange(0, blockTable.Length), blockTable);
         }
 
-        (SegmentCount, TokenCount, MostKeys) = (segments.Length, row, mostKeys);
+        (SegmentCount, TokenCount, MostKeys, KeyRows, HasWholeSequences) = (segments.Length, row, mostKeys, keyRows, whole);
     }
 }

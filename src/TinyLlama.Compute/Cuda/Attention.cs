@@ -58,7 +58,8 @@ internal static class Attention
         RequireRows(query, query.Rows, query.Columns);
         RequireRows(output, query.Rows, query.Columns);
         RequireStatistics(logSumExp, query.Rows, keyHeads * group);
-        Shape.Require(layout.TokenCount <= query.Rows, "a query row for each token of the layout");
+        Shape.Require(
+            layout.TokenCount <= query.Rows && layout.KeyRows <= keys.Rows, "a query row for each token of the layout, and the keys it sees");
         float scale = 1f / MathF.Sqrt(headDim);
         if (!cached)
         {
@@ -112,8 +113,7 @@ internal static class Attention
 
         RequireStatistics(logSumExp, tokens, keyHeads * group);
         RequireStatistics(delta, tokens, keyHeads * group);
-        Shape.Require(layout.BlockTable.IsEmpty, "keys that are rows of the batch");
-        Shape.Require(layout.TokenCount == tokens, "a layout of all rows");
+        Shape.Require(layout.TokenCount == tokens && layout.HasWholeSequences, "a layout of all rows: whole sequences, whose keys are their own rows");
         float scale = 1f / MathF.Sqrt(headDim);
         int rowsAtOnce = RowsOfBlock(headDim);
         device.Launch(

@@ -28,7 +28,9 @@ internal static class KeyValueCache
         CudaDevice device, Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout, int headDim)
     {
         Attention.RequireHeadDim(headDim);
-        Shape.Require(!layout.BlockTable.IsEmpty && keys.Columns % headDim == 0, "a layout with a block table, and whole heads");
+        Shape.Require(
+            !layout.BlockTable.IsEmpty && layout.KeyRows <= cacheKeys.Rows && keys.Columns % headDim == 0,
+            "a layout with a block table of blocks in the cache, and whole heads");
         int keyHeads = keys.Columns / headDim;
         Attention.RequireRows(keys, layout.TokenCount, keys.Columns);
         Attention.RequireRows(values, layout.TokenCount, keys.Columns);

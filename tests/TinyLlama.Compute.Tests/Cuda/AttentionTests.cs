@@ -148,6 +148,23 @@ public sealed class AttentionTests : CudaTests
     }
 
     [Fact]
+    public void Keys_outside_the_batch_or_the_cache_are_refused()
+    {
+        Tensor query = Take(3, 16), keys = Take(2, 16), statistics = Take(3, 1, DType.F32);
+        TokenLayout layout = Layout(Cuda, [new Segment(0, 3, 0, 0)]);
+        Assert.Throws<ArgumentException>(() => Cuda.Attention(query, statistics, query, keys, keys, layout, 16));
+
+        TokenLayout cached = Layout(Cuda, [new Segment(0, 3, 0, 0)], 1);
+        Tensor cache = Take(1, 64 * 16);
+        Assert.Throws<ArgumentException>(() => Cuda.Attention(query, statistics, query, cache, cache, cached, 16));
+        Assert.Throws<ArgumentException>(() => Cuda.AppendToCache(cache, cache, query, query, cached, 16));
+
+        TokenLayout later = Layout(Cuda, [new Segment(0, 3, 1, 0)]);
+        Assert.Throws<ArgumentException>(() => Cuda.AttentionBackward(
+            query, query, query, statistics, query, query, statistics, query, query, query, later, 16));
+    }
+
+    [Fact]
     public void Allocates_nothing()
     {
         Problem problem = Random([5, 3], 2, 1, 16);
