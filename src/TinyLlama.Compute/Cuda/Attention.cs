@@ -152,7 +152,7 @@ internal static class Attention
         int spans = (layout.MostKeys + Span - 1) / Span;
         long bytes = (long)spans * layout.TokenCount * heads * (headDim + 4) * sizeof(float);
         int wanted = BlocksPerProcessor * device.Multiprocessors;
-        return blocks == 0 || bytes > PartialsBytes ? 1 : Math.Clamp((wanted + blocks - 1) / blocks, 1, Math.Max(1, spans));
+        return bytes > PartialsBytes ? 1 : Math.Clamp(wanted / Math.Max(1, blocks), 1, Math.Max(1, spans));
     }
 
     // Tiles of head rows of all segments, with those that may be left over: see find_work in Attention.cuh.
