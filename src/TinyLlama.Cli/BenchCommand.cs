@@ -1,7 +1,6 @@
 using System.CommandLine;
 using TinyLlama.Cli.Bench;
 using TinyLlama.Compute;
-using TinyLlama.Compute.Cpu;
 
 namespace TinyLlama.Cli;
 
@@ -57,7 +56,7 @@ internal sealed class BenchCommand
         {
             TextWriter output = parse.InvocationConfiguration.Output;
             BenchModel model = Model(parse);
-            using Backend device = (parse.GetValue(_device) ?? default).Open(parse.GetValue(_threads) ?? 0, Products(parse));
+            using Backend device = Open(parse);
             TrainBench bench = TrainBench.Run(device, model, parse.GetValue(_seconds) ?? 20, stop);
             if (parse.GetValue(_json))
             {
@@ -82,12 +81,12 @@ internal sealed class BenchCommand
             HelpName = "TEXT",
             DefaultValueFactory = _ => "",
         };
-        var command = new Command(name, description) { _model, _sequences, _context, _precision, only, _seconds, _threads, _json };
+        var command = new Command(name, description) { _model, _sequences, _context, _device, _precision, only, _seconds, _threads, _json };
         command.SetAction((parse, stop) =>
         {
             TextWriter output = parse.InvocationConfiguration.Output;
             BenchModel model = Model(parse);
-            using CpuBackend device = Device(parse);
+            using Backend device = Open(parse);
             using var bench = new OperationBench(device, parse.GetValue(_seconds) ?? 0.5, parse.GetRequiredValue(only), stop);
             run(bench, model);
             if (parse.GetValue(_json))
@@ -115,12 +114,12 @@ internal sealed class BenchCommand
         Option<int?> sequences = CommonOptions.AtLeast(
             new Option<int?>("--sequences") { Description = "Sequences that run together [default: 1]", HelpName = "N" }, 1);
         Option<DType?> cacheType = CommonOptions.CacheType();
-        var command = new Command(name, description) { model, tokensOption, depth, sequences, cacheType, _precision, _seconds, _threads, _json };
+        var command = new Command(name, description) { model, tokensOption, depth, sequences, cacheType, _device, _precision, _seconds, _threads, _json };
         command.SetAction((parse, stop) =>
         {
             var round = new InferenceRound(
                 parse.GetValue(sequences) ?? 1, parse.GetValue(depth) ?? 0, parse.GetValue(tokensOption) ?? tokens, decode, parse.GetValue(cacheType));
-            using CpuBackend device = Device(parse);
+            using Backend device = Open(parse);
             InferenceBench bench = InferenceBench.Run(device, parse.GetRequiredValue(model), round, parse.GetValue(_seconds) ?? 10, stop);
             TextWriter output = parse.InvocationConfiguration.Output;
             if (parse.GetValue(_json))
@@ -138,9 +137,8 @@ internal sealed class BenchCommand
         return command;
     }
 
-    private CpuBackend Device(ParseResult parse) => CpuBackend.Create(parse.GetValue(_threads) ?? 0, products: Products(parse));
-
-    private DType Products(ParseResult parse) => parse.GetRequiredValue(_precision) == "bf16" ? DType.BF16 : DType.F32;
+    private Backend Open(ParseResult parse) => (parse.GetValue(_device) ?? default).Open(
+        parse.GetValue(_threads) ?? 0, parse.GetRequiredValue(_precision) == "bf16" ? DType.BF16 : DType.F32);
 
     private BenchModel Model(ParseResult parse) =>
         BenchModel.Find(parse.GetRequiredValue(_model), parse.GetValue(_sequences), parse.GetValue(_context));

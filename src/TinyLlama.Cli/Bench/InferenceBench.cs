@@ -24,7 +24,7 @@ internal readonly record struct InferenceRound(int Sequences, int Depth, int Tok
 /// <param name="Time">The time of a round.</param>
 /// <param name="Load">Seconds from nothing to the first token.</param>
 /// <param name="WeightBytes">Bytes of the weights in memory.</param>
-/// <param name="PeakBytes">The most memory that the process held at any time.</param>
+/// <param name="PeakBytes">The most memory that the process held at any time; of a GPU, what the model holds of its memory.</param>
 /// <param name="Ceiling">What the machine can do at best: the better of before and after.</param>
 /// <param name="Operations">A round by operation, the longest first.</param>
 internal sealed record InferenceBench(
@@ -43,10 +43,11 @@ internal sealed record InferenceBench(
     /// <param name="seconds">How long to measure; at least three rounds are.</param>
     /// <param name="stop">Ends it between two rounds.</param>
     /// <exception cref="UserErrorException">There is no such model.</exception>
-    public static InferenceBench Run(CpuBackend device, string path, InferenceRound round, double seconds, CancellationToken stop)
+    public static InferenceBench Run(Backend device, string path, InferenceRound round, double seconds, CancellationToken stop)
     {
-        long start = Stopwatch.GetTimestamp();
-        using var backend = new TimedBackend(device);
+        long available = device.AvailableBytes, start = Stopwatch.GetTimestamp();
+        bool together = device is CpuBackend;
+        using var backend = new TimedBackend(device) { Times = together };
         using ModelSource source = ModelSource.Open(path, Console.Error.WriteLine);
         using LlamaModel model = LlamaModel.AllocateFrozen(source.Config, backend, source.StorageOf);
         source.CopyTo(backend, model.Parameters);
@@ -73,8 +74,15 @@ internal sealed record InferenceBench(
             }
         }
 
+        if (!together)
+        {
+            backend.Times = true;
+            Once();
+            backend.EndRound();
+        }
+
         using var process = Process.GetCurrentProcess();
-        long peakBytes = process.PeakWorkingSet64;
+        long peakBytes = together ? process.PeakWorkingSet64 : available - device.AvailableBytes;
         OperationTimes[] operations = backend.TakeTimes();
         Ceiling ceiling = Ceiling.Measure(device);
         var shape = new BenchModel(Path.GetFileName(path), source.Config, round.Sequences);
@@ -82,7 +90,7 @@ internal sealed record InferenceBench(
             source.Config, round, Duration.Of(times), load, model.ByteCount, peakBytes, ceiling,
             [
                 .. operations
-                    .Where(operation => operation.Rounds.Count == times.Count)
+                    .Where(operation => operation.Rounds.Count == (together ? times.Count : 1))
                     .Select(operation => new Measurement(shape.NameOf(operation.Operation), operation, ceiling))
                     .OrderByDescending(operation => operation.Time.Median),
             ]);
@@ -137,7 +145,7 @@ internal sealed record InferenceBench(
         }
 
         Row("first token", $"{Load * 1e3:N0} ms after the start of loading");
-        Row("peak memory", $"{PeakBytes / (double)(1 << 20):N0} MiB of the whole process");
+        Row("peak memory", $"{PeakBytes / (double)(1 << 20):N0} MiB of the {(Ceiling.OneThread > 0 ? "whole process" : "GPU")}");
         output.WriteLine();
         BenchOutput.Write(output, Operations);
     }

@@ -15,9 +15,9 @@ internal static class KernelBench
     public static void Run(OperationBench bench, BenchModel model)
     {
         Arena plan = Arena.Plan("bench");
-        _ = Calls(bench.Backend, plan, model);
-        using Arena arena = bench.Backend.AllocateAs(plan);
-        foreach ((string name, Action call) in Calls(bench.Backend, arena, model))
+        _ = Calls(bench.Timed, plan, model);
+        using Arena arena = bench.Timed.AllocateAs(plan);
+        foreach ((string name, Action call) in Calls(bench.Timed, arena, model))
         {
             bench.Measure(name, call);
         }
@@ -29,10 +29,11 @@ internal static class KernelBench
     {
         ModelConfig config = model.Config;
         (int n, int c, int d, int t) = (model.Tokens, config.Channels, config.HeadDim, config.ContextLength);
+        DType type = b.ActivationType;
         List<(string, Action)> calls = [];
 
         Tensor tokens = arena.Take(n, 1, DType.I32), table = arena.TakeRandom(b, config.VocabularySize, c), dTable = arena.Take(config.VocabularySize, c);
-        Tensor x = arena.TakeRandom(b, n, c), y = arena.TakeRandom(b, n, c), dx = arena.TakeRandom(b, n, c), sum = arena.Take(n, c);
+        Tensor x = arena.TakeRandom(b, n, c, type), y = arena.TakeRandom(b, n, c, type), dx = arena.TakeRandom(b, n, c, type), sum = arena.Take(n, c, type);
         Tensor norm = arena.TakeRandom(b, 1, c), dNorm = arena.Take(1, c), r = arena.Take(n, 1);
         calls.Add(("Embedding", () => b.Embedding(y, table, tokens)));
         calls.Add(("EmbeddingBackward", () => b.EmbeddingBackward(dTable, y, tokens)));
@@ -41,7 +42,7 @@ internal static class KernelBench
         calls.Add(("RmsNormBackward", () => b.RmsNormBackward(dx, dNorm, y, x, norm, r)));
 
         var layout = new TokenLayout(arena, n, model.Sequences);
-        Tensor qkv = arena.TakeRandom(b, n, c + (2 * config.KeyValueChannels)), dQkv = arena.Take(n, qkv.Columns), rope = arena.Take(t, d);
+        Tensor qkv = arena.TakeRandom(b, n, c + (2 * config.KeyValueChannels), type), dQkv = arena.Take(n, qkv.Columns, type), rope = arena.Take(t, d);
         (Tensor query, Tensor keys, Tensor values) = Split(qkv, config);
         (Tensor dQuery, Tensor dKeys, Tensor dValues) = Split(dQkv, config);
         Tensor rotated = qkv.ColumnRange(0, c + config.KeyValueChannels), logSumExp = arena.Take(n, config.Heads), delta = arena.Take(n, config.Heads);
@@ -51,12 +52,13 @@ internal static class KernelBench
             "AttentionBackward",
             () => b.AttentionBackward(dQuery, dKeys, dValues, delta, x, y, logSumExp, query, keys, values, layout, d)));
 
-        Tensor gateUp = arena.TakeRandom(b, n, 2 * config.Hidden), dGateUp = arena.Take(n, 2 * config.Hidden), gated = arena.TakeRandom(b, n, config.Hidden);
+        Tensor gateUp = arena.TakeRandom(b, n, 2 * config.Hidden, type), dGateUp = arena.Take(n, 2 * config.Hidden, type);
+        Tensor gated = arena.TakeRandom(b, n, config.Hidden, type);
         calls.Add(("SwiGlu", () => b.SwiGlu(gated, gateUp)));
         calls.Add(("SwiGluBackward", () => b.SwiGluBackward(dGateUp, gated, gateUp)));
 
         int rows = Math.Min(n, MostLossRows);
-        Tensor logits = arena.TakeRandom(b, rows, config.VocabularySize), losses = arena.Take(rows, 1), scale = arena.TakeRandom(b, 1, 1);
+        Tensor logits = arena.TakeRandom(b, rows, config.VocabularySize, type), losses = arena.Take(rows, 1), scale = arena.TakeRandom(b, 1, 1);
         calls.Add(("CrossEntropy", () => b.CrossEntropy(losses, logits, tokens.RowRange(0, rows), scale)));
 
         int count = (int)Math.Min(config.ParameterCount, MostParameters);

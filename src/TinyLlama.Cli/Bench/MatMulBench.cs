@@ -28,9 +28,9 @@ internal static class MatMulBench
     private static void Measure(OperationBench bench, string name, int tokens, int outputs, int inputs)
     {
         Arena plan = Arena.Plan("bench");
-        _ = Calls(bench.Backend, plan, name, tokens, outputs, inputs);
-        using Arena arena = bench.Backend.AllocateAs(plan);
-        foreach ((string call, Action run) in Calls(bench.Backend, arena, name, tokens, outputs, inputs))
+        _ = Calls(bench.Timed, plan, name, tokens, outputs, inputs);
+        using Arena arena = bench.Timed.AllocateAs(plan);
+        foreach ((string call, Action run) in Calls(bench.Timed, arena, name, tokens, outputs, inputs))
         {
             bench.Measure(call, run);
         }
@@ -38,8 +38,9 @@ internal static class MatMulBench
 
     private static (string Name, Action Call)[] Calls(Backend b, Arena arena, string name, int tokens, int outputs, int inputs)
     {
-        Tensor input = arena.TakeRandom(b, tokens, inputs), output = arena.Take(tokens, outputs);
-        Tensor dInput = arena.Take(tokens, inputs), dOutput = arena.TakeRandom(b, tokens, outputs);
+        DType type = b.ActivationType;
+        Tensor input = arena.TakeRandom(b, tokens, inputs, type), output = arena.Take(tokens, outputs, type);
+        Tensor dInput = arena.Take(tokens, inputs, type), dOutput = arena.TakeRandom(b, tokens, outputs, type);
         var weight = new Weight(arena.TakeRandom(b, outputs, inputs), arena.Take(outputs, inputs));
         var unpacked = new Weight(weight.Values);
         weight.TakePacked(arena, b, backward: true);

@@ -1,11 +1,11 @@
-using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute;
 
 namespace TinyLlama.Cli.Bench;
 
 /// <summary>Measures operations one by one, each between two measurements of the machine's ceiling.</summary>
 internal sealed class OperationBench : IDisposable
 {
-    private readonly CpuBackend _device;
+    private readonly Backend _device;
     private readonly double _seconds;
     private readonly string _only;
     private readonly CancellationToken _stop;
@@ -18,15 +18,15 @@ internal sealed class OperationBench : IDisposable
     /// <param name="seconds">How long to measure each operation.</param>
     /// <param name="only">Measures only what has this in its name; empty for everything.</param>
     /// <param name="stop">Ends it.</param>
-    public OperationBench(CpuBackend device, double seconds, string only, CancellationToken stop)
+    public OperationBench(Backend device, double seconds, string only, CancellationToken stop)
     {
         (_device, _seconds, _only, _stop) = (device, seconds, only, stop);
-        Backend = new TimedBackend(device);
+        Timed = new TimedBackend(device);
         Ceiling = _before = Bench.Ceiling.Measure(device);
     }
 
     /// <summary>Gets the backend to call.</summary>
-    public TimedBackend Backend { get; }
+    public TimedBackend Timed { get; }
 
     /// <summary>Gets the best ceiling of the run.</summary>
     public Ceiling Ceiling { get; private set; }
@@ -36,7 +36,7 @@ internal sealed class OperationBench : IDisposable
 
     /// <summary>Measures one operation.</summary>
     /// <param name="name">What the table calls it.</param>
-    /// <param name="call">Calls one operation of <see cref="Backend"/>.</param>
+    /// <param name="call">Calls one operation of <see cref="Timed"/>.</param>
     public void Measure(string name, Action call)
     {
         if (!name.Contains(_only, StringComparison.OrdinalIgnoreCase))
@@ -44,9 +44,9 @@ internal sealed class OperationBench : IDisposable
             return;
         }
 
-        Duration.Measure(Backend, _seconds, call, _stop);
+        Duration.Measure(Timed, _seconds, call, _stop);
         Ceiling after = Bench.Ceiling.Measure(_device);
-        _measurements.Add(new Measurement(name, Backend.TakeTimes().Single(), _before.Better(after)));
+        _measurements.Add(new Measurement(name, Timed.TakeTimes().Single(), _before.Better(after)));
         Ceiling = Ceiling.Better(after);
         _before = after;
         _progress.Report(_measurements.Count, name);
@@ -56,6 +56,6 @@ internal sealed class OperationBench : IDisposable
     public void Dispose()
     {
         _progress.Dispose();
-        Backend.Dispose();
+        Timed.Dispose();
     }
 }

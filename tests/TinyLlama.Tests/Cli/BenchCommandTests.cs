@@ -57,11 +57,18 @@ public sealed class BenchCommandTests
     }
 
     [Theory]
-    [InlineData("matmul", "of 8", 4)]
-    [InlineData("kernels", "norm", 3)]
-    public void Operations_are_measured_alone(string verb, string only, int count)
+    [InlineData("matmul", "of 8", 4, "cpu")]
+    [InlineData("kernels", "norm", 3, "cpu")]
+    [InlineData("matmul", "of 8", 4, "cuda")]
+    [InlineData("kernels", "norm", 3, "cuda")]
+    public void Operations_are_measured_alone(string verb, string only, int count, string device)
     {
-        string[] options = [verb, "--model", "smoke", "--sequences", "1", "--ctx", "16", "--only", only, "--seconds", "0", "--threads", "1"];
+        if (device == "cuda")
+        {
+            CudaEmulator.Require();
+        }
+
+        string[] options = [verb, "--model", "smoke", "--sequences", "1", "--ctx", "16", "--only", only, "--seconds", "0", "--threads", "1", "--device", device];
         Assert.Contains("floor ms", Run(options), StringComparison.Ordinal);
         JsonNode?[] rows = [.. JsonNode.Parse(Run([.. options, "--json"]))!.AsArray()];
         Assert.Equal(count, rows.Length);
