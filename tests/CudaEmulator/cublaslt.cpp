@@ -267,6 +267,7 @@ int cublasLtMatmul(
     const Layout* layout_b, const float* beta, const void* c, const Layout* layout_c, void* d, const Layout* layout_d,
     const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream) {
     Algorithm wanted = algorithm ? *algorithm : Algorithm{};
+    driver::finish(stream);
     if (lt != &handle || !is(algorithm) || !stream || *alpha != 1 || c != d) {
         return refuse(InvalidValue, "no handle, algorithm or stream, alpha %f, or C elsewhere than D", *alpha);
     }

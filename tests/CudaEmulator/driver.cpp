@@ -1,10 +1,11 @@
 // libcuda and libnvrtc as far as the product calls them. Device memory is memory of the host; a module is what the emulator
-// was built with. Every call is done when it returns.
+// was built with. Every call is done when it returns, but for copies that a device makes by itself.
 #include "driver.h"
 
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -62,6 +63,11 @@ bool inside(uint64_t address, size_t bytes) {
 }
 
 }  // namespace
+
+bool holds(uint64_t address, size_t bytes) {
+    std::lock_guard lock(mutex);
+    return inside(address, bytes);
+}
 
 uint64_t hash(const void* memory, size_t bytes) {
     uint64_t value = 14695981039346656037u;
@@ -227,6 +233,42 @@ static int queue(Stream* stream, Result result) {
     return stream->failure != driver::Success ? stream->failure : result;
 }
 
+// Memory of the host that a device reads by itself, and the copies from it: made as late as may be, so that who writes there
+// too early is found out.
+struct Late {
+    Stream* stream;
+    uint64_t to;
+    const void* from;
+    size_t bytes;
+};
+
+static std::mutex late_mutex;
+static std::vector<Late> late;
+static std::map<uint64_t, size_t> pinned;
+
+static bool is_pinned(const void* memory) {
+    auto next = pinned.upper_bound((uint64_t)memory);
+    return next != pinned.begin() && (--next, (uint64_t)memory < next->first + next->second);
+}
+
+static void finish_where(const std::function<bool(const Late&)>& due) {
+    std::lock_guard lock(late_mutex);
+    std::vector<Late> rest;
+    for (const Late& copy : late) {
+        if (due(copy)) {
+            queue(copy.stream, driver::write(copy.to, copy.from, copy.bytes));
+        } else {
+            rest.push_back(copy);
+        }
+    }
+
+    late.swap(rest);
+}
+
+void driver::finish(void* stream) {
+    finish_where([&](const Late& copy) { return copy.stream == stream; });
+}
+
 static int environment(const char* name, int otherwise) {
     const char* value = getenv(name);
     return value ? atoi(value) : otherwise;
@@ -310,28 +352,87 @@ int cuStreamCreate(Stream** stream, unsigned) {
 }
 
 int cuStreamDestroy_v2(Stream* stream) {
+    driver::finish(stream);
     delete stream;
     return 0;
 }
 
-int cuStreamSynchronize(Stream* stream) { return stream->failure; }
+int cuStreamSynchronize(Stream* stream) {
+    driver::finish(stream);
+    return stream->failure;
+}
+
+struct Event {
+    Stream* stream = nullptr;
+};
+
+int cuEventCreate(Event** event, unsigned) {
+    *event = new Event;
+    return 0;
+}
+
+int cuEventDestroy_v2(Event* event) {
+    delete event;
+    return 0;
+}
+
+int cuEventRecord(Event* event, Stream* stream) {
+    event->stream = stream;
+    return stream->failure;
+}
+
+int cuEventSynchronize(Event* event) { return event->stream ? cuStreamSynchronize(event->stream) : 0; }
+
+int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
+    std::lock_guard lock(late_mutex);
+    *memory = malloc(bytes);
+    pinned[(uint64_t)*memory] = bytes;
+    return *memory ? 0 : driver::OutOfMemory;
+}
+
+int cuMemFreeHost(void* memory) {
+    std::lock_guard lock(late_mutex);
+    pinned.erase((uint64_t)memory);
+    free(memory);
+    return 0;
+}
 
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return driver::allocate(*address, bytes); }
-int cuMemFree_v2(uint64_t address) { return driver::release(address); }
+
+int cuMemFree_v2(uint64_t address) {
+    finish_where([](const Late&) { return true; });
+    return driver::release(address);
+}
 
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
+    {
+        std::lock_guard lock(late_mutex);
+        if (is_pinned(from)) {
+            if (!driver::holds(to, bytes)) {
+                return driver::InvalidValue;
+            }
+
+            late.push_back({stream, to, from, bytes});
+            return stream->failure;
+        }
+    }
+
+    driver::finish(stream);
     return queue(stream, driver::write(to, from, bytes));
 }
 
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* stream) {
+    driver::finish(stream);
     return queue(stream, driver::read(to, from, bytes));
 }
 
 int cuMemsetD8Async(uint64_t to, uint8_t value, size_t bytes, Stream* stream) {
+    driver::finish(stream);
     return queue(stream, driver::fill(to, value, bytes));
 }
 
 int cuMemsetD2D8Async(uint64_t to, size_t pitch, uint8_t value, size_t width, size_t height, Stream* stream) {
+    driver::finish(stream);
     Result result = driver::Success;
     for (size_t row = 0; row < height && result == driver::Success; row++) {
         result = driver::fill(to + row * pitch, value, width);
@@ -358,6 +459,7 @@ struct Copy2D {
 };
 
 int cuMemcpy2DAsync_v2(const Copy2D* copy, Stream* stream) {
+    driver::finish(stream);
     constexpr int Device = 2;
     Result result = copy->from_type == Device && copy->to_type == Device ? driver::Success : driver::InvalidValue;
     for (size_t row = 0; row < copy->height && result == driver::Success; row++) {
@@ -406,6 +508,7 @@ int cuFuncSetAttribute(const emulator::Function*, int, int) { return 0; }
 int cuLaunchKernel(
     const emulator::Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z,
     unsigned shared_bytes, Stream* stream, void** arguments, void**) {
+    driver::finish(stream);
     if (int error = planned_failure("cuLaunchKernel")) {
         stream->failure = (Result)error;
     }

@@ -19,6 +19,12 @@ Result fill(uint64_t to, uint8_t value, size_t bytes);
 Result read(void* to, uint64_t from, size_t bytes);
 Result launch(const emulator::Function& function, dim3 grid, unsigned threads, size_t shared_bytes, void** arguments);
 
+/// Whether an allocation has those bytes.
+bool holds(uint64_t address, size_t bytes);
+
+/// Makes the copies that a stream has put off.
+void finish(void* stream);
+
 /// What a trace keeps of the bytes that were read.
 uint64_t hash(const void* memory, size_t bytes);
 

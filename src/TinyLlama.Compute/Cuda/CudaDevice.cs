@@ -18,6 +18,7 @@ internal sealed unsafe class CudaDevice : IDisposable
     private readonly int _device;
     private readonly nint _context;
     private readonly nint _stream;
+    private readonly StagingBuffer _staging;
     private readonly List<nint> _modules = [];
     private readonly Dictionary<string, nint> _kernels = [];
     private bool _disposed;
@@ -57,6 +58,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
 
         Scratch = Allocate("scratch", ScratchBytes);
+        _staging = new StagingBuffer(this);
     }
 
     /// <summary>Gets which GPU it is.</summary>
@@ -128,7 +130,7 @@ internal sealed unsafe class CudaDevice : IDisposable
     public void Write(nint destination, void* source, long bytes)
     {
         MakeCurrent();
-        Check(CudaDriver.cuMemcpyHtoDAsync_v2(destination, source, (nuint)bytes, _stream), "a copy to the GPU");
+        _staging.Write(destination, (byte*)source, bytes);
     }
 
     /// <summary>Waits for everything queued, then copies to the host.</summary>
@@ -220,6 +222,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         {
             _disposed = true;
             _ = CudaDriver.cuCtxSetCurrent(_context);
+            _staging.Release();
             _ = CudaDriver.cuMemFree_v2(Scratch);
             _modules.ForEach(module => _ = CudaDriver.cuModuleUnload(module));
             _ = CudaDriver.cuStreamDestroy_v2(_stream);

@@ -33,6 +33,9 @@ internal static unsafe partial class CudaDriver
     /// <summary>CU_STREAM_NON_BLOCKING.</summary>
     public const uint NonBlocking = 1;
 
+    /// <summary>CU_EVENT_DISABLE_TIMING.</summary>
+    public const uint EventWithoutTime = 2;
+
     private const string Library = SystemLibraries.CudaDriver;
 
     static CudaDriver() => SystemLibraries.Resolve();
@@ -74,6 +77,12 @@ internal static unsafe partial class CudaDriver
     public static partial int cuMemFree_v2(nint address);
 
     [LibraryImport(Library)]
+    public static partial int cuMemHostAlloc(void** memory, nuint bytes, uint flags);
+
+    [LibraryImport(Library)]
+    public static partial int cuMemFreeHost(void* memory);
+
+    [LibraryImport(Library)]
     public static partial int cuMemcpyHtoDAsync_v2(nint destination, void* source, nuint bytes, nint stream);
 
     [LibraryImport(Library)]
@@ -96,6 +105,18 @@ internal static unsafe partial class CudaDriver
 
     [LibraryImport(Library)]
     public static partial int cuStreamSynchronize(nint stream);
+
+    [LibraryImport(Library)]
+    public static partial int cuEventCreate(nint* created, uint flags);
+
+    [LibraryImport(Library)]
+    public static partial int cuEventDestroy_v2(nint destroyed);
+
+    [LibraryImport(Library)]
+    public static partial int cuEventRecord(nint recorded, nint stream);
+
+    [LibraryImport(Library)]
+    public static partial int cuEventSynchronize(nint awaited);
 
     [LibraryImport(Library)]
     public static partial int cuModuleLoadData(nint* module, void* image);

@@ -100,6 +100,32 @@ public sealed unsafe class CudaDeviceTests : IDisposable
     }
 
     [Fact]
+    public void What_is_written_arrives_in_order_though_more_than_the_staging_buffer_holds()
+    {
+        const int Count = 13_000_001;
+        byte[] source = new byte[Count], arrived = new byte[Count];
+        new Random(1).NextBytes(source);
+        nint address = _device.Allocate("test", Count);
+        fixed (byte* from = source, to = arrived)
+        {
+            int done = 0;
+            foreach (int piece in (int[])[1, 63, 4 << 20, 5, 8 << 20, 100_000])
+            {
+                _device.Write(address + done, from + done, piece);
+                done += piece;
+            }
+
+            _device.Write(address + done, from + done, Count - done);
+            _device.Write(address, from + 7, 1000);
+            _device.Read(to, address, Count);
+        }
+
+        source.AsSpan(7, 1000).CopyTo(source);
+        Assert.Equal(source, arrived);
+        _device.Free(address);
+    }
+
+    [Fact]
     public void After_a_failed_launch_everything_fails() =>
         With("TINYLLAMA_CUDA_FAIL", "cuLaunchKernel 0 719", () =>
         {
