@@ -1,3 +1,5 @@
+using System.Numerics;
+
 namespace TinyLlama.Compute.Cuda;
 
 /// <summary>
@@ -5,7 +7,7 @@ namespace TinyLlama.Compute.Cuda;
 /// without the (T, T) matrix.
 /// </summary>
 /// <remarks>
-/// Shapes as in <see cref="Cpu.Attention"/>; head dims of 16, 32, 64 and 128. The heads of a group are more rows of the same
+/// Shapes as in <see cref="Cpu.Attention"/>; head dims are multiples of 16 up to 128, which tiles round up to a power of two. The heads of a group are more rows of the same
 /// matrices: a block takes 64 or 128 rows of one segment and one key head, or 64 keys in backward, and finds them from its index;
 /// the grid follows from the numbers of tokens and segments. Key tiles start at multiples of <see cref="TokenLayout.KeyBlock"/>,
 /// and keys in a cache are summed by spans of <see cref="Span"/> positions, so a row has the same bits alone and in a batch.
@@ -68,7 +70,7 @@ internal static class Attention
             int rows = RowsOfBlock(headDim);
             device.Launch(
                 s_forward[Index(headDim)], (Slots(layout, group, rows), keyHeads, 1), Threads, TileBytes(headDim, rows + (4 * Keys)), output,
-                logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group, output.Stride, query.Stride,
+                logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group, headDim, output.Stride, query.Stride,
                 keys.Stride, values.Stride, scale);
             return;
         }
@@ -81,14 +83,14 @@ internal static class Attention
         device.Launch(
             (quantized ? s_cachedQ80 : s_cached)[Index(headDim)], (slots, keyHeads, depth), Threads,
             TileBytes(headDim, Rows + ((quantized ? 5 : 4) * Keys)), output, logSumExp, (long)partials,
-            query, keys, values, layout.Segments, layout.BlockTable, layout.SegmentCount, layout.TokenCount, keyHeads, group, output.Stride,
+            query, keys, values, layout.Segments, layout.BlockTable, layout.SegmentCount, layout.TokenCount, keyHeads, group, headDim, output.Stride,
             query.Stride, scale);
         if (depth > 1)
         {
-            int threads = layout.TokenCount * query.Columns / 4;
+            int threads = layout.TokenCount * keyHeads * group * (TileColumns(headDim) / 4);
             device.Launch(
                 s_merge[Index(headDim)], ((threads + Threads - 1) / Threads, 1, 1), Threads, 0, output, logSumExp, (long)partials,
-                layout.Positions, layout.TokenCount, keyHeads * group, output.Stride, scale);
+                layout.Positions, layout.TokenCount, keyHeads * group, headDim, output.Stride, scale);
         }
     }
 
@@ -119,17 +121,20 @@ internal static class Attention
         device.Launch(
             s_dQuery[Index(headDim)], (Slots(layout, group, rowsAtOnce), keyHeads, 1), Threads, TileBytes(headDim, (2 * rowsAtOnce) + (4 * Keys)),
             dQuery, delta, dOutput, output, logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group,
-            dQuery.Stride, dOutput.Stride, output.Stride, query.Stride, keys.Stride, values.Stride, scale);
+            headDim, dQuery.Stride, dOutput.Stride, output.Stride, query.Stride, keys.Stride, values.Stride, scale);
         int queryRows = headDim <= 64 ? 64 : 32;
         device.Launch(
             s_dKeyValue[Index(headDim)], (Slots(layout, 1, Keys), keyHeads, 1), Threads,
             TileBytes(headDim, (2 * Keys) + (4 * queryRows)) + (4 * queryRows * sizeof(float)), dKeys, dValues, delta, dOutput, logSumExp,
-            query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group, dKeys.Stride, dValues.Stride, dOutput.Stride,
+            query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group, headDim, dKeys.Stride, dValues.Stride, dOutput.Stride,
             query.Stride, keys.Stride, values.Stride, scale);
     }
 
-    /// <summary>Throws if no kernel is made for a head dim.</summary>
-    public static void RequireHeadDim(int headDim) => Shape.Require(headDim is 16 or 32 or 64 or 128, "a head dim of 16, 32, 64 or 128");
+    /// <summary>Whether there are kernels for a head dim.</summary>
+    public static bool HasKernels(int headDim) => headDim is > 0 and <= 128 && headDim % 16 == 0;
+
+    /// <summary>Throws if there are no kernels for a head dim.</summary>
+    public static void RequireHeadDim(int headDim) => Shape.Require(HasKernels(headDim), "a head dim that is a multiple of 16, up to 128");
 
     /// <summary>Throws if rows of heads are not of this shape, or not where loads of 16 bytes can begin.</summary>
     public static void RequireRows(Tensor tensor, int rows, int columns) => Shape.Require(
@@ -150,7 +155,7 @@ internal static class Attention
     private static int Depth(CudaDevice device, TokenLayout layout, int blocks, int heads, int headDim)
     {
         int spans = (layout.MostKeys + Span - 1) / Span;
-        long bytes = (long)spans * layout.TokenCount * heads * (headDim + 4) * sizeof(float);
+        long bytes = (long)spans * layout.TokenCount * heads * (TileColumns(headDim) + 4) * sizeof(float);
         int wanted = BlocksPerProcessor * device.Multiprocessors;
         return bytes > PartialsBytes ? 1 : Math.Clamp(wanted / Math.Max(1, blocks), 1, Math.Max(1, spans));
     }
@@ -161,9 +166,11 @@ internal static class Attention
 
     private static int RowsOfBlock(int headDim) => headDim <= 64 ? 128 : 64;
 
-    private static int TileBytes(int headDim, int rows) => rows * headDim * sizeof(ushort);
+    private static int TileBytes(int headDim, int rows) => rows * TileColumns(headDim) * sizeof(ushort);
 
-    private static int Index(int headDim) => int.Log2(headDim) - 4;
+    private static int TileColumns(int headDim) => (int)BitOperations.RoundUpToPowerOf2((uint)headDim);
 
-    private static string[] Names(string kernel) => [.. from headDim in (int[])[16, 32, 64, 128] select $"{kernel}_{headDim}"];
+    private static int Index(int headDim) => int.Log2(TileColumns(headDim)) - 4;
+
+    private static string[] Names(string kernel) => [.. from columns in (int[])[16, 32, 64, 128] select $"{kernel}_{columns}"];
 }

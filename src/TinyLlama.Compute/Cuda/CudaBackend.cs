@@ -66,9 +66,9 @@ public sealed unsafe class CudaBackend : Backend
     /// <inheritdoc/>
     public override void RequireModel(int channels, int hidden, int headDim)
     {
-        if (headDim is not (16 or 32 or 64 or 128))
+        if (!Cuda.Attention.HasKernels(headDim))
         {
-            throw new DeviceException($"a GPU computes attention with heads of 16, 32, 64 or 128 channels, and this model's have {headDim}: use --device cpu");
+            throw new DeviceException($"a GPU computes attention with heads of 16, 32, … 128 channels, and this model's have {headDim}: use --device cpu");
         }
 
         if (channels % Operands.Eight != 0 || hidden % Operands.Eight != 0)

@@ -21,7 +21,7 @@ internal static class KeyValueCache
 
     /// <summary>The elements of a block that a head takes.</summary>
     public static int HeadElements(int headDim, DType type) =>
-        TokenLayout.KeyBlock * (type == DType.Q8_0 ? Math.Max(headDim, GroupChannels) : headDim);
+        TokenLayout.KeyBlock * (type == DType.Q8_0 ? (headDim + GroupChannels - 1) / GroupChannels * GroupChannels : headDim);
 
     /// <summary>Copies the keys and values of each token to its position.</summary>
     public static void Append(

@@ -17,6 +17,8 @@ public sealed class AttentionTests : CudaTests
     [InlineData(new[] { 200 }, 1, 1, 64)]
     [InlineData(new[] { 129 }, 2, 2, 128)]
     [InlineData(new[] { 70 }, 7, 1, 128)]
+    [InlineData(new[] { 67 }, 2, 1, 48)]
+    [InlineData(new[] { 66, 3 }, 3, 3, 112)]
     [InlineData(new[] { 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 1, 1, 1, 40, 2, 2, 2 }, 4, 4, 32)]
     public void Equals_the_cpu(int[] lengths, int heads, int keyHeads, int headDim)
     {
@@ -64,10 +66,12 @@ public sealed class AttentionTests : CudaTests
     [InlineData(3, 3, 32, DType.BF16)]
     [InlineData(8, 1, 64, DType.BF16)]
     [InlineData(2, 1, 128, DType.BF16)]
+    [InlineData(2, 1, 80, DType.BF16)]
     [InlineData(4, 2, 16, DType.Q8_0)]
     [InlineData(3, 3, 32, DType.Q8_0)]
     [InlineData(8, 1, 64, DType.Q8_0)]
     [InlineData(2, 1, 128, DType.Q8_0)]
+    [InlineData(4, 2, 48, DType.Q8_0)]
     public void Prefill_in_parts_and_decode_through_a_block_table_have_the_bits_of_one_forward(
         int heads, int keyHeads, int headDim, DType type)
     {
@@ -142,8 +146,9 @@ public sealed class AttentionTests : CudaTests
     public void Other_head_dims_and_cache_types_are_refused()
     {
         TokenLayout layout = Layout(Cuda, [new Segment(0, 1, 0, 0)]);
-        Tensor rows = Take(1, 48), statistics = Take(1, 1, DType.F32);
-        Assert.Throws<ArgumentException>(() => Cuda.Attention(rows, statistics, rows, rows, rows, layout, 48));
+        Tensor rows = Take(1, 24), wide = Take(1, 144), statistics = Take(1, 1, DType.F32);
+        Assert.Throws<ArgumentException>(() => Cuda.Attention(rows, statistics, rows, rows, rows, layout, 24));
+        Assert.Throws<ArgumentException>(() => Cuda.Attention(wide, statistics, wide, wide, wide, layout, 144));
         Assert.Throws<DeviceException>(() => Cuda.TakeCache(Plan(), 1, 1, 64, DType.F16));
     }
 
@@ -206,14 +211,16 @@ public sealed class AttentionTests : CudaTests
         }
 
         float[] stored = [.. rows];
-        int channels = Math.Min(headDim, 32);
-        for (int first = 0; first < rows.Length; first += channels)
+        for (int head = 0; head < rows.Length; head += headDim)
         {
-            Span<float> group = stored.AsSpan(first, channels);
-            float scale = (float)(Half)(group.ToArray().Max(Math.Abs) / 127);
-            foreach (ref float value in group)
+            for (int first = 0; first < headDim; first += 32)
             {
-                value = Rounded(Math.Clamp(MathF.Round(value * (1 / scale)), -127, 127) * scale);
+                Span<float> group = stored.AsSpan(head + first, Math.Min(32, headDim - first));
+                float scale = (float)(Half)(group.ToArray().Max(Math.Abs) / 127);
+                foreach (ref float value in group)
+                {
+                    value = Rounded(Math.Clamp(MathF.Round(value * (1 / scale)), -127, 127) * scale);
+                }
             }
         }
 

@@ -103,7 +103,7 @@ __device__ __forceinline__ void leave(
     for (int half = 0; half < 2; half++) {
         const int row = first + half * 8 + lane / 4;
         if (row < work.rows) {
-            float* to = partials + head_row<1>(row, work.segment.first_row, key_head, group, heads) * (D + 4);
+            float* to = partials + head_row(row, work.segment.first_row, key_head, group, heads, 1) * (D + 4);
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {
                 *(Floats2*)(to + j * 8 + lane % 4 * 2) = {{span.o[0][j][half * 2], span.o[0][j][half * 2 + 1]}};
@@ -121,12 +121,12 @@ template<int D>
 struct CachedKeys {
     const bf16 *keys, *values;
     const int* table;
-    int key_heads, key_head;
+    int key_heads, key_head, head_dim;
 
     __device__ __forceinline__ void begin(SharedAddress key_tile, SharedAddress value_tile, int tile, int count) {
-        const i64 from = ((i64)table[tile] * key_heads + key_head) * (Keys * D);
-        load_rows<D, Keys>(key_tile, keys + from, D, count);
-        load_rows<D, Keys>(value_tile, values + from, D, count);
+        const i64 from = ((i64)table[tile] * key_heads + key_head) * (Keys * head_dim);
+        load_rows<D, Keys>(key_tile, keys + from, head_dim, count, head_dim);
+        load_rows<D, Keys>(value_tile, values + from, head_dim, count, head_dim);
     }
 
     __device__ __forceinline__ void end(SharedAddress, SharedAddress) {}
@@ -138,11 +138,11 @@ template<int D>
 struct QuantizedKeys {
     const u8 *keys, *values;
     const int* table;
-    int key_heads, key_head;
+    int key_heads, key_head, head_dim;
     u8* room;  // 2 · Keys · D bytes
 
     __device__ __forceinline__ void begin(SharedAddress, SharedAddress, int tile, int count) {
-        const i64 from = ((i64)table[tile] * key_heads + key_head) * (Keys * Groups * 34);
+        const i64 from = ((i64)table[tile] * key_heads + key_head) * (Keys * 34 * groups());
         fetch(room, key_scales, keys + from, count);
         fetch(room + Keys * D, value_scales, values + from, count);
     }
@@ -153,24 +153,27 @@ struct QuantizedKeys {
     }
 
 private:
-    static constexpr int Groups = (D + 31) / 32;
     static constexpr int Chunks = D / 16;
     static constexpr int RowsAtOnce = Threads / Chunks;
     static constexpr int Pieces = (Keys + RowsAtOnce - 1) / RowsAtOnce;
 
     float key_scales[Pieces], value_scales[Pieces];
 
-    __device__ __forceinline__ static void fetch(u8* room, float (&scales)[Pieces], const u8* from, int count) {
-        const int row = threadIdx.x / Chunks, group = threadIdx.x % Chunks / 2;
+    // Of channels of a head that share a scale.
+    __device__ __forceinline__ int groups() const { return (head_dim + 31) / 32; }
+
+    __device__ __forceinline__ void fetch(u8* room, float (&scales)[Pieces], const u8* from, int count) const {
+        const int row = threadIdx.x / Chunks, chunk = threadIdx.x % Chunks;
         const SharedAddress to = shared_address(room) + threadIdx.x * 16;
-        const u8* bytes = from + threadIdx.x * 16;
-        const f16* from_scales = (const f16*)(from + Keys * Groups * 32) + row * Groups + group;
+        const u8* bytes = from + row * head_dim + chunk * 16;
+        const f16* from_scales = (const f16*)(from + Keys * 32 * groups()) + row * groups() + chunk / 2;
+        count = chunk * 16 < head_dim ? min(count, Keys) : 0;
 #pragma unroll
-        for (int i = 0; i < Pieces; i++) {
-            const bool is_there = row + i * RowsAtOnce < min(count, Keys);
-            scales[i] = is_there ? to_float(from_scales[i * RowsAtOnce * Groups]) : 0.0f;
+        for (int i = 0; i < Pieces; i++, bytes += RowsAtOnce * head_dim, from_scales += RowsAtOnce * groups()) {
+            const bool is_there = row + i * RowsAtOnce < count;
+            scales[i] = is_there ? to_float(*from_scales) : 0.0f;
             if (row + i * RowsAtOnce < Keys) {
-                cp_async_16(to + i * Threads * 16, bytes + i * Threads * 16, is_there ? 16 : 0);
+                cp_async_16(to + i * Threads * 16, bytes, is_there ? 16 : 0);
             }
         }
     }
@@ -303,7 +306,7 @@ __device__ __forceinline__ void forward(
         for (int half = 0; half < 2; half++) {
             const int row = first + half * 8 + lane / 4;
             if (lane % 4 == 0 && row < work.rows) {
-                log_sums[head_row<1>(row, segment.first_row, key_head, group, heads)] =
+                log_sums[head_row(row, segment.first_row, key_head, group, heads, 1)] =
                     log_sum_exp(result.max[r][half], result.sum[r][half], scale);
             }
         }
@@ -317,9 +320,10 @@ __device__ __forceinline__ void forward(
 // output = what the spans left in partials, merged in order: four channels of a head a thread.
 template<int D>
 __device__ __forceinline__ void merge_spans(
-    bf16* output, float* log_sums, const float* partials, const int* positions, int tokens, int heads, i64 output_stride, float scale) {
+    bf16* output, float* log_sums, const float* partials, const int* positions, int tokens, int heads, int head_dim,
+    i64 output_stride, float scale) {
     const int at = blockIdx.x * Threads + threadIdx.x, row = at / (D / 4), channel = at % (D / 4) * 4, token = row / heads;
-    if (token >= tokens) {
+    if (token >= tokens || channel >= head_dim) {
         return;
     }
 
@@ -336,7 +340,7 @@ __device__ __forceinline__ void merge_spans(
     }
 
     const float factor = 1.0f / sum;
-    bf16* to = output + token * output_stride + (row - token * heads) * D + channel;
+    bf16* to = output + token * output_stride + (row - token * heads) * head_dim + channel;
     *(Words2*)to = {{pack_bf16x2(o[0] * factor, o[1] * factor), pack_bf16x2(o[2] * factor, o[3] * factor)}};
     if (channel == 0) {
         log_sums[row] = log_sum_exp(max, sum, scale);
@@ -349,20 +353,20 @@ __device__ __forceinline__ void merge_spans(
 
 #define BATCH_PARAMETERS \
     bf16 *output, float *log_sums, const bf16 *query, const bf16 *keys, const bf16 *values, const int *segments, int segment_count, \
-        int key_heads, int group, i64 output_stride, i64 query_stride, i64 key_stride, i64 value_stride, float scale
+        int key_heads, int group, int head_dim, i64 output_stride, i64 query_stride, i64 key_stride, i64 value_stride, float scale
 #define BATCH_ARGUMENTS \
-    output, log_sums, query, keys, values, segments, segment_count, key_heads, group, output_stride, query_stride, key_stride, \
+    output, log_sums, query, keys, values, segments, segment_count, key_heads, group, head_dim, output_stride, query_stride, key_stride, \
         value_stride, scale
 
 template<int D>
 __device__ __forceinline__ void attention_forward(BATCH_PARAMETERS) {
     constexpr int R = D <= 64 ? 2 : 1;
     Work work;
-    if (find_work<Warps * WarpRows * R>(work, segments, segment_count, group)) {
+    if (find_work<Warps * WarpRows * R>(work, segments, segment_count, group, head_dim)) {
         const int key_head = blockIdx.y;
         const BatchKeys<D> source = {
-            keys + work.segment.first_key * key_stride + key_head * D, values + work.segment.first_key * value_stride + key_head * D,
-            key_stride, value_stride};
+            keys + work.segment.first_key * key_stride + key_head * head_dim, values + work.segment.first_key * value_stride + key_head * head_dim,
+            key_stride, value_stride, head_dim};
         forward<D, R, false>(
             output, log_sums, nullptr, query, source, work, 0, key_heads, group, output_stride, query_stride, scale * Log2E);
     }
@@ -375,17 +379,17 @@ KERNEL(128) void attention_forward_128(BATCH_PARAMETERS) { attention_forward<128
 
 #define CACHE_PARAMETERS \
     bf16 *output, float *log_sums, float *partials, const bf16 *query, const u8 *keys, const u8 *values, const int *segments, \
-        const int *table, int segment_count, int tokens, int key_heads, int group, i64 output_stride, i64 query_stride, float scale
+        const int *table, int segment_count, int tokens, int key_heads, int group, int head_dim, i64 output_stride, i64 query_stride, float scale
 #define CACHE_ARGUMENTS \
-    output, log_sums, partials, query, keys, values, segments, table, segment_count, tokens, key_heads, group, output_stride, \
-        query_stride, scale
+    output, log_sums, partials, query, keys, values, segments, table, segment_count, tokens, key_heads, group, head_dim, \
+        output_stride, query_stride, scale
 
 template<int D>
 __device__ __forceinline__ void attention_cached(CACHE_PARAMETERS) {
     Work work;
-    if (find_work<Warps * WarpRows>(work, segments, segment_count, group)) {
+    if (find_work<Warps * WarpRows>(work, segments, segment_count, group, head_dim)) {
         const CachedKeys<D> source = {
-            (const bf16*)keys, (const bf16*)values, table + work.segment.first_key, key_heads, (int)blockIdx.y};
+            (const bf16*)keys, (const bf16*)values, table + work.segment.first_key, key_heads, (int)blockIdx.y, head_dim};
         forward<D, 1, true>(
             output, log_sums, partials, query, source, work, tokens, key_heads, group, output_stride, query_stride, scale * Log2E);
     }
@@ -395,13 +399,14 @@ template<int D>
 __device__ __forceinline__ void attention_cached_q8_0(CACHE_PARAMETERS) {
     DYNAMIC_SHARED(shared);
     Work work;
-    if (find_work<Warps * WarpRows>(work, segments, segment_count, group)) {
+    if (find_work<Warps * WarpRows>(work, segments, segment_count, group, head_dim)) {
         QuantizedKeys<D> source;
         source.keys = keys;
         source.values = values;
         source.table = table + work.segment.first_key;
         source.key_heads = key_heads;
         source.key_head = blockIdx.y;
+        source.head_dim = head_dim;
         source.room = shared + (Warps * WarpRows + 4 * Keys) * D * sizeof(bf16);
         forward<D, 1, true>(
             output, log_sums, partials, query, source, work, tokens, key_heads, group, output_stride, query_stride, scale * Log2E);
@@ -418,8 +423,9 @@ KERNEL(128) void attention_cached_q8_0_64(CACHE_PARAMETERS) { attention_cached_q
 KERNEL(128) void attention_cached_q8_0_128(CACHE_PARAMETERS) { attention_cached_q8_0<128>(CACHE_ARGUMENTS); }
 
 #define MERGE_PARAMETERS \
-    bf16 *output, float *log_sums, const float *partials, const int *positions, int tokens, int heads, i64 output_stride, float scale
-#define MERGE_ARGUMENTS output, log_sums, partials, positions, tokens, heads, output_stride, scale * Log2E
+    bf16 *output, float *log_sums, const float *partials, const int *positions, int tokens, int heads, int head_dim, \
+        i64 output_stride, float scale
+#define MERGE_ARGUMENTS output, log_sums, partials, positions, tokens, heads, head_dim, output_stride, scale * Log2E
 
 KERNEL(128) void attention_merge_16(MERGE_PARAMETERS) { merge_spans<16>(MERGE_ARGUMENTS); }
 KERNEL(128) void attention_merge_32(MERGE_PARAMETERS) { merge_spans<32>(MERGE_ARGUMENTS); }

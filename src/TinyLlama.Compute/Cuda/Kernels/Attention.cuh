@@ -2,7 +2,7 @@
 #include "Device.cuh"
 
 // Causal grouped-query attention by tiles of 64 keys with a running softmax (FlashAttention-2, Dao 2023) on tensor cores:
-// products in bf16, sums in fp32. D is the head dim.
+// products in bf16, sums in fp32. D is the head dim, or more: what tiles have beyond it is zero.
 //
 // The query heads that share a key head are more rows of the same matrix: row r of a segment is its token r / group and
 // head r % group of the group. A block of 4 warps takes one tile of such rows (output, dQuery) or one tile of keys (dKeys,
@@ -12,13 +12,13 @@
 // operand of the next. All sums have one order: no atomics, and no bit depends on the other rows of a batch.
 //
 // Kernels of 128 threads. Of each, for D = 16, 32, 64 and 128: shared memory in bytes, and the 32-bit values that live at once in
-// clang's PTX, about 25 of them arguments, which take no registers on a GPU; 255 registers are the most. What NVRTC makes of
-// it is unproved.
-//   attention_forward      12,288  24,576  49,152  81,920    149  181  230  176
-//   attention_cached       10,240  20,480  40,960  81,920    126  149  192  256
-//   attention_cached_q8_0  12,288  24,576  49,152  98,304    137  158  204  273
-//   attention_d_query      16,384  32,768  65,536  98,304    152  193  242  211
-//   attention_d_key_value  13,312  25,600  50,176  66,048    145  175  226  244
+// clang's PTX, 20 to 40 of them arguments and addresses made of these, which a GPU keeps elsewhere; 255 registers are the most.
+// What NVRTC makes of it is unproved.
+//   attention_forward      12,288  24,576  49,152  81,920    150  182  231  177
+//   attention_cached       10,240  20,480  40,960  81,920    129  154  197  261
+//   attention_cached_q8_0  12,288  24,576  49,152  98,304    142  167  217  284
+//   attention_d_query      16,384  32,768  65,536  98,304    153  192  243  212
+//   attention_d_key_value  13,312  25,600  50,176  66,048    147  179  228  248
 
 struct alignas(8) Words2 {
     u32 v[2];
@@ -51,8 +51,9 @@ struct Segment {
 // Which tile of which segment a block works on.
 struct Work {
     Segment segment;
-    int rows;   // the segment's, of all heads of a group
-    int first;  // first row of the tile
+    int rows;      // the segment's, of all heads of a group
+    int first;     // first row of the tile
+    int head_dim;  // at most D, a multiple of 16
 };
 
 // The last of `count` indices for which a condition holds that holds up to some index, and for the first.
@@ -72,7 +73,7 @@ __device__ __forceinline__ int last_where(int count, Condition holds) {
 // Segment s has the slots from first_row · group / Rows + s on: at least as many as it has tiles, whatever the lengths, so
 // that the grid, N · group / Rows + S slots, follows from the number of tokens and of segments. False for a slot left over.
 template<int Rows>
-__device__ __forceinline__ bool find_work(Work& work, const int* segments, int segment_count, int group) {
+__device__ __forceinline__ bool find_work(Work& work, const int* segments, int segment_count, int group, int head_dim) {
     const auto first_slot = [&](int s) { return (int)((i64)segments[4 * s] * group / Rows) + s; };
     const int slot = blockIdx.x;
     const int s = last_where(segment_count, [&](int i) { return first_slot(i) <= slot; });
@@ -80,6 +81,7 @@ __device__ __forceinline__ bool find_work(Work& work, const int* segments, int s
     work.segment = {fields[0], fields[1], fields[2], fields[3]};
     work.rows = work.segment.row_count * group;
     work.first = (slot - first_slot(s)) * Rows;
+    work.head_dim = head_dim;
     return work.first < work.rows;
 }
 
@@ -105,39 +107,39 @@ __device__ __forceinline__ SharedAddress moved(SharedAddress from, int rows, int
     return (from ^ chunks * 16) + rows * D * (int)sizeof(bf16);
 }
 
-// Where head row r of a segment lies in a matrix of all heads.
-template<int D>
-__device__ __forceinline__ i64 head_row(int row, int first_token, int key_head, int group, i64 stride) {
+// Where head row r of a segment lies in a matrix of all heads of so many columns.
+__device__ __forceinline__ i64 head_row(int row, int first_token, int key_head, int group, i64 stride, int columns) {
     const int token = (u32)row / (u32)group;
-    return (first_token + token) * stride + (key_head * group + row - token * group) * D;
+    return (first_token + token) * stride + (key_head * group + row - token * group) * columns;
 }
 
-// Begins to load rows of D elements; zeros from `count` on.
+// Begins to load rows of one head; zeros from `count` on, and beyond the head.
 template<int D, int Rows>
-__device__ __forceinline__ void load_rows(SharedAddress tile, const bf16* source, i64 stride, int count) {
+__device__ __forceinline__ void load_rows(SharedAddress tile, const bf16* source, i64 stride, int count, int head_dim) {
     constexpr int Chunks = D / 8, RowsAtOnce = Threads / Chunks;
     static_assert(Rows % RowsAtOnce == 0 && RowsAtOnce % 8 == 0);
     const int row = threadIdx.x / Chunks, chunk = threadIdx.x % Chunks;
     const SharedAddress to = address<D>(tile, row, chunk);
     source += row * stride + chunk * 8;
+    count = chunk * 8 < head_dim ? count : 0;
 #pragma unroll
     for (int first = 0; first < Rows; first += RowsAtOnce, source += RowsAtOnce * stride) {
         cp_async_16(to + first * D * (int)sizeof(bf16), source, first + row < count ? 16 : 0);
     }
 }
 
-// Begins to load the head rows of a tile; zeros beyond the segment.
+// Begins to load the head rows of a tile; zeros beyond the segment and the heads.
 template<int D, int Rows>
 __device__ __forceinline__ void load_heads(
     SharedAddress tile, const bf16* source, i64 stride, const Work& work, int first, int key_head, int group) {
     constexpr int Chunks = D / 8, RowsAtOnce = Threads / Chunks;
-    const int chunk = threadIdx.x % Chunks;
+    const int chunk = threadIdx.x % Chunks, rows = chunk * 8 < work.head_dim ? work.rows : 0;
     const SharedAddress to = address<D>(tile, threadIdx.x / Chunks, chunk);
 #pragma unroll
     for (int i = 0; i < Rows / RowsAtOnce; i++) {
         const int row = first + i * RowsAtOnce + threadIdx.x / Chunks;
-        const i64 from = head_row<D>(row, work.segment.first_row, key_head, group, stride) + chunk * 8;
-        cp_async_16(to + i * RowsAtOnce * D * (int)sizeof(bf16), source + from, row < work.rows ? 16 : 0);
+        const i64 from = head_row(row, work.segment.first_row, key_head, group, stride, work.head_dim) + chunk * 8;
+        cp_async_16(to + i * RowsAtOnce * D * (int)sizeof(bf16), source + from, row < rows ? 16 : 0);
     }
 }
 
@@ -163,9 +165,9 @@ __device__ __forceinline__ void store_heads(
 #pragma unroll
     for (int at = lane; at < WarpRows * Chunks; at += 32) {
         const int row = at / Chunks, chunk = at % Chunks;
-        if (first + row < work.rows) {
-            *(Bf16x8*)(target + head_row<D>(first + row, work.segment.first_row, key_head, group, stride) + chunk * 8) =
-                *(const Bf16x8*)(room + place<D>(row, chunk));
+        if (first + row < work.rows && chunk * 8 < work.head_dim) {
+            const i64 to = head_row(first + row, work.segment.first_row, key_head, group, stride, work.head_dim) + chunk * 8;
+            *(Bf16x8*)(target + to) = *(const Bf16x8*)(room + place<D>(row, chunk));
         }
     }
 }
@@ -313,10 +315,11 @@ template<int D>
 struct BatchKeys {
     const bf16 *keys, *values;
     i64 key_stride, value_stride;
+    int head_dim;
 
     __device__ __forceinline__ void begin(SharedAddress key_tile, SharedAddress value_tile, int tile, int count) {
-        load_rows<D, Keys>(key_tile, keys + tile * Keys * key_stride, key_stride, count);
-        load_rows<D, Keys>(value_tile, values + tile * Keys * value_stride, value_stride, count);
+        load_rows<D, Keys>(key_tile, keys + tile * Keys * key_stride, key_stride, count, head_dim);
+        load_rows<D, Keys>(value_tile, values + tile * Keys * value_stride, value_stride, count, head_dim);
     }
 
     __device__ __forceinline__ void end(SharedAddress, SharedAddress) {}

@@ -66,7 +66,7 @@ __device__ __forceinline__ void query_gradient(
             last_key[r][half] = row / group;
             row_log_sum[r][half] = infinity();  // beyond the segment: no weight on any key
             if (row < work.rows) {
-                const i64 at = head_row<1>(row, first_token, key_head, group, key_heads * group);
+                const i64 at = head_row(row, first_token, key_head, group, key_heads * group, 1);
                 row_log_sum[r][half] = log_sums[at] * Log2E;
                 if (lane % 4 == 0) {
                     delta[at] = row_delta[r][half];
@@ -141,7 +141,7 @@ __device__ __forceinline__ void key_value_gradient(
     const int key_head = blockIdx.y, heads = key_heads * group, first_token = work.segment.first_row;
     const int first_key = work.first;
     const int rows = work.rows * group;
-    const Work row_work = {work.segment, rows, 0};
+    const Work row_work = {work.segment, rows, 0, work.head_dim};
 
     const auto begin = [&](int tile, float& statistic) {
         const SharedAddress stage = stages + tile % 2 * (2 * RowBytes);
@@ -152,15 +152,17 @@ __device__ __forceinline__ void key_value_gradient(
         const bool is_log_sum = threadIdx.x < Rows;
         statistic = is_log_sum ? infinity() : 0.0f;  // beyond the segment: no weight on any key
         if (row < rows && threadIdx.x < 2 * Rows) {
-            const i64 at = head_row<1>(row, first_token, key_head, group, heads);
+            const i64 at = head_row(row, first_token, key_head, group, heads, 1);
             statistic = is_log_sum ? log_sums[at] * Log2E : delta[at];
         }
     };
 
     int tile = first_key * group / Rows;
     float statistic;
-    load_rows<D, Keys>(key_tile, keys + (first_token + first_key) * key_stride + key_head * D, key_stride, work.rows - first_key);
-    load_rows<D, Keys>(value_tile, values + (first_token + first_key) * value_stride + key_head * D, value_stride, work.rows - first_key);
+    load_rows<D, Keys>(key_tile, keys + (first_token + first_key) * key_stride + key_head * work.head_dim, key_stride, work.rows - first_key,
+        work.head_dim);
+    load_rows<D, Keys>(value_tile, values + (first_token + first_key) * value_stride + key_head * work.head_dim, value_stride, work.rows - first_key,
+        work.head_dim);
     begin(tile, statistic);
     cp_async_wait<0>();
     __syncthreads();
@@ -232,21 +234,21 @@ __device__ __forceinline__ void key_value_gradient(
 
 #define D_QUERY_PARAMETERS \
     bf16 *dq, float *delta, const bf16 *d_output, const bf16 *output, const float *log_sums, const bf16 *query, const bf16 *keys, \
-        const bf16 *values, const int *segments, int segment_count, int key_heads, int group, i64 dq_stride, i64 d_output_stride, \
+        const bf16 *values, const int *segments, int segment_count, int key_heads, int group, int head_dim, i64 dq_stride, i64 d_output_stride, \
         i64 output_stride, i64 query_stride, i64 key_stride, i64 value_stride, float scale
 #define D_QUERY_ARGUMENTS \
-    dq, delta, d_output, output, log_sums, query, keys, values, segments, segment_count, key_heads, group, dq_stride, d_output_stride, \
+    dq, delta, d_output, output, log_sums, query, keys, values, segments, segment_count, key_heads, group, head_dim, dq_stride, d_output_stride, \
         output_stride, query_stride, key_stride, value_stride, scale
 
 template<int D>
 __device__ __forceinline__ void attention_d_query(D_QUERY_PARAMETERS) {
     constexpr int R = D <= 64 ? 2 : 1, N = D <= 64 ? 32 : 64;
     Work work;
-    if (find_work<Warps * WarpRows * R>(work, segments, segment_count, group)) {
+    if (find_work<Warps * WarpRows * R>(work, segments, segment_count, group, head_dim)) {
         const int key_head = blockIdx.y;
         const BatchKeys<D> source = {
-            keys + work.segment.first_row * key_stride + key_head * D, values + work.segment.first_row * value_stride + key_head * D,
-            key_stride, value_stride};
+            keys + work.segment.first_row * key_stride + key_head * head_dim, values + work.segment.first_row * value_stride + key_head * head_dim,
+            key_stride, value_stride, head_dim};
         query_gradient<D, R, N>(
             dq, delta, d_output, output, log_sums, query, source, work, key_heads, group, dq_stride, d_output_stride, output_stride,
             query_stride, scale);
@@ -260,16 +262,16 @@ KERNEL(128) void attention_d_query_128(D_QUERY_PARAMETERS) { attention_d_query<1
 
 #define D_KEY_VALUE_PARAMETERS \
     bf16 *dk, bf16 *dv, const float *delta, const bf16 *d_output, const float *log_sums, const bf16 *query, const bf16 *keys, \
-        const bf16 *values, const int *segments, int segment_count, int key_heads, int group, i64 dk_stride, i64 dv_stride, \
+        const bf16 *values, const int *segments, int segment_count, int key_heads, int group, int head_dim, i64 dk_stride, i64 dv_stride, \
         i64 d_output_stride, i64 query_stride, i64 key_stride, i64 value_stride, float scale
 #define D_KEY_VALUE_ARGUMENTS \
-    dk, dv, delta, d_output, log_sums, query, keys, values, segments, segment_count, key_heads, group, dk_stride, dv_stride, \
+    dk, dv, delta, d_output, log_sums, query, keys, values, segments, segment_count, key_heads, group, head_dim, dk_stride, dv_stride, \
         d_output_stride, query_stride, key_stride, value_stride, scale
 
 template<int D>
 __device__ __forceinline__ void attention_d_key_value(D_KEY_VALUE_PARAMETERS) {
     Work work;
-    if (find_work<Keys>(work, segments, segment_count, 1)) {
+    if (find_work<Keys>(work, segments, segment_count, 1, head_dim)) {
         key_value_gradient<D>(
             dk, dv, delta, d_output, log_sums, query, keys, values, work, key_heads, group, dk_stride, dv_stride, d_output_stride,
             query_stride, key_stride, value_stride, scale);

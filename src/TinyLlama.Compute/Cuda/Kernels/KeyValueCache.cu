@@ -31,14 +31,14 @@ KERNEL(128) void append_bf16(APPEND_PARAMETERS) {
     }
 }
 
-// A thread for each 32 channels of a head, or for the 16 that there are: whole multiples of the largest of them / 127.
+// A thread for each 32 channels of a head, or what is left of it: whole multiples of the largest of them / 127.
 KERNEL(128) void append_q8_0(APPEND_PARAMETERS) {
-    const int token = blockIdx.x, groups = (head_dim + 31) / 32, channels = min(head_dim, 32);
+    const int token = blockIdx.x, groups = (head_dim + 31) / 32;
     const Slot slot = slot_of(token, segments, segment_count, table);
     const bf16* row = blockIdx.y == 0 ? keys + token * key_stride : values + token * value_stride;
     u8* cache = blockIdx.y == 0 ? cache_keys : cache_values;
     for (int at = threadIdx.x; at < key_heads * groups; at += Threads) {
-        const int head = at / groups, group = at % groups;
+        const int head = at / groups, group = at % groups, channels = min(head_dim - group * 32, 32);
         const Bf16x8* from = (const Bf16x8*)(row + head * head_dim + group * 32);
         u8* bytes = cache + ((i64)slot.block * key_heads + head) * (Keys * groups * 34);
         f16* scale = (f16*)(bytes + Keys * groups * 32) + slot.place * groups + group;
