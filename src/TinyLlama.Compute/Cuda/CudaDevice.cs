@@ -12,8 +12,9 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <summary>Bytes of <see cref="Scratch"/>: what cuBLASLt's kernels for Hopper ask for.</summary>
     public const int ScratchBytes = 32 << 20;
 
+    // A device, not its context: when a GPU is opened again the driver may give it the handle of the context that is gone.
     [ThreadStatic]
-    private static nint s_current;
+    private static CudaDevice? s_current;
 
     private readonly int _device;
     private readonly nint _context;
@@ -38,7 +39,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         Check(CudaDriver.cuDevicePrimaryCtxRetain(&context, device), "the GPU could not be used");
         _context = context;
         Check(CudaDriver.cuCtxSetCurrent(context), "the GPU could not be used");
-        s_current = context;
+        s_current = this;
         Check(CudaDriver.cuStreamCreate(&stream, CudaDriver.NonBlocking), "the GPU could not be used");
         _stream = stream;
         foreach (string source in KernelImages.Sources)
@@ -91,10 +92,10 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <summary>Makes its context that of the calling thread, as every call to a library that runs on it needs.</summary>
     public void MakeCurrent()
     {
-        if (s_current != _context)
+        if (s_current != this)
         {
             Check(CudaDriver.cuCtxSetCurrent(_context), "the GPU could not be used");
-            s_current = _context;
+            s_current = this;
         }
     }
 
@@ -227,7 +228,7 @@ internal sealed unsafe class CudaDevice : IDisposable
             _modules.ForEach(module => _ = CudaDriver.cuModuleUnload(module));
             _ = CudaDriver.cuStreamDestroy_v2(_stream);
             _ = CudaDriver.cuDevicePrimaryCtxRelease_v2(_device);
-            s_current = 0;
+            s_current = null;
         }
     }
 

@@ -37,7 +37,7 @@ public sealed class Trainer : IDisposable
     private readonly Dictionary<long, double> _validationLosses;
     private readonly double? _peakFlops;
     private readonly string _dataFolder;
-    private TextGenerator? _generator;
+    private readonly TextGenerator? _generator;
     private TrainingState _state;
     private long _savedStep = -1;
 
@@ -81,6 +81,10 @@ public sealed class Trainer : IDisposable
                 Initialization.Initialize(_memory.Model, backend, plan.Recipe.Initialization, plan.Recipe.Seed);
             }
 
+            // Now, so that a device without room for it is found before the first step.
+            _generator = plan.Recipe.Samples.EverySteps > 0
+                ? new TextGenerator(_memory.Model, backend, tokenizer, contextLength: plan.ContextLength)
+                : null;
             string log = Path.Combine(folder, MetricsLog.FileName);
             _log = MetricsLog.Open(log, _state.Step);
             _validationLosses = MetricsLog.Read(log).OfType<ValidationMetrics>()
@@ -88,6 +92,7 @@ public sealed class Trainer : IDisposable
         }
         catch
         {
+            _generator?.Dispose();
             _memory.Dispose();
             throw;
         }
@@ -217,12 +222,11 @@ public sealed class Trainer : IDisposable
     private void Sample()
     {
         SampleSettings settings = _plan.Recipe.Samples;
-        if (settings.EverySteps == 0)
+        if (_generator is null)
         {
             return;
         }
 
-        _generator ??= new TextGenerator(_memory.Model, _backend, _tokenizer, contextLength: _plan.ContextLength);
         var options = new GenerationOptions
         {
             MaxTokens = settings.MaxTokens,
