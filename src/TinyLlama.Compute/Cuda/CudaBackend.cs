@@ -8,7 +8,7 @@ namespace TinyLlama.Compute.Cuda;
 /// </summary>
 public sealed unsafe class CudaBackend : Backend
 {
-    // An allowance for what is loaded when it is first used: products' kernels.
+    // An allowance for what is loaded or taken when it is first used: products' kernels and their scratch.
     private const long LazyBytes = 256L << 20;
 
     // An allowance for what a GPU takes before the first arena: context, kernels, the products' workspace.

@@ -23,8 +23,8 @@ internal sealed unsafe class MatMul : IDisposable
     private const int OutputsPerBlock = 16;
     private const int Threads = 256;
 
-    // 64 MiB: the largest matrix of each layer of a model of a billion parameters.
-    private const int ScratchElements = 32 << 20;
+    // 128 MiB: the largest matrix of a model of a billion parameters.
+    private const int ScratchElements = 64 << 20;
 
     private readonly CudaDevice _device;
     private readonly MatrixProducts _products;

@@ -69,7 +69,7 @@ public sealed class MemoryPlan
         Recipe recipe = _plan.Recipe;
         foreach (Keep keep in s_keeps.Where(keep => keep <= recipe.Keep))
         {
-            for (PackedForms packed = recipe.PackedWeights; packed >= LeastPacked; packed--)
+            for (PackedForms packed = recipe.PackedWeights; packed >= PackedForms.None; packed--)
             {
                 if (Largest(keep, packed, _plan.SequencesPerMicroBatch) is { } fits)
                 {
@@ -87,8 +87,6 @@ public sealed class MemoryPlan
 
         return "a smaller model or context";
     }
-
-    private PackedForms LeastPacked => _backend.HasBackwardForm ? PackedForms.None : _plan.Recipe.PackedWeights;
 
     private MemoryChoice? Largest(Keep keep, PackedForms packed, int most)
     {

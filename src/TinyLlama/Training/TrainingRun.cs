@@ -6,7 +6,6 @@ using TinyLlama.Data;
 using TinyLlama.Data.Batches;
 using TinyLlama.Data.Shards;
 using TinyLlama.Data.Tokenizers;
-using TinyLlama.Model;
 
 namespace TinyLlama.Training;
 
@@ -65,22 +64,12 @@ public sealed class TrainingRun : IDisposable
     }
 
     /// <summary>Refuses what a recipe asks for and a device has not.</summary>
-    /// <exception cref="UserErrorException">A GPU is to compute in fp32, or without packed weights.</exception>
+    /// <exception cref="UserErrorException">A GPU is to compute in fp32.</exception>
     public static void RequireSupport(Recipe recipe, Backend backend)
     {
-        if (backend is CpuBackend)
-        {
-            return;
-        }
-
-        if (recipe.Precision == DType.F32)
+        if (backend is not CpuBackend && recipe.Precision == DType.F32)
         {
             throw new UserErrorException($"{recipe.Origins.Describe("precision")} is fp32, but a GPU computes in bf16; leave it out, or set device: cpu");
-        }
-
-        if (recipe.PackedWeights == PackedForms.None)
-        {
-            throw new UserErrorException($"{recipe.Origins.Describe("packed_weights")} is none, but a GPU multiplies by packed weights; leave it out, or set device: cpu");
         }
     }
 

@@ -59,7 +59,6 @@ public sealed class DeviceTests
     [Theory]
     [InlineData("cuda:1", "there is no cuda:1: this machine has 1 NVIDIA GPU, counted from 0")]
     [InlineData("cuda --set precision=fp32", "--set precision=fp32: precision is fp32, but a GPU computes in bf16; leave it out, or set device: cpu")]
-    [InlineData("cuda --set packed_weights=none", "--set packed_weights=none: packed_weights is none, but a GPU multiplies by packed weights; leave it out, or set device: cpu")]
     [InlineData("cuda --set model=smoke --set model.heads=16 --set model.key_value_heads=16", "heads of 16, 32, … 128 channels, and this model's have 4: use --device cpu")]
     public async Task What_a_GPU_has_not_is_refused(string words, string why)
     {

@@ -1,7 +1,9 @@
+using TinyLlama.Compute;
 using TinyLlama.Compute.Cuda;
 using TinyLlama.Inference;
 using TinyLlama.Model;
 using TinyLlama.Tests.Common;
+using TinyLlama.Training;
 
 namespace TinyLlama.Tests.Model;
 
@@ -64,6 +66,9 @@ public sealed class CudaModelTests
     }
 
     [Fact]
+    public void Weights_that_are_not_packed_give_the_same_bits() => Assert.Equal(Losses(PackedForms.Both), Losses(PackedForms.None));
+
+    [Fact]
     public void The_same_batch_gives_the_same_bits() => Assert.Equal(TrainOnce(Keep.Everything), TrainOnce(Keep.Everything));
 
     [Fact]
@@ -105,5 +110,16 @@ public sealed class CudaModelTests
         {
             Assert.Equal(expected[i], actual[i], 0.02 * (1 + Math.Abs(expected[i])));
         }
+    }
+
+    // Losses and norms of some steps.
+    private static double[] Losses(PackedForms packed)
+    {
+        using CudaBackend backend = CudaBackend.Create();
+        var settings = new AdamWSettings(0.9f, 0.95f, 1e-8f, 0.1f, 1);
+        using var training = new TrainingSpeed(
+            new TrainingShape(s_config, 2, 16, Keep.Everything, settings, DecayGroup.All, RateFactors.Same, packed), backend);
+        StepResult[] steps = [training.Step(), training.Step()];
+        return [.. steps.SelectMany(step => new[] { step.Loss, step.GradientNorm })];
     }
 }
