@@ -7,9 +7,9 @@ namespace TinyLlama.Compute.Cuda;
 /// without the (T, T) matrix.
 /// </summary>
 /// <remarks>
-/// Shapes as in <see cref="Cpu.Attention"/>; head dims are multiples of 16 up to 128, which tiles round up to a power of two. The heads of a group are more rows of the same
-/// matrices: a block takes 64 or 128 rows of one segment and one key head, or 64 keys in backward, and finds them from its index;
-/// the grid follows from the numbers of tokens and segments. Key tiles start at multiples of <see cref="TokenLayout.KeyBlock"/>,
+/// Shapes as in <see cref="Cpu.Attention"/>; head dims are multiples of 16 up to 128, which tiles round up to a power of two.
+/// The heads of a group are more rows of the same matrices: a block takes 64 or 128 rows, or in backward 64 keys, of one segment
+/// and one key head, and finds them from its index; the grid follows from the numbers of tokens and segments. Key tiles start at multiples of <see cref="TokenLayout.KeyBlock"/>,
 /// and keys in a cache are summed by spans of <see cref="Span"/> positions, so a row has the same bits alone and in a batch.
 /// Where few rows see many cached keys, spans are spread over blocks (flash decoding, Dao et al. 2023), with the same bits.
 /// Products in BF16 on tensor cores, sums and the softmax in F32. Bound by multiply-adds: forward 4 · D of FLOPs, backward 14 · D
@@ -115,7 +115,8 @@ internal static class Attention
 
         RequireStatistics(logSumExp, tokens, keyHeads * group);
         RequireStatistics(delta, tokens, keyHeads * group);
-        Shape.Require(layout.TokenCount == tokens && layout.HasWholeSequences, "a layout of all rows: whole sequences, whose keys are their own rows");
+        Shape.Require(
+            layout.TokenCount == tokens && layout.HasWholeSequences, "a layout of all rows: whole sequences, whose keys are their own rows");
         float scale = 1f / MathF.Sqrt(headDim);
         int rowsAtOnce = RowsOfBlock(headDim);
         device.Launch(
@@ -147,7 +148,9 @@ internal static class Attention
     private static int Group(Tensor query, int keyHeads, int headDim)
     {
         int queryHeads = query.Columns / headDim;
-        Shape.Require(queryHeads * headDim == query.Columns && keyHeads > 0 && queryHeads % keyHeads == 0, "whole groups of query heads for each key head");
+        Shape.Require(
+            queryHeads * headDim == query.Columns && keyHeads > 0 && queryHeads % keyHeads == 0,
+            "whole groups of query heads for each key head");
         return queryHeads / keyHeads;
     }
 

@@ -131,7 +131,8 @@ internal static unsafe class KernelImages
     private static byte[] Compile(string source, byte[] text, byte[][] headers, string[] options)
     {
         nint program = 0;
-        GCHandle[] pins = [.. from bytes in (IEnumerable<byte[]>)[.. headers.Select(Terminated), .. s_headers.Select(Utf8)] select GCHandle.Alloc(bytes, GCHandleType.Pinned)];
+        byte[][] texts = [.. headers.Select(Terminated), .. s_headers.Select(Utf8)];
+        GCHandle[] pins = Array.ConvertAll(texts, bytes => GCHandle.Alloc(bytes, GCHandleType.Pinned));
         byte** pointers = stackalloc byte*[pins.Length];
         for (int i = 0; i < pins.Length; i++)
         {
