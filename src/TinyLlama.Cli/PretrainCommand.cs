@@ -40,6 +40,11 @@ internal static class PretrainCommand
             {
                 result.AddError("--device-memory is for --plan");
             }
+
+            if (result.GetResult(deviceMemory) is not null && result.GetValue(device) is { Kind: DeviceKind.Cpu })
+            {
+                result.AddError("--device-memory is of a GPU, and --device is cpu; leave one of them out");
+            }
         });
         command.SetAction((parse, stop) =>
         {

@@ -51,12 +51,12 @@ public sealed record Recipe
     public CheckpointSettings Checkpoints { get; init; } = new();
 
     /// <summary>
-    /// Gets the type that operands of matrix products are rounded to, F32 or BF16; null for the one in which this machine
-    /// multiplies fastest. Weights, activations, gradients, the optimizer's state and all sums are fp32 either way.
+    /// Gets the type that operands of matrix products are rounded to, F32 or BF16; null for the one in which the device
+    /// multiplies fastest. On a CPU weights, activations, gradients, the optimizer's state and all sums are fp32 either way.
     /// </summary>
     public DType? Precision { get; init; }
 
-    /// <summary>Gets <see cref="Precision"/> as it is on this machine.</summary>
+    /// <summary>Gets <see cref="Precision"/> as it is on this machine's CPU.</summary>
     public DType Products => Precision ?? CpuPaths.FastestProducts;
 
     /// <summary>Gets which activations stay for backward; it computes the others again, to the same bits.</summary>

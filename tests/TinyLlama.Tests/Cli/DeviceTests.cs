@@ -111,6 +111,17 @@ public sealed class DeviceTests
         Assert.All(small["largest_micro_batches"]!.AsArray(), choice => Assert.True(choice!["memory_bytes"]!.GetValue<long>() <= small["available_bytes"]!.GetValue<long>()));
     }
 
+    [Theory]
+    [InlineData("--device-memory 40GiB", "error: --device-memory is for --plan")]
+    [InlineData("--plan --device cpu --device-memory 40GiB", "error: --device-memory is of a GPU, and --device is cpu; leave one of them out")]
+    [InlineData("--plan --device-memory 40", "error: --device-memory 40 is no size; write one such as 24564MiB, 40GiB or 80GB")]
+    public async Task A_plan_for_no_card_is_refused(string words, string line)
+    {
+        (int code, string output, string error) = await RunAsync([], ["pretrain", "--recipe", s_recipe, .. words.Split(' ')]);
+        Assert.Equal((2, ""), (code, output));
+        Assert.StartsWith(line, Assert.Single(error.TrimEnd().Split('\n')), StringComparison.Ordinal);
+    }
+
     [Fact]
     public async Task A_run_moves_between_devices_and_survives_a_GPU_that_fails()
     {

@@ -1,5 +1,6 @@
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cuda;
+using TinyLlama.Data.Tokenizers;
 using TinyLlama.Inference;
 using TinyLlama.Model;
 using TinyLlama.Tests.Common;
@@ -93,6 +94,36 @@ public sealed class CudaModelTests
             float[] next = new float[s_config.VocabularySize];
             engine.ReadLogits(next);
             AssertNear(expected.AsSpan(position * next.Length, next.Length), next);
+        }
+    }
+
+    // Of so few that products' own kernels multiply them: cuBLASLt orders sums by the number of rows.
+    [Fact]
+    public async Task A_few_texts_together_get_the_tokens_that_each_gets_alone()
+    {
+        using var run = new ModelRun(CudaBackend.Create(), s_config with { VocabularySize = 258 }, 64, Keep.Nothing);
+        run.Randomize(31);
+        var tokenizer = new ByteTokenizer();
+        string[] prompts = ["a", "bc", "d"];
+        var options = new GenerationOptions { MaxTokens = 12, Temperature = 0 };
+        string[] alone;
+        using (var generator = new TextGenerator(run.Model, run.Backend, tokenizer))
+        {
+            alone = [.. prompts.Select(prompt => generator.Generate(prompt, options).ToString())];
+        }
+
+        // Another thread computes.
+        using var batch = new BatchGenerator(run.Model, run.Backend, tokenizer, places: prompts.Length);
+        BatchGeneration[] together = [.. prompts.Select(prompt => batch.TrySubmit(prompt, options)!)];
+        for (int i = 0; i < prompts.Length; i++)
+        {
+            string text = "";
+            await foreach (GeneratedToken token in together[i].WithCancellation(TestContext.Current.CancellationToken))
+            {
+                text += token.Text;
+            }
+
+            Assert.Equal(alone[i], text);
         }
     }
 
