@@ -42,7 +42,8 @@ for source in "$here"/*.cpp "$out"/*.cu.cpp; do
   [ "$name" = "${name%.cu}" ] || [ -f "$kernel" ] || { rm "$source"; continue; }
   object=$out/$name.o
   objects+=("$object")
-  newest=$(ls -t "$source" "$here"/*.h "$here/build.sh" "$kernels"/*.cuh $([ -f "$kernel" ] && echo "$kernel") | head -1)
+  if [ -f "$kernel" ]; then needs=("$kernel" "$here/emulator.h" "$kernels"/*.cuh); else needs=("$here"/*.h); fi
+  newest=$(ls -t "$source" "$here/build.sh" "${needs[@]}" | head -1)
   [ "$object" -nt "$newest" ] || compile+=("$name")
 done
 
@@ -77,6 +78,7 @@ if [ ${#compile[@]} -gt 0 ] || [ ! -f "$out/libcuda-emulator.so" ]; then
   rm -rf "$out/cache"
   g++ -shared -pthread "${link[@]}" "${library[@]}" -o "$out/libcuda-emulator.so.new"
   mv "$out/libcuda-emulator.so.new" "$out/libcuda-emulator.so"
-  [ ! -f "$out/replay.o" ] || g++ -pthread "${link[@]}" "${objects[@]}" -o "$out/replay"
+  g++ -pthread "${link[@]}" "${objects[@]}" -o "$out/replay.new"
+  mv "$out/replay.new" "$out/replay"
 fi
 echo "$out"

@@ -11,6 +11,7 @@ enum Result { Success = 0, InvalidValue = 1, OutOfMemory = 2, NotFound = 500, La
 /// with every argument in 8 bytes.
 enum class Event : uint8_t { Allocate = 1, Free, Write, Copy, Fill, Read, Launch };
 
+void memory_info(size_t& free, size_t& total);
 Result allocate(uint64_t& address, size_t bytes);
 Result release(uint64_t address);
 Result write(uint64_t to, const void* from, size_t bytes);
@@ -22,7 +23,7 @@ Result launch(const emulator::Function& function, dim3 grid, unsigned threads, s
 /// Whether an allocation has those bytes.
 bool holds(uint64_t address, size_t bytes);
 
-/// Makes the copies that a stream has put off.
+/// Makes the copies that a stream has put off (libcuda.cpp).
 void finish(void* stream);
 
 /// What a trace keeps of the bytes that were read.

@@ -42,10 +42,10 @@ internal sealed unsafe class CudaDevice : IDisposable
         s_current = this;
         Check(CudaDriver.cuStreamCreate(&stream, CudaDriver.NonBlocking), "the GPU could not be used");
         _stream = stream;
-        foreach (string source in KernelImages.Sources)
+        foreach ((string source, byte[] code) in KernelImages.Sources.Zip(KernelImages.GetAll(Gpu.Capability)))
         {
             nint module;
-            fixed (byte* image = KernelImages.Get(source, Gpu.Capability))
+            fixed (byte* image = code)
             {
                 int result = CudaDriver.cuModuleLoadData(&module, image);
                 if (result != 0)

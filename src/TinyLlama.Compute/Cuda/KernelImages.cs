@@ -1,4 +1,5 @@
 using System.Reflection;
+using System.Runtime.ExceptionServices;
 using System.Runtime.InteropServices;
 using System.Security.Cryptography;
 using System.Text;
@@ -29,6 +30,22 @@ internal static unsafe class KernelImages
             int major, minor;
             Check(Nvrtc.nvrtcVersion(&major, &minor), "its version");
             return $"{major}.{minor}";
+        }
+    }
+
+    /// <summary>The machine code of all <see cref="Sources"/>, in their order; compiled side by side, as it may take many seconds.</summary>
+    /// <param name="capability">The compute capability of the GPU, as 90.</param>
+    /// <exception cref="DeviceException">NVRTC does not know the GPU.</exception>
+    public static byte[][] GetAll(int capability)
+    {
+        try
+        {
+            return [.. Sources.AsParallel().AsOrdered().Select(source => Get(source, capability))];
+        }
+        catch (AggregateException e)
+        {
+            ExceptionDispatchInfo.Throw(e.InnerExceptions[0]);
+            throw;
         }
     }
 

@@ -1,0 +1,325 @@
+// libcuda as far as the product calls it. A module is what the emulator was built with. Every call is done when it returns, but
+// for copies that a device makes by itself.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <mutex>
+
+#include "driver.h"
+
+using driver::Result;
+
+static const std::map<int, const char*> names = {
+    {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"}, {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {500, "CUDA_ERROR_NOT_FOUND"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}};
+
+// A failed launch is the end of what was queued behind it: of all that the stream is asked for from then on.
+struct Stream {
+    Result failure = driver::Success;
+};
+
+static int queue(Stream* stream, Result result) {
+    if (stream->failure == driver::Success && result == driver::LaunchFailed) {
+        stream->failure = result;
+    }
+
+    return stream->failure != driver::Success ? stream->failure : result;
+}
+
+// Memory of the host that a device reads by itself, and the copies from it: made as late as may be, so that who writes there
+// too early is found out.
+struct Late {
+    Stream* stream;
+    uint64_t to;
+    const void* from;
+    size_t bytes;
+};
+
+static std::mutex late_mutex;
+static std::vector<Late> late;
+static std::map<uint64_t, size_t> pinned;
+
+static bool is_pinned(const void* memory) {
+    auto next = pinned.upper_bound((uint64_t)memory);
+    return next != pinned.begin() && (--next, (uint64_t)memory < next->first + next->second);
+}
+
+static void finish_where(const std::function<bool(const Late&)>& due) {
+    std::lock_guard lock(late_mutex);
+    std::vector<Late> rest;
+    for (const Late& copy : late) {
+        if (due(copy)) {
+            queue(copy.stream, driver::write(copy.to, copy.from, copy.bytes));
+        } else {
+            rest.push_back(copy);
+        }
+    }
+
+    late.swap(rest);
+}
+
+void driver::finish(void* stream) {
+    finish_where([&](const Late& copy) { return copy.stream == stream; });
+}
+
+static int environment(const char* name, int otherwise) {
+    const char* value = getenv(name);
+    return value ? atoi(value) : otherwise;
+}
+
+// What TINYLLAMA_CUDA_FAIL says: "cuLaunchKernel 100 719" lets 100 launches succeed, and from the next on 719 is the result.
+static int planned_failure(const char* function) {
+    static std::atomic<long> calls;
+    const char* value = getenv("TINYLLAMA_CUDA_FAIL");
+    char name[64];
+    long successes;
+    int error;
+    if (!value || sscanf(value, "%63s %ld %d", name, &successes, &error) != 3 || strcmp(name, function) != 0 || calls++ < successes) {
+        return 0;
+    }
+
+    return error;
+}
+
+extern "C" {
+
+int cuInit(unsigned) {
+    emulator::schedule = environment("TINYLLAMA_CUDA_SCHEDULE", 0);
+    return planned_failure("cuInit");
+}
+
+int cuDriverGetVersion(int* version) {
+    *version = environment("TINYLLAMA_CUDA_VERSION", 13000);
+    return 0;
+}
+
+int cuDeviceGetCount(int* count) {
+    *count = 1;
+    return 0;
+}
+
+int cuDeviceGet(int* device, int) {
+    *device = 0;
+    return 0;
+}
+
+int cuDeviceGetName(char* name, int length, int) {
+    snprintf(name, length, "CUDA emulator");
+    return 0;
+}
+
+// The attributes of one H200; its compute capability can be told otherwise.
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+    const int capability = environment("TINYLLAMA_CUDA_CAPABILITY", 90);
+    switch (attribute) {
+        case 16: *value = 132; return 0;                 // multiprocessors
+        case 75: *value = capability / 10; return 0;
+        case 76: *value = capability % 10; return 0;
+        case 97: *value = 227 << 10; return 0;           // shared memory of a block, opt-in
+        default: return driver::InvalidValue;
+    }
+}
+
+int cuDeviceTotalMem_v2(size_t* bytes, int) {
+    size_t free;
+    driver::memory_info(free, *bytes);
+    return 0;
+}
+
+int cuMemGetInfo_v2(size_t* free, size_t* total) {
+    driver::memory_info(*free, *total);
+    return 0;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int) {
+    *context = (void*)1;
+    return 0;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+int cuCtxSetCurrent(void*) { return 0; }
+
+int cuStreamCreate(Stream** stream, unsigned) {
+    *stream = new Stream;
+    return 0;
+}
+
+int cuStreamDestroy_v2(Stream* stream) {
+    driver::finish(stream);
+    delete stream;
+    return 0;
+}
+
+int cuStreamSynchronize(Stream* stream) {
+    driver::finish(stream);
+    return stream->failure;
+}
+
+struct Event {
+    Stream* stream = nullptr;
+};
+
+int cuEventCreate(Event** event, unsigned) {
+    *event = new Event;
+    return 0;
+}
+
+int cuEventDestroy_v2(Event* event) {
+    delete event;
+    return 0;
+}
+
+int cuEventRecord(Event* event, Stream* stream) {
+    event->stream = stream;
+    return stream->failure;
+}
+
+int cuEventSynchronize(Event* event) { return event->stream ? cuStreamSynchronize(event->stream) : 0; }
+
+int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
+    std::lock_guard lock(late_mutex);
+    *memory = malloc(bytes);
+    pinned[(uint64_t)*memory] = bytes;
+    return *memory ? 0 : driver::OutOfMemory;
+}
+
+int cuMemFreeHost(void* memory) {
+    std::lock_guard lock(late_mutex);
+    pinned.erase((uint64_t)memory);
+    free(memory);
+    return 0;
+}
+
+int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return driver::allocate(*address, bytes); }
+
+int cuMemFree_v2(uint64_t address) {
+    finish_where([](const Late&) { return true; });
+    return driver::release(address);
+}
+
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
+    {
+        std::lock_guard lock(late_mutex);
+        if (is_pinned(from)) {
+            if (!driver::holds(to, bytes)) {
+                return driver::InvalidValue;
+            }
+
+            late.push_back({stream, to, from, bytes});
+            return stream->failure;
+        }
+    }
+
+    driver::finish(stream);
+    return queue(stream, driver::write(to, from, bytes));
+}
+
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* stream) {
+    driver::finish(stream);
+    return queue(stream, driver::read(to, from, bytes));
+}
+
+int cuMemsetD8Async(uint64_t to, uint8_t value, size_t bytes, Stream* stream) {
+    driver::finish(stream);
+    return queue(stream, driver::fill(to, value, bytes));
+}
+
+int cuMemsetD2D8Async(uint64_t to, size_t pitch, uint8_t value, size_t width, size_t height, Stream* stream) {
+    driver::finish(stream);
+    Result result = driver::Success;
+    for (size_t row = 0; row < height && result == driver::Success; row++) {
+        result = driver::fill(to + row * pitch, value, width);
+    }
+
+    return queue(stream, result);
+}
+
+// CUDA_MEMCPY2D.
+struct Copy2D {
+    size_t from_x, from_y;
+    int from_type;
+    const void* from_host;
+    uint64_t from;
+    void* from_array;
+    size_t from_pitch;
+    size_t to_x, to_y;
+    int to_type;
+    void* to_host;
+    uint64_t to;
+    void* to_array;
+    size_t to_pitch;
+    size_t width, height;
+};
+
+int cuMemcpy2DAsync_v2(const Copy2D* copy, Stream* stream) {
+    driver::finish(stream);
+    constexpr int Device = 2;
+    Result result = copy->from_type == Device && copy->to_type == Device ? driver::Success : driver::InvalidValue;
+    for (size_t row = 0; row < copy->height && result == driver::Success; row++) {
+        result = driver::copy(copy->to + row * copy->to_pitch, copy->from + row * copy->from_pitch, copy->width);
+    }
+
+    return queue(stream, result);
+}
+
+// A module is a source; its image is the source's name, as nvrtcGetCUBIN below gives it.
+int cuModuleLoadData(void** module, const char* image) {
+    if (int error = planned_failure("cuModuleLoadData")) {
+        return error;
+    }
+
+    for (emulator::Source* source : emulator::sources()) {
+        if (strcmp(source->name, image) == 0) {
+            *module = source;
+            return 0;
+        }
+    }
+
+    return driver::InvalidValue;
+}
+
+int cuModuleUnload(void*) { return 0; }
+
+int cuModuleGetFunction(const void** function, const emulator::Source* module, const char* name) {
+    for (const emulator::Function& candidate : module->functions) {
+        if (strcmp(candidate.name, name) == 0) {
+            *function = &candidate;
+            return 0;
+        }
+    }
+
+    return driver::NotFound;
+}
+
+int cuFuncGetAttribute(int* value, int, const emulator::Function*) {
+    *value = 0;
+    return 0;
+}
+
+int cuFuncSetAttribute(const emulator::Function*, int, int) { return 0; }
+
+int cuLaunchKernel(
+    const emulator::Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z,
+    unsigned shared_bytes, Stream* stream, void** arguments, void**) {
+    driver::finish(stream);
+    if (int error = planned_failure("cuLaunchKernel")) {
+        stream->failure = (Result)error;
+    }
+
+    if (stream->failure != driver::Success) {
+        return stream->failure;
+    }
+
+    return threads_y != 1 || threads_z != 1
+        ? (int)driver::InvalidValue
+        : queue(stream, driver::launch(*function, {x, y, z}, threads, shared_bytes, arguments));
+}
+
+int cuGetErrorName(int error, const char** name) {
+    auto found = names.find(error);
+    *name = found == names.end() ? "CUDA_ERROR_UNKNOWN" : found->second;
+    return 0;
+}
+
+}  // extern "C"
