@@ -79,6 +79,14 @@ public abstract class Backend : IDisposable
     public abstract void Read<T>(Span<T> destination, Tensor source)
         where T : unmanaged;
 
+    /// <summary>
+    /// Runs operations that are the same each time, on the same tensors, whatever these hold. A device may record them and
+    /// queue the record at once from then on; so they must not read or write host memory.
+    /// </summary>
+    /// <param name="recording">What stands for these operations; dispose of it before the backend.</param>
+    /// <param name="operations">Calls them.</param>
+    public virtual void Repeat(Recording recording, Action operations) => operations();
+
     /// <summary>Sets every element to zero.</summary>
     public abstract void Zero(Tensor destination);
 

@@ -265,9 +265,8 @@ int cublasLtMatmulAlgoGetHeuristic(
 int cublasLtMatmul(
     void* lt, const Descriptor* operation, const float* alpha, const uint16_t* a, const Layout* layout_a, const uint16_t* b,
     const Layout* layout_b, const float* beta, const void* c, const Layout* layout_c, void* d, const Layout* layout_d,
-    const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream) {
+    const Algorithm* algorithm, void* workspace, size_t workspace_bytes, driver::Stream* stream) {
     Algorithm wanted = algorithm ? *algorithm : Algorithm{};
-    driver::finish(stream);
     if (lt != &handle || !is(algorithm) || !stream || *alpha != 1 || c != d) {
         return refuse(InvalidValue, "no handle, algorithm or stream, alpha %f, or C elsewhere than D", *alpha);
     }
@@ -294,7 +293,8 @@ int cublasLtMatmul(
         return refuse(InvalidValue, "a result that overlaps an operand");
     }
 
-    if (algorithm->workspace > 0 && driver::fill((uint64_t)workspace, 0xff, algorithm->workspace) != driver::Success) {
+    const uint64_t room = (uint64_t)workspace, room_bytes = algorithm->workspace;
+    if (room_bytes > 0 && driver::queue(stream, [=] { return driver::fill(room, 0xff, room_bytes); }) != driver::Success) {
         return refuse(ExecutionFailed, "a workspace that is not the device's");
     }
 
@@ -302,7 +302,7 @@ int cublasLtMatmul(
     float factor = *beta;
     void* arguments[] = {&d, &a, &b, &wanted.m, &wanted.n, &wanted.k, &wanted.leading_a, &wanted.leading_b, &wanted.leading_d,
                          &operation_a, &operation_b, &type, &factor, nullptr};
-    return driver::launch(source.functions[0], {}, 0, 0, arguments) == driver::Success ? Success : ExecutionFailed;
+    return driver::queue_launch(stream, source.functions[0], {}, 0, 0, arguments) == driver::Success ? Success : ExecutionFailed;
 }
 
 }  // extern "C"

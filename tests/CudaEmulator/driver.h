@@ -1,10 +1,13 @@
 // The memory and the launches of the one device that there is, with or without a trace of them: see README.md.
 #pragma once
+#include <functional>
+#include <vector>
+
 #include "emulator.h"
 
 namespace driver {
 
-enum Result { Success = 0, InvalidValue = 1, OutOfMemory = 2, NotFound = 500, LaunchFailed = 719 };
+enum Result { Success = 0, InvalidValue = 1, OutOfMemory = 2, NotFound = 500, LaunchFailed = 719, CaptureUnsupported = 900 };
 
 /// What a trace is made of. Each event is a byte, then its fields in the order of the arguments below, addresses and sizes in
 /// 8 bytes: Write ends with the bytes, Read with their hash; Launch begins with the length and the letters of the name, and ends
@@ -23,8 +26,19 @@ Result launch(const emulator::Function& function, dim3 grid, unsigned threads, s
 /// Whether an allocation has those bytes.
 bool holds(uint64_t address, size_t bytes);
 
-/// Makes the copies that a stream has put off (libcuda.cpp).
-void finish(void* stream);
+/// What is queued in order. A failed launch is the end of what was queued behind it: of all that the stream is asked for from
+/// then on. While it captures, nothing runs.
+struct Stream {
+    Result failure = Success;
+    bool captures = false;
+    std::vector<std::function<Result()>> captured;
+};
+
+/// Runs work after the copies that the stream has put off, or keeps it for later while the stream captures (libcuda.cpp).
+Result queue(Stream* stream, std::function<Result()> work);
+
+/// `launch`, queued (libcuda.cpp).
+Result queue_launch(Stream* stream, const emulator::Function& function, dim3 grid, unsigned threads, size_t shared_bytes, void** arguments);
 
 /// What a trace keeps of the bytes that were read.
 uint64_t hash(const void* memory, size_t bytes);

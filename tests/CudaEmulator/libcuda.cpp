@@ -3,23 +3,20 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <map>
 #include <mutex>
 
 #include "driver.h"
 
+using driver::queue;
 using driver::Result;
+using driver::Stream;
 
 static const std::map<int, const char*> names = {
-    {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"}, {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {500, "CUDA_ERROR_NOT_FOUND"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}};
+    {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"}, {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {500, "CUDA_ERROR_NOT_FOUND"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}, {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"}};
 
-// A failed launch is the end of what was queued behind it: of all that the stream is asked for from then on.
-struct Stream {
-    Result failure = driver::Success;
-};
-
-static int queue(Stream* stream, Result result) {
+static Result run(Stream* stream, const std::function<Result()>& work) {
+    const Result result = work();
     if (stream->failure == driver::Success && result == driver::LaunchFailed) {
         stream->failure = result;
     }
@@ -50,7 +47,7 @@ static void finish_where(const std::function<bool(const Late&)>& due) {
     std::vector<Late> rest;
     for (const Late& copy : late) {
         if (due(copy)) {
-            queue(copy.stream, driver::write(copy.to, copy.from, copy.bytes));
+            run(copy.stream, [&] { return driver::write(copy.to, copy.from, copy.bytes); });
         } else {
             rest.push_back(copy);
         }
@@ -59,8 +56,37 @@ static void finish_where(const std::function<bool(const Late&)>& due) {
     late.swap(rest);
 }
 
-void driver::finish(void* stream) {
+static void finish(Stream* stream) {
     finish_where([&](const Late& copy) { return copy.stream == stream; });
+}
+
+Result driver::queue(Stream* stream, std::function<Result()> work) {
+    if (stream->captures) {
+        stream->captured.push_back(std::move(work));
+        return Success;
+    }
+
+    finish(stream);
+    return run(stream, work);
+}
+
+Result driver::queue_launch(
+    Stream* stream, const emulator::Function& function, dim3 grid, unsigned threads, size_t shared_bytes, void** arguments) {
+    std::vector<uint64_t> values;
+    for (int i = 0; i < function.count && arguments[i]; i++) {
+        values.push_back(0);
+        memcpy(&values.back(), arguments[i], function.parameters[i].bytes);
+    }
+
+    return queue(stream, [=, &function]() mutable {
+        std::vector<void*> pointers;
+        for (uint64_t& value : values) {
+            pointers.push_back(&value);
+        }
+
+        pointers.push_back(nullptr);
+        return driver::launch(function, grid, threads, shared_bytes, pointers.data());
+    });
 }
 
 static int environment(const char* name, int otherwise) {
@@ -146,13 +172,19 @@ int cuStreamCreate(Stream** stream, unsigned) {
 }
 
 int cuStreamDestroy_v2(Stream* stream) {
-    driver::finish(stream);
+    finish(stream);
     delete stream;
     return 0;
 }
 
+static Stream* capturing;  // the stream that captures, if one does
+
 int cuStreamSynchronize(Stream* stream) {
-    driver::finish(stream);
+    if (stream->captures) {
+        return driver::CaptureUnsupported;
+    }
+
+    finish(stream);
     return stream->failure;
 }
 
@@ -191,14 +223,22 @@ int cuMemFreeHost(void* memory) {
     return 0;
 }
 
-int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return driver::allocate(*address, bytes); }
+int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return capturing ? driver::CaptureUnsupported : driver::allocate(*address, bytes); }
 
 int cuMemFree_v2(uint64_t address) {
+    if (capturing) {
+        return driver::CaptureUnsupported;
+    }
+
     finish_where([](const Late&) { return true; });
     return driver::release(address);
 }
 
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
+    if (stream->captures) {
+        return driver::CaptureUnsupported;
+    }
+
     {
         std::lock_guard lock(late_mutex);
         if (is_pinned(from)) {
@@ -211,28 +251,26 @@ int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* st
         }
     }
 
-    driver::finish(stream);
-    return queue(stream, driver::write(to, from, bytes));
+    return queue(stream, [=] { return driver::write(to, from, bytes); });
 }
 
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* stream) {
-    driver::finish(stream);
-    return queue(stream, driver::read(to, from, bytes));
+    return stream->captures ? driver::CaptureUnsupported : queue(stream, [=] { return driver::read(to, from, bytes); });
 }
 
 int cuMemsetD8Async(uint64_t to, uint8_t value, size_t bytes, Stream* stream) {
-    driver::finish(stream);
-    return queue(stream, driver::fill(to, value, bytes));
+    return queue(stream, [=] { return driver::fill(to, value, bytes); });
 }
 
 int cuMemsetD2D8Async(uint64_t to, size_t pitch, uint8_t value, size_t width, size_t height, Stream* stream) {
-    driver::finish(stream);
-    Result result = driver::Success;
-    for (size_t row = 0; row < height && result == driver::Success; row++) {
-        result = driver::fill(to + row * pitch, value, width);
-    }
+    return queue(stream, [=] {
+        Result result = driver::Success;
+        for (size_t row = 0; row < height && result == driver::Success; row++) {
+            result = driver::fill(to + row * pitch, value, width);
+        }
 
-    return queue(stream, result);
+        return result;
+    });
 }
 
 // CUDA_MEMCPY2D.
@@ -253,14 +291,69 @@ struct Copy2D {
 };
 
 int cuMemcpy2DAsync_v2(const Copy2D* copy, Stream* stream) {
-    driver::finish(stream);
     constexpr int Device = 2;
-    Result result = copy->from_type == Device && copy->to_type == Device ? driver::Success : driver::InvalidValue;
-    for (size_t row = 0; row < copy->height && result == driver::Success; row++) {
-        result = driver::copy(copy->to + row * copy->to_pitch, copy->from + row * copy->from_pitch, copy->width);
+    return queue(stream, [copy = *copy] {
+        Result result = copy.from_type == Device && copy.to_type == Device ? driver::Success : driver::InvalidValue;
+        for (size_t row = 0; row < copy.height && result == driver::Success; row++) {
+            result = driver::copy(copy.to + row * copy.to_pitch, copy.from + row * copy.from_pitch, copy.width);
+        }
+
+        return result;
+    });
+}
+
+int cuStreamBeginCapture_v2(Stream* stream, int) {
+    if (capturing) {
+        return driver::InvalidValue;
     }
 
-    return queue(stream, result);
+    stream->captures = true;
+    capturing = stream;
+    return 0;
+}
+
+// A graph, and one that can be launched, is the list of what was captured.
+typedef std::vector<std::function<Result()>> Graph;
+
+int cuStreamEndCapture(Stream* stream, Graph** graph) {
+    if (!stream->captures) {
+        return driver::InvalidValue;
+    }
+
+    *graph = new Graph(std::move(stream->captured));
+    stream->captured.clear();
+    stream->captures = false;
+    capturing = nullptr;
+    return 0;
+}
+
+int cuGraphInstantiateWithFlags(Graph** executable, const Graph* graph, unsigned long long) {
+    *executable = new Graph(*graph);
+    return 0;
+}
+
+int cuGraphLaunch(const Graph* executable, Stream* stream) {
+    if (int error = planned_failure("cuGraphLaunch")) {
+        stream->failure = (Result)error;
+    }
+
+    for (const auto& work : *executable) {
+        if (const Result result = queue(stream, work)) {
+            return result;
+        }
+    }
+
+    return stream->failure;
+}
+
+int cuGraphDestroy(Graph* graph) {
+    delete graph;
+    return 0;
+}
+
+int cuGraphExecDestroy(Graph* executable) {
+    delete executable;
+    return 0;
 }
 
 // A module is a source; its image is the source's name, as nvrtcGetCUBIN below gives it.
@@ -302,7 +395,6 @@ int cuFuncSetAttribute(const emulator::Function*, int, int) { return 0; }
 int cuLaunchKernel(
     const emulator::Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z,
     unsigned shared_bytes, Stream* stream, void** arguments, void**) {
-    driver::finish(stream);
     if (int error = planned_failure("cuLaunchKernel")) {
         stream->failure = (Result)error;
     }
@@ -313,7 +405,7 @@ int cuLaunchKernel(
 
     return threads_y != 1 || threads_z != 1
         ? (int)driver::InvalidValue
-        : queue(stream, driver::launch(*function, {x, y, z}, threads, shared_bytes, arguments));
+        : (int)driver::queue_launch(stream, *function, {x, y, z}, threads, shared_bytes, arguments);
 }
 
 int cuGetErrorName(int error, const char** name) {

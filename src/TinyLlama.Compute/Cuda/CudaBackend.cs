@@ -116,6 +116,21 @@ public sealed unsafe class CudaBackend : Backend
     }
 
     /// <inheritdoc/>
+    /// <remarks>The first time they run as they are, so that what is taken at first use is there; then a CUDA graph replays them.</remarks>
+    public override void Repeat(Recording recording, Action operations)
+    {
+        if (!recording.HasRun)
+        {
+            operations();
+            recording.HasRun = true;
+            return;
+        }
+
+        recording.Replayed ??= _device.Capture(operations);
+        ((CudaGraph)recording.Replayed).Launch();
+    }
+
+    /// <inheritdoc/>
     public override void Zero(Tensor destination) => Cuda.Copy.Zero(_device, destination);
 
     /// <inheritdoc/>

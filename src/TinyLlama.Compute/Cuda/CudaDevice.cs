@@ -205,6 +205,31 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
     }
 
+    /// <summary>Records operations instead of running them. They must neither wait, nor allocate, nor copy from or to the host.</summary>
+    /// <exception cref="DeviceException">The GPU failed, or an operation did what it must not.</exception>
+    public CudaGraph Capture(Action operations)
+    {
+        const string What = "recording operations";
+        MakeCurrent();
+        Check(CudaDriver.cuStreamBeginCapture_v2(_stream, CudaDriver.CaptureThreadLocal), What);
+        nint graph, executable;
+        int ended;
+        try
+        {
+            operations();
+        }
+        finally
+        {
+            ended = CudaDriver.cuStreamEndCapture(_stream, &graph);
+        }
+
+        Check(ended, What);
+        int instantiated = CudaDriver.cuGraphInstantiateWithFlags(&executable, graph, 0);
+        _ = CudaDriver.cuGraphDestroy(graph);
+        Check(instantiated, What);
+        return new CudaGraph(this, executable);
+    }
+
     /// <summary>Throws the driver's error as one line.</summary>
     /// <param name="result">What the driver returned.</param>
     /// <param name="what">The kernel, or what was tried.</param>

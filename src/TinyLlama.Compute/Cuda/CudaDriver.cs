@@ -36,6 +36,9 @@ internal static unsafe partial class CudaDriver
     /// <summary>CU_EVENT_DISABLE_TIMING.</summary>
     public const uint EventWithoutTime = 2;
 
+    /// <summary>CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do is no part of a capture and cannot spoil it.</summary>
+    public const int CaptureThreadLocal = 1;
+
     private const string Library = SystemLibraries.CudaDriver;
 
     static CudaDriver() => SystemLibraries.Resolve();
@@ -117,6 +120,24 @@ internal static unsafe partial class CudaDriver
 
     [LibraryImport(Library)]
     public static partial int cuEventSynchronize(nint awaited);
+
+    [LibraryImport(Library)]
+    public static partial int cuStreamBeginCapture_v2(nint stream, int mode);
+
+    [LibraryImport(Library)]
+    public static partial int cuStreamEndCapture(nint stream, nint* graph);
+
+    [LibraryImport(Library)]
+    public static partial int cuGraphInstantiateWithFlags(nint* executable, nint graph, ulong flags);
+
+    [LibraryImport(Library)]
+    public static partial int cuGraphLaunch(nint executable, nint stream);
+
+    [LibraryImport(Library)]
+    public static partial int cuGraphDestroy(nint graph);
+
+    [LibraryImport(Library)]
+    public static partial int cuGraphExecDestroy(nint executable);
 
     [LibraryImport(Library)]
     public static partial int cuModuleLoadData(nint* module, void* image);

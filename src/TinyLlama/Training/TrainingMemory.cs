@@ -83,9 +83,13 @@ public sealed class TrainingMemory : IDisposable
         return memory;
     }
 
+    /// <summary>Gets what the device keeps of the operations of a micro-batch.</summary>
+    public Recording MicroStep { get; } = new();
+
     /// <inheritdoc/>
     public void Dispose()
     {
+        MicroStep.Dispose();
         _modelArenas.Dispose();
         _optimizerState.Dispose();
         _activations.Dispose();

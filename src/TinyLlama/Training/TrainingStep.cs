@@ -15,11 +15,17 @@ public readonly record struct StepResult(double Loss, double GradientNorm, long 
 }
 
 /// <summary>One optimizer update from one global batch. Allocates no managed memory.</summary>
-/// <param name="memory">Model, optimizer and buffers.</param>
-/// <param name="backend">The device.</param>
-public sealed class TrainingStep(TrainingMemory memory, Backend backend)
+public sealed class TrainingStep
 {
+    private readonly TrainingMemory _memory;
+    private readonly Backend _backend;
+    private readonly Action _accumulate;
     private long _targets;
+
+    /// <summary>A step over given memory.</summary>
+    /// <param name="memory">Model, optimizer and buffers.</param>
+    /// <param name="backend">The device.</param>
+    public TrainingStep(TrainingMemory memory, Backend backend) => (_memory, _backend, _accumulate) = (memory, backend, AccumulateOperations);
 
     /// <summary>Forward, backward and update over the samples of one step.</summary>
     /// <param name="step">1 for the first update.</param>
@@ -31,7 +37,7 @@ public sealed class TrainingStep(TrainingMemory memory, Backend backend)
     public StepResult Run(
         long step, long firstSample, double learningRate, TokenLoader loader, DocumentAttention documents, int accumulation)
     {
-        int sequences = memory.Batch.Sequences;
+        int sequences = _memory.Batch.Sequences;
         long targets = 0;
         for (int s = 0; s < sequences * accumulation; s++)
         {
@@ -41,7 +47,7 @@ public sealed class TrainingStep(TrainingMemory memory, Backend backend)
         Begin(targets);
         for (int micro = 0; micro < accumulation; micro++)
         {
-            memory.Batch.Fill(backend, loader, firstSample + ((long)micro * sequences), documents);
+            _memory.Batch.Fill(_backend, loader, firstSample + ((long)micro * sequences), documents);
             Accumulate();
         }
 
@@ -54,17 +60,22 @@ public sealed class TrainingStep(TrainingMemory memory, Backend backend)
     {
         _targets = targets;
         Span<float> scale = [(float)(1.0 / targets)];
-        backend.Write<float>(memory.Scale, scale);
-        backend.Zero(memory.LossSum);
+        _backend.Write<float>(_memory.Scale, scale);
+        _backend.Zero(_memory.LossSum);
     }
 
     /// <summary>Forward and backward of the micro-batch that <see cref="TrainingMemory.Batch"/> holds.</summary>
     public void Accumulate()
     {
-        MicroBatch batch = memory.Batch;
-        memory.Model.Forward(memory.Workspace, batch.Tokens, batch.Layout, KeyValueSource.Batch);
-        memory.Model.Backward(memory.Workspace, batch.Tokens, batch.Targets, memory.Scale, batch.Layout);
-        backend.Sum(memory.LossSum, memory.Workspace.Losses(batch.Targets.Rows));
+        // With one segment a sequence, the launches are those of every such micro-batch.
+        if (_memory.Batch.Layout.SegmentCount == _memory.Batch.Sequences)
+        {
+            _backend.Repeat(_memory.MicroStep, _accumulate);
+        }
+        else
+        {
+            AccumulateOperations();
+        }
     }
 
     /// <summary>Updates the parameters, unless the loss or the gradient is not finite.</summary>
@@ -73,13 +84,21 @@ public sealed class TrainingStep(TrainingMemory memory, Backend backend)
     public StepResult End(long step, double learningRate)
     {
         Span<double> sum = stackalloc double[1];
-        backend.Read(sum, memory.LossSum);
-        var result = new StepResult(sum[0] / _targets, memory.Optimizer.GradientNorm(), _targets);
+        _backend.Read(sum, _memory.LossSum);
+        var result = new StepResult(sum[0] / _targets, _memory.Optimizer.GradientNorm(), _targets);
         if (result.IsFinite)
         {
-            memory.Optimizer.Update(step, learningRate);
+            _memory.Optimizer.Update(step, learningRate);
         }
 
         return result;
+    }
+
+    private void AccumulateOperations()
+    {
+        MicroBatch batch = _memory.Batch;
+        _memory.Model.Forward(_memory.Workspace, batch.Tokens, batch.Layout, KeyValueSource.Batch);
+        _memory.Model.Backward(_memory.Workspace, batch.Tokens, batch.Targets, _memory.Scale, batch.Layout);
+        _backend.Sum(_memory.LossSum, _memory.Workspace.Losses(batch.Targets.Rows));
     }
 }

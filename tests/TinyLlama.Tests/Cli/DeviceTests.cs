@@ -129,11 +129,11 @@ public sealed class DeviceTests
         using var folder = new TemporaryFolder();
         string[] pretrain = ["pretrain", "--recipe", TinyRun.Prepare(folder, steps: 40), "--out", folder["run"], "--set", "batch.global_tokens=128", "--set", "batch.micro_sequences=1"];
 
-        // 20 steps on the CPU, then on a GPU that fails after some steps: each launches more than a hundred kernels.
+        // 20 steps on the CPU, then on a GPU that fails after some steps: each replays the graph of its micro-batches.
         Assert.Equal(0, (await RunAsync([], [.. pretrain, "--max-steps", "20"])).Code);
-        (int code, _, string error) = await RunAsync(["TINYLLAMA_CUDA_FAIL=cuLaunchKernel 1500 719"], [.. pretrain, "--device", "cuda"]);
+        (int code, _, string error) = await RunAsync(["TINYLLAMA_CUDA_FAIL=cuGraphLaunch 15 719"], [.. pretrain, "--device", "cuda"]);
         Assert.Equal(2, code);
-        Assert.Matches(@"error: step \d\d: cuda:0 \(CUDA emulator\): \w+: CUDA_ERROR_LAUNCH_FAILED; the checkpoint of step 20 is whole: the same command goes on from there$", error.TrimEnd());
+        Assert.Matches(@"error: step \d\d: cuda:0 \(CUDA emulator\): a graph of operations: CUDA_ERROR_LAUNCH_FAILED; the checkpoint of step 20 is whole: the same command goes on from there$", error.TrimEnd());
         Assert.Contains("the run goes on with 'cuda CUDA emulator, sm_90", error, StringComparison.Ordinal);
 
         // Another GPU goes on from there, and the CPU from its checkpoint. The loss falls all the way.
