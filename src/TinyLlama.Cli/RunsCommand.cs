@@ -98,7 +98,7 @@ internal static class RunsCommand
             {
                 IReadOnlyList<string> faults = TrainingCheckpoint.Verify(checkpoint);
                 sound &= faults.Count == 0;
-                results.Add(new JsonObject
+                results.Add((JsonNode)new JsonObject
                 {
                     ["step"] = step,
                     ["path"] = checkpoint,
