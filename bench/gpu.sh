@@ -27,7 +27,7 @@ pack() {
   source=$(mktemp -d)
   # shellcheck disable=SC2064
   trap "rm -rf '$source'" EXIT
-  # A copy: publishing for one system writes into lock files.
+  # Of the last commit, whatever lies in the working tree.
   git archive HEAD | tar -x -C "$source"
   for project in tests/TinyLlama.Compute.Tests tests/TinyLlama.Tests src/TinyLlama.Cli; do
     dotnet publish "$source/$project" -c Release -r linux-x64 --self-contained -p:RunAnalyzers=false -v q -nologo -o "$source/gpu/bin"

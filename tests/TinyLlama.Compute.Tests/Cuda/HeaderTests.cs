@@ -26,6 +26,7 @@ public sealed class HeaderTests : CudaTests
         ("CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES", CudaDriver.FunctionDynamicSharedBytes),
         ("CU_STREAM_NON_BLOCKING", CudaDriver.NonBlocking),
         ("CU_EVENT_DISABLE_TIMING", CudaDriver.EventWithoutTime),
+        ("CU_STREAM_CAPTURE_MODE_THREAD_LOCAL", CudaDriver.CaptureThreadLocal),
         ("CU_MEMORYTYPE_DEVICE", CudaDriver.Copy2D.Device),
         ("CUDA_R_32F", CublasLt.Real32F),
         ("CUDA_R_16BF", CublasLt.Real16BF),
