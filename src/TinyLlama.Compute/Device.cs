@@ -39,8 +39,9 @@ public readonly record struct Device(DeviceKind Kind, int Ordinal = 0)
     /// <summary>Makes the device ready.</summary>
     /// <param name="threads">Threads of the CPU; 0 for one a core.</param>
     /// <param name="products">What the CPU rounds operands of matrix products to: F32 or BF16. A GPU's are BF16.</param>
+    /// <param name="warn">Is told, in one line, that <see cref="DeviceKind.Auto"/> found no GPU.</param>
     /// <exception cref="DeviceException">There is no such device, or it cannot be used; says why.</exception>
-    public Backend Open(int threads = 0, DType products = DType.F32)
+    public Backend Open(int threads = 0, DType products = DType.F32, Action<string>? warn = null)
     {
         Gpu? gpu = Kind switch
         {
@@ -48,6 +49,11 @@ public readonly record struct Device(DeviceKind Kind, int Ordinal = 0)
             DeviceKind.Auto => Gpu.All().FirstOrDefault(gpu => gpu.Fault is null),
             _ => null,
         };
+        if (gpu is null && Kind == DeviceKind.Auto)
+        {
+            warn?.Invoke("no GPU can be used, so the CPU computes; 'tinyllama env' says why");
+        }
+
         return gpu is null ? CpuBackend.Create(threads, products: products) : CudaBackend.Create(gpu.Ordinal);
     }
 

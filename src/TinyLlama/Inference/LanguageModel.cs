@@ -77,7 +77,7 @@ public sealed class LanguageModel : IDisposable
         using ModelSource source = adapter is null ? ModelSource.Open(path, warn) : ModelSource.Open(path, adapter, warn);
         BpeTokenizer tokenizer = source.LoadTokenizer()
             ?? throw new UserErrorException($"{source.Path}: has no tokenizer; {source.TokenizerAdvice}");
-        Backend backend = device.Open(threads);
+        Backend backend = device.Open(threads, warn: warn);
         LlamaModel? model = null;
         try
         {

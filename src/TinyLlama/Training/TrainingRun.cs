@@ -46,11 +46,13 @@ public sealed class TrainingRun : IDisposable
     }
 
     /// <summary>Makes the device of a recipe ready.</summary>
+    /// <param name="recipe">The recipe.</param>
+    /// <param name="warn">As of <see cref="Device.Open"/>.</param>
     /// <exception cref="DeviceException">There is no such device, or it cannot be used.</exception>
     /// <exception cref="UserErrorException">The recipe asks for what the device has not.</exception>
-    public static Backend OpenDevice(Recipe recipe)
+    public static Backend OpenDevice(Recipe recipe, Action<string>? warn = null)
     {
-        Backend backend = recipe.Device.Open(recipe.Threads, recipe.Products);
+        Backend backend = recipe.Device.Open(recipe.Threads, recipe.Products, warn);
         try
         {
             RequireSupport(recipe, backend);
@@ -107,7 +109,7 @@ public sealed class TrainingRun : IDisposable
             }
 
             IReadOnlyList<string> changes = Changes(recipe, folder);
-            backend = OpenDevice(recipe);
+            backend = OpenDevice(recipe, observer.Warn);
             if (backend is CpuBackend && recipe.Precision != DType.F32 && CpuPaths.Choose() == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is string fault)
             {
                 observer.Warn(fault);

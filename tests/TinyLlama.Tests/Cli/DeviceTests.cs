@@ -78,6 +78,14 @@ public sealed class DeviceTests
             Assert.Equal((0, ""), (code, error));
             Assert.StartsWith(device, JsonNode.Parse(output)!["device"]!.GetValue<string>(), StringComparison.Ordinal);
         }
+
+        // A plan says what it is for; a text would not.
+        using var folder = new TemporaryFolder();
+        ModelConfig config = new() { VocabularySize = 320, ContextLength = 64, Layers = 1, Heads = 1, KeyValueHeads = 1, Channels = 16, Hidden = 16 };
+        string run = SmallModel.Save(folder["run"], config, SmallModel.Tokenizer(320));
+        (int generated, _, string said) = await RunAsync(["TINYLLAMA_CUDA_CAPABILITY=75"], "generate", run, "-p", "the", "--max-tokens", "2", "--device", "auto");
+        Assert.Equal(0, generated);
+        Assert.StartsWith("warning: no GPU can be used, so the CPU computes; 'tinyllama env' says why\n", said, StringComparison.Ordinal);
     }
 
     [Fact]
