@@ -18,7 +18,7 @@ internal static unsafe class QuantizedMatMul
     private const int GroupBytes = Group + (4 * sizeof(float));
 
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
-    private const int BlockRows = 32;
+    private const int MostRows = 32;
 
     // The same where bytes of weights are signed: rows whose sums, integers and floats, fit the registers.
     private const int SignedRows = 4;
@@ -41,9 +41,7 @@ internal static unsafe class QuantizedMatMul
         for (int row = 0; row < input.Rows; row += rowsAtOnce)
         {
             int count = Math.Min(rowsAtOnce, input.Rows - row);
-            byte* rounded = (byte*)scratch.Shared;
-            Round<V>(team, rounded, input.RowRange(row, count), panels.Type == DType.Q8_0 ? SignedRows : BlockRows);
-            Multiply<V>(team, output.RowRange(row, count), rounded, panels, accumulate);
+            Multiply<V>(team, (byte*)scratch.Shared, output.RowRange(row, count), input.RowRange(row, count), panels, accumulate);
         }
     }
 
@@ -55,44 +53,46 @@ internal static unsafe class QuantizedMatMul
         team.Run(ref work, rows.Tasks);
     }
 
-    private static void Multiply<V>(ThreadTeam team, Tensor output, byte* rounded, Tensor panels, bool accumulate)
+    private static void Multiply<V>(ThreadTeam team, byte* rounded, Tensor output, Tensor input, Tensor panels, bool accumulate)
         where V : struct, ILanes<V>
     {
         switch (panels.Type)
         {
             case DType.Q8_0:
-                Multiply<V, Q8Format<V>>(team, output, rounded, panels, accumulate);
+                Multiply<V, Q8Format<V>>(team, rounded, output, input, panels, accumulate);
                 break;
             case DType.Q4_0:
-                Multiply<V, Q4Format<V>>(team, output, rounded, panels, accumulate);
+                Multiply<V, Q4Format<V>>(team, rounded, output, input, panels, accumulate);
                 break;
             case DType.Q4_1:
-                Multiply<V, Q41Format<V>>(team, output, rounded, panels, accumulate);
+                Multiply<V, Q41Format<V>>(team, rounded, output, input, panels, accumulate);
                 break;
             case DType.Q5_0:
-                Multiply<V, Q5Format<V>>(team, output, rounded, panels, accumulate);
+                Multiply<V, Q5Format<V>>(team, rounded, output, input, panels, accumulate);
                 break;
             case DType.Q5_1:
-                Multiply<V, Q51Format<V>>(team, output, rounded, panels, accumulate);
+                Multiply<V, Q51Format<V>>(team, rounded, output, input, panels, accumulate);
                 break;
             case DType.Q4_K:
-                Multiply<V, Q4KFormat<V>>(team, output, rounded, panels, accumulate);
+                Multiply<V, Q4KFormat<V>>(team, rounded, output, input, panels, accumulate);
                 break;
             case DType.Q5_K:
-                Multiply<V, Q5KFormat<V>>(team, output, rounded, panels, accumulate);
+                Multiply<V, Q5KFormat<V>>(team, rounded, output, input, panels, accumulate);
                 break;
             case DType.Q6_K:
-                Multiply<V, Q6KFormat<V>>(team, output, rounded, panels, accumulate);
+                Multiply<V, Q6KFormat<V>>(team, rounded, output, input, panels, accumulate);
                 break;
             default:
                 throw new ArgumentOutOfRangeException(nameof(panels), panels.Type, "not a quantized type");
         }
     }
 
-    private static void Multiply<V, F>(ThreadTeam team, Tensor output, byte* rounded, Tensor panels, bool accumulate)
+    private static void Multiply<V, F>(ThreadTeam team, byte* rounded, Tensor output, Tensor input, Tensor panels, bool accumulate)
         where V : struct, ILanes<V>
         where F : struct, IBlockFormat<V>
     {
+        int blockRows = F.IsSigned ? SignedRows : MostRows;
+        Round<V>(team, rounded, input, blockRows);
         long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
         int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes, 1, Math.Max(1, panelCount / 8));
@@ -105,6 +105,7 @@ internal static unsafe class QuantizedMatMul
             PanelCount = panelCount,
             PanelsPerTask = panelsPerTask,
             Groups = panels.Columns / Group,
+            BlockRows = blockRows,
             Accumulate = accumulate,
         };
         team.Run(ref work, (panelCount + panelsPerTask - 1) / panelsPerTask);
@@ -193,17 +194,17 @@ internal static unsafe class QuantizedMatMul
         public int PanelCount;
         public int PanelsPerTask;
         public int Groups;
+        public int BlockRows;
         public bool Accumulate;
 
         public readonly void Run(int task, int thread)
         {
-            float* sums = stackalloc float[BlockRows * V.Count];
+            float* sums = stackalloc float[MostRows * V.Count];
             int first = task * PanelsPerTask;
             int end = Math.Min(PanelCount, first + PanelsPerTask);
-            int blockRows = F.IsSigned ? SignedRows : BlockRows;
-            for (int row = 0; row < Output.Rows; row += blockRows)
+            for (int row = 0; row < Output.Rows; row += BlockRows)
             {
-                int rows = Math.Min(blockRows, Output.Rows - row);
+                int rows = Math.Min(BlockRows, Output.Rows - row);
                 byte* rounded = RowBlock(Rounded, row, Groups);
                 for (int panel = first; panel < end; panel++)
                 {

@@ -114,11 +114,14 @@ internal static unsafe class WeightPanels
             {
                 byte* block = panel + ((nint)offset * Lanes);
                 byte* planes = block + (Word >= 0 ? sizeof(ushort) * Lanes : 0);
-                int turned = Transpose.IsSupported && Lanes == 8 && end - first == Lanes ? dwords & -4 : 0;
-                byte* eightRows = Source + ((nint)(first - FirstRow) * RowBytes) + offset + firstDword;
-                for (int i = 0; i < turned; i += 4)
+                int turned = Transpose.IsSupported && Lanes % 8 == 0 && end - first == Lanes ? dwords & -4 : 0;
+                for (int lane = 0; lane < Lanes && turned > 0; lane += 8)
                 {
-                    Transpose.EightRows((float*)planes + (i * Lanes), Lanes, eightRows + (i * sizeof(uint)), RowBytes);
+                    byte* rows = Source + ((nint)(first + lane - FirstRow) * RowBytes) + offset + firstDword;
+                    for (int i = 0; i < turned; i += 4)
+                    {
+                        Transpose.EightRows((float*)planes + (i * Lanes) + lane, Lanes, rows + (i * sizeof(uint)), RowBytes);
+                    }
                 }
 
                 for (int row = first; row < end; row++)

@@ -225,14 +225,11 @@ public sealed unsafe class CudaBackend : Backend
     /// <inheritdoc/>
     protected override void Dispose(bool disposing)
     {
-        if (disposing)
+        if (disposing && _device is not null)
         {
-            if (_device is not null)
-            {
-                _products.Dispose();
-                _device.Free(_attentionPartials);
-                _device.Dispose();
-            }
+            _products.Dispose();
+            _device.Free(_attentionPartials);
+            _device.Dispose();
         }
     }
 

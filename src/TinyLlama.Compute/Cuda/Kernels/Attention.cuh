@@ -20,14 +20,6 @@
 //   attention_d_query      16,384  32,768  65,536  98,304    153  192  243  212
 //   attention_d_key_value  13,312  25,600  50,176  66,048    147  179  228  248
 
-struct alignas(8) Words2 {
-    u32 v[2];
-};
-
-struct alignas(16) Words4 {
-    u32 v[4];
-};
-
 struct alignas(8) Floats2 {
     float v[2];
 };

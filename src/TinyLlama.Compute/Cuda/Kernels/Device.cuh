@@ -113,9 +113,17 @@ struct f16 {
     u16 bits;
 };
 
-// What one instruction loads or stores: 16 bytes at a multiple of 16.
+// What one instruction loads or stores, at a multiple of its size.
 struct alignas(16) F32x4 {
     float v[4];
+};
+
+struct alignas(8) Words2 {
+    u32 v[2];
+};
+
+struct alignas(16) Words4 {
+    u32 v[4];
 };
 
 struct alignas(16) Bf16x8 {

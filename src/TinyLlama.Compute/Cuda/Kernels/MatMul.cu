@@ -1,14 +1,6 @@
 // Products with few rows, and rows of quantized weights in bf16. All other products are cuBLASLt's.
 #include "Device.cuh"
 
-struct alignas(8) Words2 {
-    u32 v[2];
-};
-
-struct alignas(16) Words4 {
-    u32 v[4];
-};
-
 // Weights (O, I), of which a lane loads 8 neighbours at a time: elements 8 · part … 8 · part + 7 of a block of 32 inputs,
 // as pairs of bf16. They are to be multiplied by the block's scale.
 struct Bf16Weights {
