@@ -177,7 +177,10 @@ int cuStreamDestroy_v2(Stream* stream) {
     return 0;
 }
 
-static Stream* capturing;  // the stream that captures, if one does
+// The stream that captures, if this thread began a capture: what other threads do meanwhile is free, as in the real
+// mode CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, the only one that is emulated.
+static thread_local Stream* capturing;
+constexpr int capture_thread_local = 1;
 
 int cuStreamSynchronize(Stream* stream) {
     if (stream->captures) {
@@ -302,8 +305,8 @@ int cuMemcpy2DAsync_v2(const Copy2D* copy, Stream* stream) {
     });
 }
 
-int cuStreamBeginCapture_v2(Stream* stream, int) {
-    if (capturing) {
+int cuStreamBeginCapture_v2(Stream* stream, int mode) {
+    if (capturing || mode != capture_thread_local) {
         return driver::InvalidValue;
     }
 

@@ -1,3 +1,5 @@
+using TinyLlama.Compute.Cuda;
+
 namespace TinyLlama.Compute.Tests.Cuda;
 
 /// <summary>Operations that are recorded once and replayed.</summary>
@@ -58,5 +60,29 @@ public sealed class RecordingTests : CudaTests
 
         // The stream is whole again.
         Assert.Equal(8, Get(values).Length);
+    }
+
+    [Fact]
+    public void Other_threads_use_the_device_while_one_records()
+    {
+        Tensor values = Put(1, 8, Normal(8), DType.F32);
+        using var recording = new Recording();
+        Exception? failure = null;
+        void Operations()
+        {
+            Cuda.Zero(values);
+            var other = new Thread(() => failure ??= Record.Exception(() =>
+            {
+                using var backend = CudaBackend.Create(0);
+                using Arena arena = backend.Allocate("another's", 64);
+            }));
+            other.Start();
+            other.Join();
+        }
+
+        Cuda.Repeat(recording, Operations);
+        Cuda.Repeat(recording, Operations);
+        Assert.Null(failure);
+        Assert.All(Get(values), static value => Assert.Equal(0, value));
     }
 }
