@@ -1,3 +1,5 @@
+using TinyLlama.Compute.Native;
+
 namespace TinyLlama.Compute;
 
 /// <summary>
@@ -12,6 +14,7 @@ public sealed class Arena : IDisposable
 
     private readonly nint _address;
     private Action? _release;
+    private long _position;
 
     private Arena(string name, long capacityBytes, nint address, Action? release)
     {
@@ -24,7 +27,7 @@ public sealed class Arena : IDisposable
     /// <summary>Gets the bytes the arena owns; <see cref="long.MaxValue"/> for one that only counts.</summary>
     public long CapacityBytes { get; }
 
-    /// <summary>Gets the bytes taken so far, padding included.</summary>
+    /// <summary>Gets the bytes taken so far, padding included: the most at any time of one that was rewound.</summary>
     public long UsedBytes { get; private set; }
 
     /// <summary>Gets a value indicating whether this arena has no memory and only counts.</summary>
@@ -41,6 +44,16 @@ public sealed class Arena : IDisposable
     public static Arena Over(string name, long capacityBytes, nint address, Action release) =>
         new(name, capacityBytes, address, release);
 
+    /// <summary>Allocates zeroed memory of the host, whatever device computes.</summary>
+    /// <param name="name">What the arena is for.</param>
+    /// <param name="byteCount">Its size.</param>
+    /// <exception cref="DeviceException">The machine has not that much memory left.</exception>
+    public static Arena OnHost(string name, long byteCount)
+    {
+        nint address = PageMemory.Map(name, byteCount);
+        return Over(name, byteCount, address, () => PageMemory.Release(address, byteCount));
+    }
+
     /// <summary>Takes the next tensor, contiguous and zero.</summary>
     /// <param name="rows">Its rows.</param>
     /// <param name="columns">Its columns; whole blocks of a quantized type.</param>
@@ -51,22 +64,46 @@ public sealed class Arena : IDisposable
         ArgumentOutOfRangeException.ThrowIfNegative(rows);
         ArgumentOutOfRangeException.ThrowIfNegative(columns);
         long bytes = checked(rows * type.RowBytes(columns));
-        long first = UsedBytes;
-        long next = checked(first + ((bytes + Alignment - 1) & -Alignment));
-        if (next > CapacityBytes)
-        {
-            throw new InvalidOperationException(
-                $"arena '{Name}' of {CapacityBytes} bytes cannot hold {next}: it was planned for another shape");
-        }
-
-        UsedBytes = next;
+        long first = _position;
+        Advance(checked(first + ((bytes + Alignment - 1) & -Alignment)));
         return new Tensor(_address + (nint)first, rows, columns, columns, type);
     }
+
+    /// <summary>Takes tensors that belong together and gives back all of them as one of F32, padded with zeros to whole rows.</summary>
+    /// <param name="take">Takes them.</param>
+    /// <param name="columns">Columns of the whole.</param>
+    /// <param name="rowMultiple">What its rows are a multiple of.</param>
+    /// <returns>(rows, columns) over everything that was taken.</returns>
+    public Tensor TakeTogether(Action take, int columns, int rowMultiple)
+    {
+        ArgumentNullException.ThrowIfNull(take);
+        long first = _position;
+        take();
+        long quantum = (long)columns * sizeof(float) * rowMultiple;
+        long bytes = checked((_position - first + quantum - 1) / quantum * quantum);
+        Advance(first + bytes);
+        return new Tensor(_address + (nint)first, checked((int)(bytes / sizeof(float) / columns)), columns, columns, DType.F32);
+    }
+
+    /// <summary>Begins again at the first byte: what is taken next shares the memory of what was taken before.</summary>
+    public void Rewind() => _position = 0;
 
     /// <inheritdoc/>
     public void Dispose()
     {
         _release?.Invoke();
         _release = null;
+    }
+
+    private void Advance(long next)
+    {
+        if (next > CapacityBytes)
+        {
+            throw new InvalidOperationException(
+                $"arena '{Name}' of {CapacityBytes} bytes cannot hold {next}: it was planned for another shape");
+        }
+
+        _position = next;
+        UsedBytes = Math.Max(UsedBytes, next);
     }
 }

@@ -54,7 +54,7 @@ public abstract class Backend : IDisposable
     /// <summary>Allocates what a plan counted.</summary>
     /// <param name="plan">An arena without memory, over which the same objects were built.</param>
     /// <exception cref="DeviceException">The device has not that much memory.</exception>
-    public Arena AllocateAs(Arena plan) => Allocate(plan.Name, plan.UsedBytes);
+    public Arena AllocateAs(Arena plan) => plan.UsedBytes == 0 ? plan : Allocate(plan.Name, plan.UsedBytes);
 
     /// <summary>
     /// Takes room for the packed form of an (outputs, inputs) matrix; see <see cref="Weight"/>. F32 is packed in the type of
@@ -92,6 +92,9 @@ public abstract class Backend : IDisposable
 
     /// <summary>destination = source, converted between F32, BF16 and F16 (round to nearest, ties to even). Same shape.</summary>
     public abstract void Copy(Tensor destination, Tensor source);
+
+    /// <summary>destination += addend. Contiguous tensors of F32, of one shape.</summary>
+    public abstract void Add(Tensor destination, Tensor addend);
 
     /// <summary>destination row n = source row rows[n]. destination (N, C), source (R, C), rows (N, 1) of I32.</summary>
     public abstract void GatherRows(Tensor destination, Tensor source, Tensor rows);

@@ -56,7 +56,7 @@ internal static class CudaEmulator
         }
 
         string library = Path.Combine(folder, "libcuda-emulator.so");
-        foreach (string variable in (string[])["TINYLLAMA_CUDA_DRIVER", "TINYLLAMA_NVRTC", "TINYLLAMA_CUBLASLT"])
+        foreach (string variable in (string[])["TINYLLAMA_CUDA_DRIVER", "TINYLLAMA_NVRTC", "TINYLLAMA_CUBLASLT", "TINYLLAMA_NCCL"])
         {
             Environment.SetEnvironmentVariable(variable, library);
         }

@@ -1,5 +1,5 @@
 // libcuda as far as the product calls it. A module is what the emulator was built with. Every call is done when it returns, but
-// for copies that a device makes by itself.
+// for copies that a device makes by itself and for what needs other devices.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +8,7 @@
 
 #include "driver.h"
 
+using driver::planned_failure;
 using driver::queue;
 using driver::Result;
 using driver::Stream;
@@ -60,10 +61,30 @@ static void finish(Stream* stream) {
     finish_where([&](const Late& copy) { return copy.stream == stream; });
 }
 
+// Runs what was put off, up to a number of all that ever was.
+static void make_up(Stream* stream, long number) {
+    while (stream->made_up < number) {
+        const auto work = std::move(stream->late.front());
+        stream->late.pop_front();
+        run(stream, work);
+        stream->made_up++;
+    }
+}
+
+Result driver::put_off(Stream* stream, std::function<Result()> work) {
+    stream->late.push_back(std::move(work));
+    stream->put_off++;
+    return stream->failure;
+}
+
 Result driver::queue(Stream* stream, std::function<Result()> work) {
     if (stream->captures) {
         stream->captured.push_back(std::move(work));
         return Success;
+    }
+
+    if (!stream->late.empty()) {
+        return put_off(stream, std::move(work));
     }
 
     finish(stream);
@@ -95,7 +116,7 @@ static int environment(const char* name, int otherwise) {
 }
 
 // What TINYLLAMA_CUDA_FAIL says: "cuLaunchKernel 100 719" lets 100 launches succeed, and from the next on 719 is the result.
-static int planned_failure(const char* function) {
+int driver::planned_failure(const char* function) {
     static std::atomic<long> calls;
     const char* value = getenv("TINYLLAMA_CUDA_FAIL");
     char name[64];
@@ -164,7 +185,13 @@ int cuDevicePrimaryCtxRetain(void** context, int) {
 }
 
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-int cuCtxSetCurrent(void*) { return 0; }
+
+static thread_local void* context_of_thread;
+
+int cuCtxSetCurrent(void* context) {
+    context_of_thread = context;
+    return 0;
+}
 
 int cuStreamCreate(Stream** stream, unsigned) {
     *stream = new Stream;
@@ -173,6 +200,7 @@ int cuStreamCreate(Stream** stream, unsigned) {
 
 int cuStreamDestroy_v2(Stream* stream) {
     finish(stream);
+    make_up(stream, stream->put_off);
     delete stream;
     return 0;
 }
@@ -188,11 +216,14 @@ int cuStreamSynchronize(Stream* stream) {
     }
 
     finish(stream);
+    make_up(stream, stream->put_off);
     return stream->failure;
 }
 
+// All that its stream was given until it was recorded.
 struct Event {
     Stream* stream = nullptr;
+    long put_off = 0;
 };
 
 int cuEventCreate(Event** event, unsigned) {
@@ -207,10 +238,34 @@ int cuEventDestroy_v2(Event* event) {
 
 int cuEventRecord(Event* event, Stream* stream) {
     event->stream = stream;
+    event->put_off = stream->put_off;
     return stream->failure;
 }
 
-int cuEventSynchronize(Event* event) { return event->stream ? cuStreamSynchronize(event->stream) : 0; }
+static Result wait(const Event* event) {
+    if (!event->stream) {
+        return driver::Success;
+    }
+
+    finish(event->stream);
+    make_up(event->stream, event->put_off);
+    return event->stream->failure;
+}
+
+int cuEventSynchronize(Event* event) { return event->stream && event->stream->captures ? driver::CaptureUnsupported : wait(event); }
+
+int cuEventQuery(Event* event) {
+    return !event->stream || event->stream->made_up >= event->put_off ? (int)driver::Success : (int)driver::NotReady;
+}
+
+// The stream waits by not returning, unless it has not come that far itself.
+int cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
+    if (stream->captures) {
+        return driver::CaptureUnsupported;
+    }
+
+    return stream->late.empty() ? wait(event) : driver::put_off(stream, [event = *event] { return wait(&event); });
+}
 
 int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
     std::lock_guard lock(late_mutex);
@@ -418,3 +473,5 @@ int cuGetErrorName(int error, const char** name) {
 }
 
 }  // extern "C"
+
+bool driver::has_context() { return context_of_thread != nullptr; }

@@ -124,6 +124,14 @@ internal sealed class TimedBackend(Backend inner) : Backend
     }
 
     /// <inheritdoc/>
+    public override void Add(Tensor destination, Tensor addend)
+    {
+        long start = Stopwatch.GetTimestamp();
+        inner.Add(destination, addend);
+        Record(nameof(Add), start, 2 * Bytes(destination) + Bytes(addend));
+    }
+
+    /// <inheritdoc/>
     public override void Copy(Tensor destination, Tensor source)
     {
         long start = Stopwatch.GetTimestamp();

@@ -1,5 +1,3 @@
-using TinyLlama.Compute.Native;
-
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>The CPU: checks the shapes of each operation once, then runs its kernel at the width chosen at start.</summary>
@@ -84,11 +82,7 @@ public abstract class CpuBackend : Backend
     }
 
     /// <inheritdoc/>
-    public override Arena Allocate(string name, long byteCount)
-    {
-        nint address = PageMemory.Map(name, byteCount);
-        return Arena.Over(name, byteCount, address, () => PageMemory.Release(address, byteCount));
-    }
+    public override Arena Allocate(string name, long byteCount) => Arena.OnHost(name, byteCount);
 
     /// <inheritdoc/>
     public override void Write<T>(Tensor destination, ReadOnlySpan<T> source)
@@ -201,6 +195,9 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
     /// <inheritdoc/>
     public override void Zero(Tensor destination) =>
         Cpu.Copy.Zero(Team, destination);
+
+    /// <inheritdoc/>
+    public override void Add(Tensor destination, Tensor addend) => TreeSum.Add(Team, destination, addend);
 
     /// <inheritdoc/>
     public override void Copy(Tensor destination, Tensor source) =>

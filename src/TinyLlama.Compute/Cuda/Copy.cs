@@ -48,4 +48,17 @@ internal static class Copy
             device.Zero(destination.Address, type.RowBytes(destination.Stride), type.RowBytes(destination.Columns), destination.Rows);
         }
     }
+
+    /// <summary>destination += addend, of one shape.</summary>
+    public static void Add(CudaDevice device, Tensor destination, Tensor addend)
+    {
+        Shape.Require(
+            destination.Type == DType.F32 && addend.Type == DType.F32 && destination.Rows == addend.Rows && destination.Columns == addend.Columns
+                && destination.IsContiguous && addend.IsContiguous,
+            "contiguous tensors of F32, of one shape");
+        if (!addend.IsEmpty)
+        {
+            device.Launch("add", (Operands.Blocks(addend.Count, Threads), 1, 1), Threads, 0, destination, addend, addend.Count);
+        }
+    }
 }

@@ -38,6 +38,9 @@ public sealed unsafe class CudaBackend : Backend
     /// <summary>Gets the GPU; null of a backend that only plans.</summary>
     public Gpu? Gpu => _device?.Gpu;
 
+    /// <summary>Gets the device; not of a backend that only plans.</summary>
+    internal CudaDevice Device => _device;
+
     /// <inheritdoc/>
     public override DType ActivationType => DType.BF16;
 
@@ -132,6 +135,9 @@ public sealed unsafe class CudaBackend : Backend
 
     /// <inheritdoc/>
     public override void Zero(Tensor destination) => Cuda.Copy.Zero(_device, destination);
+
+    /// <inheritdoc/>
+    public override void Add(Tensor destination, Tensor addend) => Cuda.Copy.Add(_device, destination, addend);
 
     /// <inheritdoc/>
     public override void Copy(Tensor destination, Tensor source) => Cuda.Copy.Convert(_device, destination, source);

@@ -180,7 +180,12 @@ internal sealed unsafe class CudaDevice : IDisposable
     /// <param name="sharedBytes">Dynamic shared memory of a block.</param>
     /// <param name="arguments">In the order of its parameters.</param>
     /// <exception cref="DeviceException">The GPU failed, at this or at an earlier operation.</exception>
-    public void Launch(string kernel, (int X, int Y, int Z) grid, int threads, int sharedBytes, params ReadOnlySpan<KernelArgument> arguments)
+    public void Launch(string kernel, (int X, int Y, int Z) grid, int threads, int sharedBytes, params ReadOnlySpan<KernelArgument> arguments) =>
+        LaunchOn(_stream, kernel, grid, threads, sharedBytes, arguments);
+
+    /// <summary><see cref="Launch"/> on another stream.</summary>
+    public void LaunchOn(
+        nint stream, string kernel, (int X, int Y, int Z) grid, int threads, int sharedBytes, params ReadOnlySpan<KernelArgument> arguments)
     {
         if (grid.X == 0 || grid.Y == 0 || grid.Z == 0)
         {
@@ -200,7 +205,7 @@ internal sealed unsafe class CudaDevice : IDisposable
 
             pointers[arguments.Length] = null;
             int result = CudaDriver.cuLaunchKernel(
-                function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z, (uint)threads, 1, 1, (uint)sharedBytes, _stream, pointers, null);
+                function, (uint)grid.X, (uint)grid.Y, (uint)grid.Z, (uint)threads, 1, 1, (uint)sharedBytes, stream, pointers, null);
             Check(result, kernel);
         }
     }

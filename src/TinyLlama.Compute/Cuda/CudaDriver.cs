@@ -122,6 +122,12 @@ internal static unsafe partial class CudaDriver
     public static partial int cuEventSynchronize(nint awaited);
 
     [LibraryImport(Library)]
+    public static partial int cuEventQuery(nint awaited);
+
+    [LibraryImport(Library)]
+    public static partial int cuStreamWaitEvent(nint stream, nint awaited, uint flags);
+
+    [LibraryImport(Library)]
     public static partial int cuStreamBeginCapture_v2(nint stream, int mode);
 
     [LibraryImport(Library)]

@@ -75,20 +75,41 @@ internal sealed unsafe class CudaLibraries
         return version;
     }
 
-    private bool Take(string library, string variable, string fileName, string[] folders)
+    /// <summary>A library that some uses need and others do not.</summary>
+    /// <param name="variable">The environment variable that may name its file.</param>
+    /// <param name="fileName">The name under which systems install it.</param>
+    /// <returns>Its handle and path; 0 and where it was looked for.</returns>
+    public static (nint Handle, string Path) Find(string variable, string fileName)
+    {
+        string[] folders = Folders();
+        return Find(variable, fileName, folders, out nint handle) is { } path ? (handle, path) : (0, string.Join(", ", folders));
+    }
+
+    private static string? Find(string variable, string fileName, string[] folders, out nint handle)
     {
         string? named = Environment.GetEnvironmentVariable(variable);
         string[] candidates = string.IsNullOrEmpty(named) ? [fileName, .. folders.Select(folder => Path.Combine(folder, fileName))] : [named];
         foreach (string candidate in candidates)
         {
-            if (NativeLibrary.TryLoad(candidate, out nint handle))
+            if (NativeLibrary.TryLoad(candidate, out handle))
             {
-                _libraries[library] = (handle, candidate);
-                return true;
+                return candidate;
             }
         }
 
-        return false;
+        handle = 0;
+        return null;
+    }
+
+    private bool Take(string library, string variable, string fileName, string[] folders)
+    {
+        string? path = Find(variable, fileName, folders, out nint handle);
+        if (path is not null)
+        {
+            _libraries[library] = (handle, path);
+        }
+
+        return path is not null;
     }
 
     // Where toolkits, containers, WSL and the wheels of an active Python environment put them.
@@ -104,7 +125,7 @@ internal sealed unsafe class CudaLibraries
             foreach (string packages in Directory.EnumerateDirectories(Path.Combine(environment, "lib"), "python*"))
             {
                 string nvidia = Path.Combine(packages, "site-packages", "nvidia");
-                folders.AddRange([Path.Combine(nvidia, "cu13", "lib"), Path.Combine(nvidia, "cuda_nvrtc", "lib"), Path.Combine(nvidia, "cublas", "lib")]);
+                folders.AddRange([Path.Combine(nvidia, "cu13", "lib"), Path.Combine(nvidia, "cuda_nvrtc", "lib"), Path.Combine(nvidia, "cublas", "lib"), Path.Combine(nvidia, "nccl", "lib")]);
             }
         }
 

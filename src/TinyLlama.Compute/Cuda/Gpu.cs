@@ -13,12 +13,6 @@ public sealed unsafe record Gpu(int Ordinal, string Name, int Capability, long M
     /// <summary>The oldest GPUs whose instructions the kernels use: Ampere.</summary>
     public const int LeastCapability = 80;
 
-    // The first part of a name that fits: dense products of bf16, summed in fp32, by NVIDIA's data sheets.
-    private static readonly (string Part, double TeraFlops)[] s_peaks =
-    [
-        ("B200", 2250), ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("A100", 312), ("L40S", 362), ("RTX 4090", 165), ("RTX 3090", 71),
-    ];
-
     /// <summary>Gets why no GPU can be used on this machine and what to do, in one line; null where the driver and the libraries are there.</summary>
     public static string? MachineFault => CudaLibraries.Found.Fault ?? DriverFault();
 
@@ -31,14 +25,7 @@ public sealed unsafe record Gpu(int Ordinal, string Name, int Capability, long M
         : $"{this} has tensor cores that know no bf16: compute capability 8.0 (Ampere, 2020) or newer is needed; use --device cpu";
 
     /// <summary>Gets the bf16 multiply-adds that it can do at best, in FLOP/s; null for a GPU of which that is not known here.</summary>
-    public double? PeakFlops
-    {
-        get
-        {
-            double peak = s_peaks.FirstOrDefault(known => Name.Contains(known.Part, StringComparison.Ordinal)).TeraFlops * 1e12;
-            return peak > 0 ? peak : null;
-        }
-    }
+    public double? PeakFlops => GpuModel.All.FirstOrDefault(known => Name.Contains(known.Part, StringComparison.Ordinal))?.PeakFlops;
 
     /// <summary>The GPUs of this machine, in the driver's order; none where there is a <see cref="MachineFault"/>.</summary>
     public static IReadOnlyList<Gpu> All()

@@ -1,5 +1,6 @@
 using System.Reflection;
 using System.Runtime.InteropServices;
+using TinyLlama.Compute.Collectives;
 using TinyLlama.Compute.Cuda;
 
 namespace TinyLlama.Compute.Native;
@@ -19,6 +20,9 @@ internal static class SystemLibraries
     /// <summary>NVIDIA's matrix products.</summary>
     public const string CublasLt = "cublasLt";
 
+    /// <summary>NVIDIA's collectives.</summary>
+    public const string Nccl = "nccl";
+
     static SystemLibraries() => NativeLibrary.SetDllImportResolver(typeof(SystemLibraries).Assembly, Find);
 
     /// <summary>Makes the names resolve; each binding calls it before its first call. An assembly has one resolver.</summary>
@@ -32,6 +36,11 @@ internal static class SystemLibraries
         if (library is CudaDriver or Nvrtc or CublasLt)
         {
             return CudaLibraries.Found.Handle(library);
+        }
+
+        if (library == Nccl)
+        {
+            return NcclLibrary.Found.Handle;
         }
 
         string[] names = library switch

@@ -23,4 +23,15 @@ public sealed class CopyTests : CudaTests
         Assert.Equal(Array.ConvertAll(values, Rounded), Get(rounded));
         Assert.Equal(Get(rounded), Get(back));
     }
+
+    [Theory]
+    [InlineData(1, 1)]
+    [InlineData(3, 300)]
+    public void Adds_as_the_cpu_does(int rows, int columns)
+    {
+        float[] sum = Normal(rows * columns), addend = Normal(rows * columns);
+        Tensor destination = Put(rows, columns, sum, DType.F32);
+        Cuda.Add(destination, Put(rows, columns, addend, DType.F32));
+        Assert.Equal(sum.Zip(addend, static (a, b) => a + b), Get(destination));
+    }
 }

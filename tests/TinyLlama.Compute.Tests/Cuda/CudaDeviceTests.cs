@@ -145,7 +145,7 @@ public sealed unsafe class CudaDeviceTests : IDisposable
     }
 
     // The environment that native code sees; .NET's own is a copy.
-    private static void With(string name, string value, Action action)
+    internal static void With(string name, string value, Action action)
     {
         _ = setenv(name, value, 1);
         try

@@ -46,3 +46,10 @@ KERNEL(256) void copy_f16_f32(f16* to, i64 to_stride, const float* from, i64 fro
 KERNEL(256) void copy_f16_bf16(f16* to, i64 to_stride, const bf16* from, i64 from_stride, int rows, int columns) {
     convert(to, to_stride, from, from_stride, rows, columns);
 }
+
+// to += from.
+KERNEL(256) void add(float* to, const float* from, i64 count) {
+    for (i64 i = (i64)blockIdx.x * 256 + threadIdx.x; i < count; i += (i64)gridDim.x * 256) {
+        to[i] += from[i];
+    }
+}

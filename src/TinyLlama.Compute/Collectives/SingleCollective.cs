@@ -1,0 +1,61 @@
+namespace TinyLlama.Compute.Collectives;
+
+/// <summary>A world of one rank: nothing moves but copies.</summary>
+public sealed class SingleCollective : Collective
+{
+    /// <inheritdoc/>
+    public override int Rank => 0;
+
+    /// <inheritdoc/>
+    public override int Size => 1;
+
+    /// <inheritdoc/>
+    public override string Description => "one process";
+
+    /// <inheritdoc/>
+    public override IReadOnlyList<string> Hosts { get; } = [Environment.MachineName];
+
+    /// <inheritdoc/>
+    public override CollectiveProgress Progress => default;
+
+    /// <inheritdoc/>
+    public override Ticket AllGather(Tensor destination, Tensor source) => throw Alone();
+
+    /// <inheritdoc/>
+    public override Ticket AllToAll(Tensor destination, Tensor source) => throw Alone();
+
+    /// <inheritdoc/>
+    public override Ticket ReduceScatter(Tensor destination, Tensor source, Tensor scratch) => throw Alone();
+
+    /// <inheritdoc/>
+    public override Ticket Broadcast(Tensor values, int root) => default;
+
+    /// <inheritdoc/>
+    public override Ticket Send(Tensor values, int to) => throw Alone();
+
+    /// <inheritdoc/>
+    public override Ticket Receive(Tensor values, int from) => throw Alone();
+
+    /// <inheritdoc/>
+    public override Collective Split(int color, int key) => new SingleCollective();
+
+    /// <inheritdoc/>
+    public override void Abort(string reason, int exitCode)
+    {
+    }
+
+    internal override void Wait(long number)
+    {
+    }
+
+    /// <inheritdoc/>
+    protected override void GatherBytes(Span<byte> all, ReadOnlySpan<byte> own) => own.CopyTo(all);
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+    }
+
+    // Whoever shards over one rank keeps everything where it is, and does not ask.
+    private static InvalidOperationException Alone() => new("there is one rank alone");
+}

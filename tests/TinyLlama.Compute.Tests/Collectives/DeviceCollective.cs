@@ -1,0 +1,125 @@
+using TinyLlama.Compute.Collectives;
+using TinyLlama.Compute.Cuda;
+
+namespace TinyLlama.Compute.Tests.Collectives;
+
+/// <summary>
+/// Lets checks that use memory of the host run over collectives of a GPU: each operation's tensors are written to the GPU before
+/// it, and read when its ticket was waited for.
+/// </summary>
+internal sealed class DeviceCollective(Collective inner, CudaBackend backend, Action dispose) : Collective
+{
+    private readonly List<Arena> _arenas = [];
+    private readonly List<(Ticket Ticket, Tensor Host, Tensor Device)> _operations = [];
+    private int _read;
+
+    public override int Rank => inner.Rank;
+
+    public override int Size => inner.Size;
+
+    public override string Description => inner.Description;
+
+    public override IReadOnlyList<string> Hosts => inner.Hosts;
+
+    public override CollectiveProgress Progress => inner.Progress;
+
+    public override Ticket AllGather(Tensor destination, Tensor source)
+    {
+        Tensor whole = Put(destination);
+        return Add(inner.AllGather(whole, Put(source, destination, whole)), destination, whole);
+    }
+
+    public override Ticket AllToAll(Tensor destination, Tensor source)
+    {
+        Tensor received = Put(destination);
+        return Add(inner.AllToAll(received, Put(source)), destination, received);
+    }
+
+    public override Ticket ReduceScatter(Tensor destination, Tensor source, Tensor scratch)
+    {
+        Tensor whole = Put(source), sum = Put(destination, source, whole);
+        return Add(inner.ReduceScatter(sum, whole, Put(scratch)), destination, sum);
+    }
+
+    public override Ticket Broadcast(Tensor values, int root)
+    {
+        Tensor device = Put(values);
+        return Add(inner.Broadcast(device, root), values, device);
+    }
+
+    public override Ticket Send(Tensor values, int to)
+    {
+        Tensor device = Put(values);
+        return Add(inner.Send(device, to), values, device);
+    }
+
+    public override Ticket Receive(Tensor values, int from)
+    {
+        Tensor device = Put(values);
+        return Add(inner.Receive(device, from), values, device);
+    }
+
+    public override Collective Split(int color, int key) => new DeviceCollective(inner.Split(color, key), backend, static () => { });
+
+    public override void Abort(string reason, int exitCode) => inner.Abort(reason, exitCode);
+
+    // The last one's ticket speaks for those before it.
+    internal override void Wait(long number)
+    {
+        _operations[(int)number - 1].Ticket.Wait();
+        for (; _read < number; _read++)
+        {
+            (_, Tensor host, Tensor device) = _operations[_read];
+            if (!host.IsEmpty)
+            {
+                backend.Read(host.HostSpan<float>(), device);
+            }
+        }
+    }
+
+    protected override void GatherBytes(Span<byte> all, ReadOnlySpan<byte> own) => inner.AllGather(all, own);
+
+    protected override void Dispose(bool disposing)
+    {
+        inner.Dispose();
+        _arenas.ForEach(arena => arena.Dispose());
+        dispose();
+    }
+
+    private Ticket Add(Ticket ticket, Tensor host, Tensor device)
+    {
+        _operations.Add((ticket, host, device));
+        return new Ticket(this, _operations.Count);
+    }
+
+    // Where a tensor is part of another one, so it is on the GPU.
+    private Tensor Put(Tensor part, Tensor whole, Tensor device)
+    {
+        long offset = part.Address - whole.Address;
+        return offset >= 0 && offset < whole.Rows * whole.Type.RowBytes(whole.Columns)
+            ? part with { Address = device.Address + (nint)offset }
+            : Put(part);
+    }
+
+    private Tensor Put(Tensor host)
+    {
+        Arena arena = backend.Allocate("check", (host.Rows * host.Type.RowBytes(host.Columns)) + 128);
+        _arenas.Add(arena);
+        Tensor device = arena.Take(host.Rows, host.Columns, host.Type);
+        if (host.IsEmpty)
+        {
+            return device;
+        }
+
+        if (host.Type == DType.F32)
+        {
+            backend.Write<float>(device, host.HostSpan<float>());
+        }
+        else
+        {
+            backend.Write<ushort>(device, host.HostSpan<ushort>());
+        }
+
+        return device;
+    }
+}
