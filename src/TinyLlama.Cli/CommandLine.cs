@@ -1,6 +1,7 @@
 using System.CommandLine;
 using System.CommandLine.Help;
 using TinyLlama.Compute;
+using TinyLlama.Compute.Collectives;
 using TinyLlama.Data;
 
 namespace TinyLlama.Cli;
@@ -52,7 +53,7 @@ internal static class CommandLine
     }
 
     /// <summary>Says in a line each what the user can mend; anything else is a defect and shows where it happened.</summary>
-    private static int Report(Exception exception, TextWriter error, CancellationToken stop)
+    public static int Report(Exception exception, TextWriter error, CancellationToken stop)
     {
         while (exception is AggregateException { InnerExceptions: [Exception only] })
         {
@@ -64,6 +65,7 @@ internal static class CommandLine
             OperationCanceledException when stop.IsCancellationRequested => (ExitCode.Stopped, ["stopped"]),
             UserErrorException or DeviceException or IOException or UnauthorizedAccessException =>
                 (ExitCode.UserError, Lines(exception.Message).Select(static line => $"error: {line}")),
+            CollectiveException => (ExitCode.RanksLost, Lines(exception.Message).Select(static line => $"error: {line}")),
             OutOfMemoryException => (ExitCode.UserError, ["error: this machine has too little memory for that"]),
             _ => (ExitCode.Defect, [$"This is a defect of tinyllama {Program.Version}; {ReportTo}:", exception.ToString()]),
         };

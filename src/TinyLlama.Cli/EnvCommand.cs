@@ -2,6 +2,7 @@ using System.CommandLine;
 using System.Globalization;
 using System.Runtime.InteropServices;
 using System.Text.Json.Nodes;
+using TinyLlama.Compute.Collectives;
 using TinyLlama.Compute.Cpu;
 using TinyLlama.Compute.Cuda;
 using TinyLlama.Compute.Native;
@@ -64,6 +65,7 @@ internal static class EnvCommand
             Row("cuda", $"{line}");
         }
 
+        Row("nccl", $"{NcclLibrary.Found.Fault ?? NcclLibrary.Found.Description}");
         Row("peak", $"{ceiling.AllThreads:0} GFLOP/s of fp32 multiply-adds on {ceiling.Threads} threads, {ceiling.OneThread:0} on one");
         Row("", $"{ceiling.AllThreadsRead:0.0} GB/s read from memory on {ceiling.Threads} threads, {ceiling.OneThreadRead:0.0} on one");
         Row("", $"measured now, while whatever else runs here was running");
@@ -86,6 +88,8 @@ internal static class EnvCommand
         ["bf16_products"] = Bf16Products(),
         ["cuda_fault"] = Gpu.MachineFault,
         ["cuda_libraries"] = new JsonArray([.. Gpu.Libraries.Select(library => (JsonNode?)library)]),
+        ["nccl"] = NcclLibrary.Found.Description,
+        ["nccl_fault"] = NcclLibrary.Found.Fault,
         ["gpus"] = new JsonArray([.. Gpu.All().Select(gpu => new JsonObject
         {
             ["name"] = gpu.Name,

@@ -117,7 +117,7 @@ internal sealed class EvalCommand
             model.Model, model.Backend, Math.Max(context, Math.Min(perForward, tokens.TargetCount)), Keep.Nothing, context);
         using ProgressDisplay progress = ProgressDisplay.Start("perplexity", tokens.TargetCount, "tokens");
         Score score = Perplexity.Measure(
-            model.Model, model.Backend, workspace, tokens, maskedDocuments, context, done => progress.Report(done), stop);
+            model.Model, model.Backend, workspace, tokens, maskedDocuments, context, done => progress.Report(done), stop: stop);
         return double.IsFinite(score.TotalNats)
             ? score
             : throw new UserErrorException($"{name}: the loss is {score.TotalNats}: the model's weights are damaged, or its training diverged");

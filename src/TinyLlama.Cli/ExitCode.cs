@@ -1,3 +1,5 @@
+using TinyLlama.Training;
+
 namespace TinyLlama.Cli;
 
 /// <summary>What the process ends with.</summary>
@@ -11,6 +13,9 @@ internal static class ExitCode
 
     /// <summary>The user can mend it: a wrong option, a wrong file, too little memory.</summary>
     public const int UserError = 2;
+
+    /// <summary>A rank lost the others, or they lost it: one died or hangs. The same command goes on from the newest checkpoint.</summary>
+    public const int RanksLost = RankWatch.ExitCode;
 
     /// <summary>A defect of this program (EX_SOFTWARE of sysexits.h).</summary>
     public const int Defect = 70;

@@ -1,8 +1,11 @@
 using System.CommandLine;
+using System.CommandLine.Parsing;
 using System.Diagnostics;
 using System.Globalization;
 using System.Text.Json.Nodes;
+using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
+using TinyLlama.Compute.Collectives;
 using TinyLlama.Compute.Cuda;
 using TinyLlama.Data;
 using TinyLlama.Training;
@@ -12,6 +15,9 @@ namespace TinyLlama.Cli;
 /// <summary><c>tinyllama pretrain</c>: trains what a recipe says, or goes on with a run.</summary>
 internal static class PretrainCommand
 {
+    /// <summary>What launchers set in the environment of every rank.</summary>
+    private static readonly string[] s_worlds = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"];
+
     /// <summary>The verb.</summary>
     public static Command Create()
     {
@@ -24,10 +30,14 @@ internal static class PretrainCommand
         var device = CommonOptions.Device();
         var deviceMemory = DeviceMemory();
         var maxSteps = CommonOptions.MaxSteps();
+        var ranks = CommonOptions.AtLeast(
+            new Option<int?>("--ranks") { Description = "Start this many processes here, which train together", HelpName = "N" }, 1);
+        var restarts = CommonOptions.AtLeast(
+            new Option<int?>("--restarts") { Description = "With --ranks: start them again this often when one is lost [default: 0]", HelpName = "N" }, 0);
         var json = CommonOptions.Json();
         var command = new Command("pretrain", "Train a model by a recipe; the same command again goes on where it was")
         {
-            recipe, resume, plan, output, set, threads, device, deviceMemory, maxSteps, json,
+            recipe, resume, plan, output, set, threads, device, deviceMemory, maxSteps, ranks, restarts, json,
         };
         command.Validators.Add(result =>
         {
@@ -41,12 +51,27 @@ internal static class PretrainCommand
                 result.AddError("--device-memory is for --plan");
             }
 
+            if (result.GetResult(ranks) is not null && result.GetResult(plan) is not null)
+            {
+                result.AddError("--ranks starts a run, and --plan starts none; leave one of them out");
+            }
+
+            if (result.GetResult(restarts) is not null && result.GetResult(ranks) is null)
+            {
+                result.AddError("--restarts is for --ranks");
+            }
+
+            if (result.GetResult(ranks) is not null && s_worlds.FirstOrDefault(name => Environment.GetEnvironmentVariable(name) is not null) is string world)
+            {
+                result.AddError($"--ranks starts the ranks, but {world} is set: this process is a rank already; leave --ranks out");
+            }
+
             if (result.GetResult(deviceMemory) is not null && result.GetValue(device) is { Kind: DeviceKind.Cpu })
             {
                 result.AddError("--device-memory is of a GPU, and --device is cpu; leave one of them out");
             }
         });
-        command.SetAction((parse, stop) =>
+        command.SetAction(async (parse, stop) =>
         {
             string? run = parse.GetValue(resume);
             string folder = run ?? parse.GetValue(output)
@@ -70,20 +95,20 @@ internal static class PretrainCommand
 
             Recipe resolved = RecipeFile.Read(file, [.. settings]);
             TextWriter writer = parse.InvocationConfiguration.Output;
+            long lastStep = parse.GetValue(maxSteps) ?? long.MaxValue;
             if (parse.GetValue(plan))
             {
                 WritePlan(resolved, parse.GetValue(deviceMemory), writer, parse.GetValue(json));
-            }
-            else
-            {
-                bool finished = Train(resolved, folder, writer, parse.GetValue(json), parse.GetValue(maxSteps) ?? long.MaxValue, stop);
-                if (!finished && stop.IsCancellationRequested)
-                {
-                    return Task.FromResult(ExitCode.Stopped);
-                }
+                return ExitCode.Success;
             }
 
-            return Task.FromResult(ExitCode.Success);
+            if (parse.GetValue(ranks) is int size)
+            {
+                string[] arguments = WithoutOptions(parse, ranks, restarts);
+                return await Supervise(resolved, folder, size, parse.GetValue(restarts) ?? 0, arguments, lastStep, stop);
+            }
+
+            return Train(resolved, folder, writer, parse.GetValue(json), lastStep, stop) ? ExitCode.Success : ExitCode.Stopped;
         });
         return command;
     }
@@ -131,25 +156,131 @@ internal static class PretrainCommand
         memory.RequireFits();
     }
 
-    private static bool Train(Recipe recipe, string folder, TextWriter writer, bool json, long lastStep, CancellationToken stop)
+    /// <summary>Starts the same command once a rank and sees it through.</summary>
+    private static async Task<int> Supervise(
+        Recipe recipe, string folder, int ranks, int restarts, string[] arguments, long lastStep, CancellationToken stop)
     {
-        using var display = new TrainingDisplay();
-        using TrainingRun run = TrainingRun.Open(recipe, folder, display);
-        foreach (string warning in run.Plan.Warnings)
+        long steps = TrainingRun.PlanOf(recipe, Warn, ranks).Steps;
+        if (recipe.Threads == 0)
         {
-            Warn(warning);
+            arguments = [.. arguments, "--threads", Math.Max(1, Environment.ProcessorCount / ranks).ToString(CultureInfo.InvariantCulture)];
         }
 
+        var supervisor = new RankSupervisor(ranks, restarts, folder, () => RankProcess.Command(arguments), IsDone, Console.Error);
+        int code = await supervisor.RunAsync(stop);
+        if (!Console.IsErrorRedirected && !Console.IsOutputRedirected)
+        {
+            // A rank that was ended while it drew its progress has left it hidden.
+            Console.CursorVisible = true;
+        }
+
+        return code;
+
+        bool IsDone() => lastStep < steps
+            ? TrainingCheckpoint.FindNewest(folder, static _ => { })?.Step >= lastStep
+            : EndRecord.Find(folder)?.Step == steps;
+    }
+
+    /// <summary>The words of the command without some options and their values.</summary>
+    private static string[] WithoutOptions(ParseResult parse, params Option[] left)
+    {
+        var words = new List<string>();
+        for (int i = 0; i < parse.Tokens.Count; i++)
+        {
+            if (parse.Tokens[i] is { Type: TokenType.Option } token && left.Any(option => option.Name == token.Value))
+            {
+                i++;
+            }
+            else
+            {
+                words.Add(parse.Tokens[i].Value);
+            }
+        }
+
+        return [.. words];
+    }
+
+    /// <returns>Whether everything asked for is done, and it was not stopped before.</returns>
+    private static bool Train(Recipe recipe, string folder, TextWriter writer, bool json, long lastStep, CancellationToken stop)
+    {
+        // Twice, so that the watch comes first, who knows which rank is late.
+        using var ranks = Collective.Join(TimeSpan.FromSeconds(2.0 * recipe.Distribution.TimeoutSeconds));
+        if (ranks.Size == 1)
+        {
+            using var display = new TrainingDisplay();
+            return Train(recipe, folder, ranks, display, display, writer, json, lastStep, stop);
+        }
+
+        using TrainingDisplay? terminal = ranks.Rank == 0 ? new TrainingDisplay() : null;
+        using var log = new RankLog(folder, ranks.Rank, ranks.Size, terminal);
+        try
+        {
+            return Train(recipe, folder, ranks, terminal, log, writer, json, lastStep, stop);
+        }
+        catch (Exception e) when (EndRank(e, ranks, log, stop))
+        {
+            throw;
+        }
+    }
+
+    /// <summary>Ends the process. As an exception filter it does so before anything is disposed of, which would wait for ranks that do not come.</summary>
+    private static bool EndRank(Exception reason, Collective ranks, RankLog log, CancellationToken stop)
+    {
+        using var lines = new StringWriter();
+        int code = CommandLine.Report(reason, lines, stop);
+        string text = lines.ToString().TrimEnd();
+        log.End(text);
+        RankEnd.Now(ranks, text, code);
+        return false;
+    }
+
+    private static bool Train(
+        Recipe recipe, string folder, Collective ranks, TrainingDisplay? display, ITrainingObserver observer, TextWriter writer, bool json, long lastStep,
+        CancellationToken stop)
+    {
+        TrainingRun? opened = null;
+        using RankWatch? watch = observer is RankLog log
+            ? RankWatch.Start(folder, ranks, () => Volatile.Read(ref opened)?.Trainer.State.Step ?? 0, TimeSpan.FromSeconds(recipe.Distribution.TimeoutSeconds), log.End)
+            : null;
+        using TrainingRun run = TrainingRun.Open(recipe, folder, observer, ranks);
+        Volatile.Write(ref opened, run);
         TrainingState before = run.Trainer.State;
-        Console.Error.WriteLine(before.Step == 0
-            ? $"{folder}: {run.Plan.Model.ParameterCount:N0} parameters, {run.Plan.Steps:N0} steps of {run.Plan.TokensPerStep:N0} tokens, {run.Backend.Description}"
-            : $"{folder}: goes on from step {before.Step:N0} of {run.Plan.Steps:N0}, {run.Backend.Description}");
-        display.Start(run.Plan, before.Tokens);
+        if (ranks.Rank == 0)
+        {
+            foreach (string warning in run.Plan.Warnings)
+            {
+                Warn(warning);
+            }
+
+            Console.Error.WriteLine(before.Step == 0
+                ? $"{folder}: {run.Plan.Model.ParameterCount:N0} parameters, {run.Plan.Steps:N0} steps of {run.Plan.TokensPerStep:N0} tokens, {Describe(run, ranks)}"
+                : $"{folder}: goes on from step {before.Step:N0} of {run.Plan.Steps:N0}, {Describe(run, ranks)}");
+            display?.Start(run.Plan, before.Tokens);
+        }
+
         long start = Stopwatch.GetTimestamp();
         run.Trainer.Run(stop, lastStep);
         double seconds = Stopwatch.GetElapsedTime(start).TotalSeconds;
-        display.Dispose();
+        display?.Dispose();
+        if (ranks.Rank == 0)
+        {
+            if (run.Trainer.IsFinished && EndRecord.Find(folder)?.Step != run.Plan.Steps)
+            {
+                throw new UserErrorException($"{folder}: the last checkpoint is not on the disk; make room, and the same command goes on from the one before");
+            }
 
+            WriteResult(run, folder, before, seconds, display?.LastValidation, writer, json);
+        }
+
+        return run.Trainer.State.Step >= Math.Min(lastStep, run.Plan.Steps);
+    }
+
+    private static string Describe(TrainingRun run, Collective ranks) =>
+        ranks.Size == 1 ? run.Backend.Description : $"{ranks.Size} ranks ({ranks.Description}), {run.Backend.Description}";
+
+    private static void WriteResult(
+        TrainingRun run, string folder, TrainingState before, double seconds, ValidationMetrics? validation, TextWriter writer, bool json)
+    {
         TrainingState after = run.Trainer.State;
         double rate = (after.Tokens - before.Tokens) / Math.Max(seconds, 1e-9);
         if (json)
@@ -162,21 +293,19 @@ internal static class PretrainCommand
                 ["tokens"] = after.Tokens,
                 ["seconds"] = seconds,
                 ["tokens_per_second"] = rate,
-                ["validation_loss"] = display.LastValidation?.Loss,
-                ["bits_per_byte"] = display.LastValidation?.BitsPerByte,
+                ["validation_loss"] = validation?.Loss,
+                ["bits_per_byte"] = validation?.BitsPerByte,
             }.ToJsonString(JsonOutput.Options));
         }
         else if (run.Trainer.IsFinished)
         {
             writer.WriteLine(FormattableString.Invariant(
-                $"{folder}: {after.Step:N0} steps, {after.Tokens:N0} tokens, {rate:N0} tokens/s; validation loss {display.LastValidation?.Loss:0.0000}"));
+                $"{folder}: {after.Step:N0} steps, {after.Tokens:N0} tokens, {rate:N0} tokens/s; validation loss {validation?.Loss:0.0000}"));
         }
         else
         {
             writer.WriteLine($"{folder}: stopped after step {after.Step:N0} of {run.Plan.Steps:N0}; the same command goes on from there");
         }
-
-        return run.Trainer.IsFinished;
     }
 
     private static void Warn(string message) => Console.Error.WriteLine($"warning: {message}");

@@ -31,6 +31,7 @@ internal static class Program
             ServeCommand.Create(),
             EvalCommand.Create(),
             PretrainCommand.Create(),
+            PlanCommand.Create(),
             PresetsCommand.Create(),
             EnvCommand.Create(),
             BenchCommand.Create(),
@@ -42,6 +43,11 @@ internal static class Program
     private static async Task<int> Main(string[] arguments)
     {
         using var signals = new StopSignals();
+        if (RankProcess.IsSupervised)
+        {
+            RankProcess.FollowSupervisor(signals.Stop);
+        }
+
         return await CommandLine.RunAsync(CreateRoot(), arguments, Console.Out, Console.Error, signals.Token);
     }
 }

@@ -26,6 +26,19 @@ internal sealed class StopSignals : IDisposable
     /// <summary>Gets what the first signal cancels.</summary>
     public CancellationToken Token => _stop.Token;
 
+    /// <summary>Asks for what the first signal asks for.</summary>
+    public void Stop()
+    {
+        try
+        {
+            _stop.Cancel();
+        }
+        catch (ObjectDisposedException)
+        {
+            // The verb has just ended by itself.
+        }
+    }
+
     /// <summary>Gives Ctrl-C another meaning for a while: it ends a reply, say, and not the program.</summary>
     /// <param name="action">What it does until the result is disposed of.</param>
     public static IDisposable DivertInterrupts(Action action)
@@ -60,8 +73,12 @@ internal sealed class StopSignals : IDisposable
         }
 
         signal.Cancel = true;
-        Console.Error.WriteLine("stopping; once more to abort");
-        _stop.Cancel();
+        if (!RankProcess.IsSupervised)
+        {
+            Console.Error.WriteLine("stopping; once more to abort");
+        }
+
+        Stop();
     }
 
     private sealed class Diversion : IDisposable

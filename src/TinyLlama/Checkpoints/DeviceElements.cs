@@ -26,9 +26,18 @@ internal static class DeviceElements
     }
 
     /// <summary>Copies the tensor's elements to little-endian bytes.</summary>
-    public static void ReadBytes(Span<byte> destination, Backend backend, Tensor source)
+    /// <param name="destination">What is filled.</param>
+    /// <param name="backend">The device of the tensor; null for host memory.</param>
+    /// <param name="source">The tensor.</param>
+    public static void ReadBytes(Span<byte> destination, Backend? backend, Tensor source)
     {
         source = Words(source);
+        if (backend is null)
+        {
+            HostBytes(source).CopyTo(destination);
+            return;
+        }
+
         switch (source.Type.ByteCount())
         {
             case 2:
@@ -43,6 +52,14 @@ internal static class DeviceElements
         }
     }
 
+    /// <summary>The bytes of a tensor in host memory.</summary>
+    public static Span<byte> HostBytes(Tensor tensor) => tensor.Type.ByteCount() switch
+    {
+        2 => MemoryMarshal.AsBytes(tensor.HostSpan<ushort>()),
+        4 => MemoryMarshal.AsBytes(tensor.HostSpan<uint>()),
+        _ => MemoryMarshal.AsBytes(tensor.HostSpan<ulong>()),
+    };
+
     /// <summary>Copies singles to a tensor of any floating-point type, rounding to nearest.</summary>
     public static void Write(Backend backend, Tensor destination, ReadOnlySpan<float> source)
     {
@@ -54,7 +71,7 @@ internal static class DeviceElements
     }
 
     /// <summary>Copies a tensor of any floating-point type to singles.</summary>
-    public static void Read(Span<float> destination, Backend backend, Tensor source)
+    public static void Read(Span<float> destination, Backend? backend, Tensor source)
     {
         byte[] bytes = ArrayPool<byte>.Shared.Rent(destination.Length * source.Type.ByteCount());
         Span<byte> used = bytes.AsSpan(0, destination.Length * source.Type.ByteCount());

@@ -17,7 +17,7 @@ public sealed record ListedFile(string Name, long ByteCount, string Sha256);
 public sealed class FolderWriter
 {
     // Other programs look for the framework that a file was written for; "pt" is what all of them accept.
-    private static readonly Dictionary<string, string> s_metadata = new(StringComparer.Ordinal) { ["format"] = "pt" };
+    internal static readonly IReadOnlyDictionary<string, string> TensorMetadata = new Dictionary<string, string>(StringComparer.Ordinal) { ["format"] = "pt" };
 
     private readonly string _folder;
     private readonly List<ListedFile> _files = [];
@@ -38,8 +38,7 @@ public sealed class FolderWriter
         NamedTensor[] tensors =
             [.. parameters.Select(static parameter => new NamedTensor(parameter.Name, parameter.Values, parameter.IsVector))];
         WriteTensors(TrainingCheckpoint.ModelName, backend, tensors);
-        WriteConfigs(config, parameters[0].Values.Type, tokenizer);
-        WriteTokenizer(tokenizer, originals: null);
+        WriteDescription(config, parameters[0].Values.Type, tokenizer);
     }
 
     /// <summary>Writes the files of a Hugging Face folder for a model in other files.</summary>
@@ -59,9 +58,8 @@ public sealed class FolderWriter
             tensor.IsVector ? [tensor.Columns] : [tensor.Rows, tensor.Columns],
             type,
             (first, bytes) => ReadPiece(tensor.Name, first, bytes)))];
-        Write(TrainingCheckpoint.ModelName, stream => Safetensors.Write(stream, tensors, s_metadata));
-        WriteConfigs(source.Config, type, tokenizer);
-        WriteTokenizer(tokenizer, originals);
+        Write(TrainingCheckpoint.ModelName, stream => Safetensors.Write(stream, tensors, TensorMetadata));
+        WriteDescription(source.Config, type, tokenizer, originals);
 
         void ReadPiece(string name, long first, Span<byte> bytes)
         {
@@ -78,10 +76,28 @@ public sealed class FolderWriter
         }
     }
 
-    /// <summary>Writes a file of tensors; see <see cref="Safetensors"/>.</summary>
+    /// <summary>Writes the files of a Hugging Face folder that hold no weights: configs and the tokenizer's.</summary>
+    /// <param name="config">The shape.</param>
+    /// <param name="type">What the weights are stored in.</param>
+    /// <param name="tokenizer">The tokenizer; null where the model comes without one that has files.</param>
+    /// <param name="originals">A folder whose tokenizer files are taken as they are, or null.</param>
     /// <exception cref="IOException">The disk is full or gone.</exception>
-    public void WriteTensors(string name, Backend backend, IReadOnlyList<NamedTensor> tensors) =>
-        Write(name, stream => Safetensors.Write(stream, backend, tensors, s_metadata));
+    public void WriteDescription(ModelConfig config, DType type, BpeTokenizer? tokenizer, string? originals = null)
+    {
+        WriteText(HuggingFaceConfig.FileName, HuggingFaceConfig.Write(config, type, tokenizer?.Bos, tokenizer?.Eos));
+        WriteText(HuggingFaceConfig.GenerationFileName, HuggingFaceConfig.WriteGeneration(tokenizer?.Bos, tokenizer?.Eos));
+        WriteTokenizer(tokenizer, originals);
+    }
+
+    /// <summary>Writes a file of tensors; see <see cref="Safetensors"/>.</summary>
+    /// <param name="name">Its name, without a path; each name once.</param>
+    /// <param name="backend">The device of the tensors; null for host memory.</param>
+    /// <param name="tensors">Contiguous tensors, each name once.</param>
+    /// <param name="metadata">Texts under <c>__metadata__</c>; null for those that other programs ask for.</param>
+    /// <exception cref="IOException">The disk is full or gone.</exception>
+    public void WriteTensors(
+        string name, Backend? backend, IReadOnlyList<NamedTensor> tensors, IReadOnlyDictionary<string, string>? metadata = null) =>
+        Write(name, stream => Safetensors.Write(stream, backend, tensors, metadata ?? TensorMetadata));
 
     /// <summary>Writes a text file in UTF-8.</summary>
     /// <exception cref="IOException">The disk is full or gone.</exception>
@@ -103,12 +119,6 @@ public sealed class FolderWriter
 
         file.Flush(flushToDisk: true);
         _files.Add(new ListedFile(name, file.Length, Convert.ToHexStringLower(hash.GetHashAndReset())));
-    }
-
-    private void WriteConfigs(ModelConfig config, DType type, BpeTokenizer? tokenizer)
-    {
-        WriteText(HuggingFaceConfig.FileName, HuggingFaceConfig.Write(config, type, tokenizer?.Bos, tokenizer?.Eos));
-        WriteText(HuggingFaceConfig.GenerationFileName, HuggingFaceConfig.WriteGeneration(tokenizer?.Bos, tokenizer?.Eos));
     }
 
     private void WriteTokenizer(BpeTokenizer? tokenizer, string? originals)

@@ -161,6 +161,15 @@ public abstract class ModelSource : IDisposable
     /// <exception cref="UserErrorException">The model has another shape; the message names the tensor and both shapes.</exception>
     public void CopyTo(Backend backend, IReadOnlyList<Parameter> parameters)
     {
+        Require(parameters);
+        CopySomeTo(backend, parameters);
+    }
+
+    /// <summary>Refuses a model that has not exactly these parameters.</summary>
+    /// <param name="parameters">Those of <see cref="LlamaModel.Parameters"/>.</param>
+    /// <exception cref="UserErrorException">The model has another shape; the message names the tensor and both shapes.</exception>
+    public void Require(IReadOnlyList<Parameter> parameters)
+    {
         Dictionary<string, ModelTensor> tensors = Tensors.ToDictionary(static tensor => tensor.Name, StringComparer.Ordinal);
         foreach (Parameter parameter in parameters)
         {
@@ -182,7 +191,11 @@ public abstract class ModelSource : IDisposable
             string surplus = tensors.Keys.Except(parameters.Select(static parameter => parameter.Name), StringComparer.Ordinal).First();
             throw new UserErrorException($"{Path}: has a tensor '{surplus}', for which the model has no place");
         }
+    }
 
+    /// <summary>Copies the tensors of some parameters, after <see cref="Require"/> of all.</summary>
+    public void CopySomeTo(Backend backend, IReadOnlyList<Parameter> parameters)
+    {
         foreach (Parameter parameter in parameters)
         {
             CopyValues(backend, parameter);

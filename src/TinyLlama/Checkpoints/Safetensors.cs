@@ -14,14 +14,14 @@ public static class Safetensors
 {
     /// <summary>Writes tensors of a device, piece by piece: never a copy of one.</summary>
     /// <param name="destination">Where the bytes go.</param>
-    /// <param name="backend">The device of the tensors.</param>
+    /// <param name="backend">The device of the tensors; null for host memory.</param>
     /// <param name="tensors">Contiguous tensors, each name once.</param>
     /// <param name="metadata">Texts under <c>__metadata__</c>; null for none.</param>
     /// <param name="storeAs">The floating-point type in the file; null for each tensor's own.</param>
     /// <exception cref="IOException">The disk is full or gone.</exception>
     public static void Write(
         Stream destination,
-        Backend backend,
+        Backend? backend,
         IReadOnlyList<NamedTensor> tensors,
         IReadOnlyDictionary<string, string>? metadata = null,
         DType? storeAs = null)
@@ -133,7 +133,7 @@ public static class Safetensors
         return header;
     }
 
-    private static void ReadPiece(Span<byte> destination, DType type, Backend backend, Tensor source, long first)
+    private static void ReadPiece(Span<byte> destination, DType type, Backend? backend, Tensor source, long first)
     {
         int count = destination.Length / type.ByteCount();
         Tensor piece = source.Elements(first, count);

@@ -60,34 +60,96 @@ public sealed class TrainingCheckpoint
     /// </exception>
     public static TrainingCheckpoint Save(string runFolder, long step, Action<FolderWriter> write)
     {
-        ArgumentOutOfRangeException.ThrowIfNegative(step);
-        string folder = System.IO.Path.Combine(runFolder, FolderName);
-        string path = System.IO.Path.Combine(folder, Name(step));
-        string unfinished = path + Unfinished;
         try
         {
-            Directory.CreateDirectory(folder);
-            DeleteIfThere(unfinished);
-            Directory.CreateDirectory(unfinished);
-            var writer = new FolderWriter(unfinished);
+            Begin(runFolder, step);
+            FolderWriter writer = Join(runFolder, step);
             write(writer);
-            ListedFile[] files = [.. writer.Files];
-            writer.WriteText(ManifestName, Manifest(step, files));
-            DirectoryFlush.Flush(unfinished);
-            Publish(unfinished, path);
-            DirectoryFlush.Flush(folder);
-            DirectoryFlush.Flush(runFolder);
-            return new TrainingCheckpoint(path, step, files);
+            return Commit(runFolder, step, writer.Files);
         }
         catch (Exception e)
         {
-            Undo(unfinished, path);
+            Abandon(runFolder, step);
             if (e is UnauthorizedAccessException)
             {
                 throw new IOException(e.Message, e);
             }
 
             throw;
+        }
+    }
+
+    /// <summary>
+    /// Makes the folder into which ranks write the checkpoint of a step: one of them calls this before any calls
+    /// <see cref="Join"/>, and when all files are on the disk <see cref="Commit"/>, or else <see cref="Abandon"/>.
+    /// </summary>
+    /// <exception cref="IOException">The disk is full or gone.</exception>
+    /// <exception cref="UnauthorizedAccessException">The run's folder may not be written.</exception>
+    internal static void Begin(string runFolder, long step)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(step);
+        string unfinished = PathOf(runFolder, step) + Unfinished;
+        DeleteIfThere(unfinished);
+        Directory.CreateDirectory(unfinished);
+    }
+
+    /// <summary>Writes a rank's files of the checkpoint that another one began.</summary>
+    /// <exception cref="IOException">Its folder is not to be seen here.</exception>
+    internal static FolderWriter Join(string runFolder, long step)
+    {
+        string unfinished = PathOf(runFolder, step) + Unfinished;
+        return Directory.Exists(unfinished)
+            ? new FolderWriter(unfinished)
+            : throw new IOException($"{unfinished}: not found; the run's folder must be the same one on every host");
+    }
+
+    /// <summary>Turns what the ranks wrote into a checkpoint.</summary>
+    /// <param name="runFolder">The run.</param>
+    /// <param name="step">The step that was begun.</param>
+    /// <param name="files">The files of all ranks.</param>
+    /// <exception cref="IOException">The disk is full or gone, or a file is not there in its size.</exception>
+    /// <exception cref="UnauthorizedAccessException">The run's folder may not be written.</exception>
+    internal static TrainingCheckpoint Commit(string runFolder, long step, IReadOnlyList<ListedFile> files)
+    {
+        string path = PathOf(runFolder, step);
+        string unfinished = path + Unfinished;
+        foreach (ListedFile file in files)
+        {
+            if (Fault(unfinished, file) is string fault)
+            {
+                throw new IOException(fault);
+            }
+        }
+
+        new FolderWriter(unfinished).WriteText(ManifestName, Manifest(step, files));
+        DirectoryFlush.Flush(unfinished);
+        Publish(unfinished, path);
+        DirectoryFlush.Flush(System.IO.Path.GetDirectoryName(path)!);
+        DirectoryFlush.Flush(runFolder);
+        return new TrainingCheckpoint(path, step, files);
+    }
+
+    /// <summary>Removes what was begun, as far as the disk lets it; the next start removes the rest.</summary>
+    internal static void Abandon(string runFolder, long step)
+    {
+        string path = PathOf(runFolder, step);
+        try
+        {
+            DeleteIfThere(path + Unfinished);
+            if (!Directory.Exists(path) && Directory.Exists(path + Replaced))
+            {
+                Directory.Move(path + Replaced, path);
+            }
+
+            string folder = System.IO.Path.GetDirectoryName(path)!;
+            if (Directory.Exists(folder) && !Directory.EnumerateFileSystemEntries(folder).Any())
+            {
+                Directory.Delete(folder);
+            }
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            // The caller has a failure to tell of already.
         }
     }
 
@@ -116,11 +178,9 @@ public sealed class TrainingCheckpoint
             JsonKeys keys = listed.Object(name) ?? throw listed.Error(name, "is null");
             string hash = keys.Text("sha256") ?? throw keys.Error("sha256", "is missing");
             var file = new ListedFile(name, keys.Integer("bytes", 0, long.MaxValue), hash);
-            var info = new FileInfo(System.IO.Path.Combine(path, name));
-            if (!info.Exists || info.Length != file.ByteCount)
+            if (Fault(path, file) is string fault)
             {
-                string state = info.Exists ? $"has {info.Length} bytes" : "is missing";
-                throw new UserErrorException($"{info.FullName}: {state}, the manifest says {file.ByteCount} bytes");
+                throw new UserErrorException(fault);
             }
 
             files.Add(file);
@@ -128,6 +188,9 @@ public sealed class TrainingCheckpoint
 
         return new TrainingCheckpoint(path, step, files);
     }
+
+    /// <summary>The folder of a step's checkpoint.</summary>
+    public static string PathOf(string runFolder, long step) => System.IO.Path.Combine(runFolder, FolderName, Name(step));
 
     /// <summary>The checkpoints of a run by their folders' names, oldest first; nothing in them is read.</summary>
     public static IReadOnlyList<(long Step, string Path)> List(string runFolder)
@@ -258,7 +321,20 @@ public sealed class TrainingCheckpoint
             : -1;
     }
 
-    private static string Manifest(long step, ListedFile[] files)
+    // What is wrong with a listed file, hashes apart; null where nothing is.
+    private static string? Fault(string folder, ListedFile file)
+    {
+        var info = new FileInfo(System.IO.Path.Combine(folder, file.Name));
+        if (info.Exists && info.Length == file.ByteCount)
+        {
+            return null;
+        }
+
+        string state = info.Exists ? $"has {info.Length} bytes" : "is missing";
+        return $"{info.FullName}: {state}, the manifest says {file.ByteCount} bytes";
+    }
+
+    private static string Manifest(long step, IReadOnlyList<ListedFile> files)
     {
         var listed = new JsonObject();
         foreach (ListedFile file in files)
@@ -330,28 +406,6 @@ public sealed class TrainingCheckpoint
         if (Directory.Exists(path))
         {
             Directory.Delete(path, recursive: true);
-        }
-    }
-
-    private static void Undo(string unfinished, string path)
-    {
-        try
-        {
-            DeleteIfThere(unfinished);
-            if (!Directory.Exists(path) && Directory.Exists(path + Replaced))
-            {
-                Directory.Move(path + Replaced, path);
-            }
-
-            string folder = System.IO.Path.GetDirectoryName(path)!;
-            if (Directory.Exists(folder) && !Directory.EnumerateFileSystemEntries(folder).Any())
-            {
-                Directory.Delete(folder);
-            }
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            // The caller hears of the failure that led here; the next start tidies up.
         }
     }
 }

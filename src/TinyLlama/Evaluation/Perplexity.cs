@@ -1,4 +1,5 @@
 using TinyLlama.Compute;
+using TinyLlama.Compute.Collectives;
 using TinyLlama.Model;
 
 namespace TinyLlama.Evaluation;
@@ -19,6 +20,7 @@ public static class Perplexity
     /// <param name="maskDocuments">Whether a token sees only its own document, as in a training that masks documents.</param>
     /// <param name="contextLength">T; by default what the model is trained for.</param>
     /// <param name="progress">Receives the number of targets scored so far.</param>
+    /// <param name="ranks">Ranks with the same model, which all measure and divide the windows between them; null for this one alone.</param>
     /// <param name="stop">Ends the measurement between two forwards.</param>
     public static Score Measure(
         LlamaModel model,
@@ -28,6 +30,7 @@ public static class Perplexity
         bool maskDocuments = false,
         int? contextLength = null,
         Action<long>? progress = null,
+        Collective? ranks = null,
         CancellationToken stop = default)
     {
         int context = contextLength ?? model.Config.ContextLength;
@@ -44,8 +47,9 @@ public static class Perplexity
         float[] losses = new float[capacity];
         Segment[] segments = new Segment[capacity];
 
-        double total = 0;
-        for (int first = 0; first < tokens.TargetCount; first += capacity)
+        // A sum for each window, whoever computes it: the total does not depend on how many do.
+        double[] sums = new double[(tokens.TargetCount + context - 1) / context];
+        for (int first = capacity * (ranks?.Rank ?? 0); first < tokens.TargetCount; first += capacity * (ranks?.Size ?? 1))
         {
             stop.ThrowIfCancellationRequested();
             int count = Math.Min(capacity, tokens.TargetCount - first);
@@ -56,15 +60,33 @@ public static class Perplexity
             model.Forward(workspace, inputs.RowRange(0, count), layout, KeyValueSource.Batch);
             model.Loss(workspace, targets.RowRange(0, count));
             backend.Read(losses.AsSpan(0, count), workspace.Losses(count));
-            foreach (float loss in losses.AsSpan(0, count))
+            for (int i = 0; i < count; i++)
             {
-                total += loss;
+                sums[(first + i) / context] += losses[i];
             }
 
             progress?.Invoke(first + count);
         }
 
-        return new Score(tokens.TargetCount, tokens.ByteCount, total);
+        return new Score(tokens.TargetCount, tokens.ByteCount, Together(sums, Math.Max(1, capacity / context), ranks).Sum());
+    }
+
+    // The sums of all ranks' windows: a rank has every Size-th group of so many.
+    private static double[] Together(double[] sums, int group, Collective? ranks)
+    {
+        if (ranks is null || ranks.Size == 1)
+        {
+            return sums;
+        }
+
+        double[] all = new double[sums.Length * ranks.Size];
+        ranks.AllGather<double>(all, sums);
+        for (int window = 0; window < sums.Length; window++)
+        {
+            sums[window] = all[(window / group % ranks.Size * sums.Length) + window];
+        }
+
+        return sums;
     }
 
     /// <summary>The segments of the rows of a forward: cut at every multiple of the context and at document starts.</summary>

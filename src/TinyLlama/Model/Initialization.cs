@@ -25,10 +25,18 @@ public static class Initialization
     /// <summary>Writes initial values to every parameter and packs them. Norms are ones.</summary>
     public static void Initialize(LlamaModel model, Backend backend, InitializationScheme scheme, ulong seed)
     {
+        Initialize(model.Parameters, model.Config, backend, scheme, seed);
+        model.Pack();
+    }
+
+    /// <summary>Writes initial values to some parameters of a model.</summary>
+    public static void Initialize(
+        IEnumerable<Parameter> parameters, ModelConfig config, Backend backend, InitializationScheme scheme, ulong seed)
+    {
         float[] chunk = new float[1 << 16];
-        foreach (Parameter parameter in model.Parameters)
+        foreach (Parameter parameter in parameters)
         {
-            double deviation = parameter.IsVector ? 0 : Deviation(model.Config, scheme, parameter);
+            double deviation = parameter.IsVector ? 0 : Deviation(config, scheme, parameter);
             var normal = new NormalSource(seed, parameter.Name);
             Tensor flat = parameter.Values with { Rows = 1 };
             for (long done = 0; done < parameter.Values.Count;)
@@ -44,8 +52,6 @@ public static class Initialization
                 done += count;
             }
         }
-
-        model.Pack();
     }
 
     /// <summary>The standard deviation of a matrix's initial values.</summary>

@@ -14,12 +14,14 @@ public sealed class LlamaModel : IDisposable
     /// <summary>Name of a head of its own.</summary>
     public const string HeadName = "lm_head.weight";
 
+    private const string NormName = "model.norm.weight";
+
     private readonly Backend _backend;
-    private readonly Parameter _embedding;
+    private readonly Parameter? _embedding;
     private readonly Tensor _table;
     private readonly TransformerBlock[] _blocks;
-    private readonly Parameter _norm;
-    private readonly Linear _head;
+    private readonly Parameter? _norm;
+    private readonly Linear? _head;
     private ModelArenas? _own;
 
     /// <summary>Takes the parameters from the arenas; their values are zero until initialized or loaded.</summary>
@@ -31,19 +33,54 @@ public sealed class LlamaModel : IDisposable
     {
         backend.RequireModel(config.Channels, config.Hidden, config.HeadDim);
         (Config, _backend) = (config, backend);
-        _embedding = Embedding(arenas);
-        _table = _embedding.Values.IsEmpty ? _embedding.Frozen.Weight!.PackedForward : _embedding.Values;
+        if (config.TiedEmbeddings && !(config.HasEmbedding && config.HasHead))
+        {
+            throw new ArgumentException("an embedding that is the head too cannot be in two stages", nameof(config));
+        }
+
+        var units = new List<ParameterUnit>();
+        Parameter? embedding = null, norm = null;
+        Linear? head = null;
+        if (config.HasEmbedding)
+        {
+            Together(units, arenas.Of(0), own =>
+            {
+                embedding = Embedding(own);
+                if (!config.TiedEmbeddings)
+                {
+                    return [embedding];
+                }
+
+                norm = Norm(NormName, own, config.Channels);
+                head = Linear.Tied(own, backend, embedding);
+                return [embedding, norm];
+            });
+            _table = embedding!.Values.IsEmpty ? embedding.Frozen.Weight!.PackedForward : embedding.Values;
+        }
+
         _blocks = new TransformerBlock[config.Layers];
         for (int l = 0; l < config.Layers; l++)
         {
-            _blocks[l] = new TransformerBlock(config, l, arenas, backend);
+            Together(units, arenas.Of(1 + (l % 2)), own => (_blocks[l] = new TransformerBlock(config, l, own, backend)).Parameters);
         }
 
-        _norm = Norm("model.norm.weight", arenas, config.Channels);
-        _head = config.TiedEmbeddings
-            ? Linear.Tied(arenas, backend, _embedding)
-            : Linear.Take(arenas, backend, config.Channels, new RowGroup(HeadName, config.VocabularySize));
-        Parameters = [_embedding, .. _blocks.SelectMany(block => block.Parameters), _norm, .. _head.Parameters];
+        if (config.HasHead && !config.TiedEmbeddings)
+        {
+            Together(units, arenas.Of(0), own =>
+            {
+                norm = Norm(NormName, own, config.Channels);
+                head = Linear.Take(own, backend, config.Channels, new RowGroup(HeadName, config.VocabularySize));
+                return [norm, .. head.Parameters];
+            });
+        }
+
+        (_embedding, _norm, _head) = (embedding, norm, head);
+        Units = units;
+        Parameters =
+        [
+            .. new[] { _embedding }.OfType<Parameter>(), .. _blocks.SelectMany(block => block.Parameters),
+            .. new[] { _norm }.OfType<Parameter>(), .. _head?.Parameters ?? [],
+        ];
     }
 
     /// <summary>Gets the shape.</summary>
@@ -52,8 +89,17 @@ public sealed class LlamaModel : IDisposable
     /// <summary>Gets every parameter, in checkpoint order.</summary>
     public IReadOnlyList<Parameter> Parameters { get; }
 
+    /// <summary>Gets the units of a model that trains, in the order of the forward; none of one that does not.</summary>
+    public IReadOnlyList<ParameterUnit> Units { get; }
+
+    /// <summary>Gets or sets where units are between their uses; null where all are always there.</summary>
+    public ParameterStore? Store { get; set; }
+
     /// <summary>Gets the bytes that the parameters take in memory, their packed forms included; 0 where others own it.</summary>
     public long ByteCount => (_own?.Weights.UsedBytes ?? 0) + (_own?.Packed?.UsedBytes ?? 0);
+
+    /// <summary>Sets the ranks that have the blocks between them, where the shape is one rank's part.</summary>
+    public void Join(TensorGroup group) => Array.ForEach(_blocks, block => block.Group = group);
 
     /// <summary>A model in memory of its own, counted and then allocated.</summary>
     /// <param name="config">The shape.</param>
@@ -89,7 +135,21 @@ public sealed class LlamaModel : IDisposable
             block.Pack(_backend);
         }
 
-        _head.Pack(_backend);
+        _head?.Pack(_backend);
+    }
+
+    /// <summary>Makes the packed forms of one unit follow its values.</summary>
+    public void Pack(ParameterUnit unit)
+    {
+        ArgumentNullException.ThrowIfNull(unit);
+        if (unit.Index > 0 && unit.Index <= _blocks.Length)
+        {
+            _blocks[unit.Index - 1].Pack(_backend);
+        }
+        else if (unit.Index == HeadUnit)
+        {
+            Head.Pack(_backend);
+        }
     }
 
     /// <summary>Fills the workspace's table of rotations. Call once after its memory is allocated.</summary>
@@ -110,26 +170,43 @@ public sealed class LlamaModel : IDisposable
         }
     }
 
-    /// <summary>tokens (N, 1) of I32 to the final norm's output, left in <see cref="Workspace.Output"/>.</summary>
+    /// <summary>
+    /// tokens (N, 1) of I32 to the final norm's output, left in <see cref="Workspace.Output"/>. A stage without the embedding begins
+    /// with what is in <see cref="Workspace.Input"/>, one without the head leaves what the next begins with.
+    /// </summary>
     public void Forward(Workspace w, Tensor tokens, TokenLayout layout, KeyValueSource source)
     {
         int n = tokens.Rows;
         Tensor branch = w.Branch(n);
         BlockActivations a = w.Block(0, n);
-        _backend.Embedding(a.Input, _table, tokens);
+        Store?.Gather(0, 1);
+        if (Config.HasEmbedding)
+        {
+            _backend.Embedding(a.Input, _table, tokens);
+        }
+
         Tensor residual = default;
         for (int l = 0; l < _blocks.Length; l++)
         {
+            Store?.Gather(1 + l, l + 1 < _blocks.Length ? 2 + l : HeadUnit);
             a = w.Block(l, n);
             _blocks[l].Forward(_backend, a, branch, residual, w.Rope, layout, source);
             residual = a.Middle;
         }
 
+        if (_norm is null)
+        {
+            _backend.Copy(w.Output(n), residual);
+            _backend.Add(w.Output(n), branch);
+            return;
+        }
+
+        Store?.Gather(HeadUnit, -1);
         _backend.AddRmsNorm(w.Final(n), w.Output(n), w.OutputR(n), residual, branch, _norm.Values, Config.NormEpsilon);
     }
 
     /// <summary>logits (R, V) = hidden (R, C), rows of <see cref="Workspace.Output"/>, times the head.</summary>
-    public void Logits(Tensor logits, Tensor hidden) => _head.Forward(_backend, logits, hidden);
+    public void Logits(Tensor logits, Tensor hidden) => Head.Forward(_backend, logits, hidden);
 
     /// <summary>The loss of each token of the last forward, left in <see cref="Workspace.Losses"/>.</summary>
     /// <param name="w">The workspace of the forward.</param>
@@ -140,14 +217,15 @@ public sealed class LlamaModel : IDisposable
         {
             int count = Math.Min(w.LogitsChunk.Rows, targets.Rows - row);
             Tensor logits = w.LogitsChunk.RowRange(0, count);
-            _head.Forward(_backend, logits, w.Output(targets.Rows).RowRange(row, count));
+            Head.Forward(_backend, logits, w.Output(targets.Rows).RowRange(row, count));
             _backend.CrossEntropy(w.Losses(targets.Rows).RowRange(row, count), logits, targets.RowRange(row, count));
         }
     }
 
     /// <summary>
     /// Adds the gradients of scale · Σ loss to every parameter's, and leaves each token's loss in
-    /// <see cref="Workspace.Losses"/>. Call after <see cref="Forward"/> on the same workspace.
+    /// <see cref="Workspace.Losses"/>. Call after <see cref="Forward"/> on the same workspace. A stage without the head begins
+    /// with the gradient of its output in <see cref="Workspace.Gradient"/>, and leaves that of its input there.
     /// </summary>
     /// <param name="w">The workspace of the forward; it must not keep nothing.</param>
     /// <param name="tokens">(N, 1) of I32, as in the forward.</param>
@@ -159,11 +237,23 @@ public sealed class LlamaModel : IDisposable
         int n = tokens.Rows;
         BlockGradients d = w.Gradients(n);
         Tensor dResidual = w.DResidual(n);
-        Head(w, targets, scale);
-        _backend.Zero(dResidual);
-        _backend.RmsNormBackward(dResidual, _norm.Gradient, w.DFinal(n), w.Final(n), _norm.Values, w.OutputR(n));
+        if (_norm is not null)
+        {
+            Store?.Gather(HeadUnit, _blocks.Length);
+            Store?.BeginGradient(HeadUnit);
+            BackwardHead(w, targets, scale);
+            _backend.Zero(dResidual);
+            _backend.RmsNormBackward(dResidual, _norm.Gradient, w.DFinal(n), w.Final(n), _norm.Values, w.OutputR(n));
+            if (HeadUnit > 0)
+            {
+                Store?.EndGradient(HeadUnit);
+            }
+        }
+
         for (int l = _blocks.Length - 1; l >= 0; l--)
         {
+            Store?.Gather(1 + l, l > 0 ? l : -1);
+            Store?.BeginGradient(1 + l);
             BlockActivations a = w.Block(l, n);
             if (w.Keep == Keep.BlockInputs)
             {
@@ -175,9 +265,21 @@ public sealed class LlamaModel : IDisposable
             }
 
             _blocks[l].Backward(_backend, a, d, dResidual, w.Rope, layout);
+            Store?.EndGradient(1 + l);
+        }
+
+        if (_embedding is null)
+        {
+            return;
+        }
+
+        if (HeadUnit > 0)
+        {
+            Store?.BeginGradient(0);
         }
 
         _backend.EmbeddingBackward(_embedding.Gradient, dResidual, tokens);
+        Store?.EndGradient(0);
     }
 
     /// <summary>Gives back the memory that <see cref="Allocate"/> took; arenas that were given stay their owner's.</summary>
@@ -187,7 +289,29 @@ public sealed class LlamaModel : IDisposable
         _own = null;
     }
 
+    private Linear Head => _head ?? throw new InvalidOperationException("the head is in another stage");
+
+    // The unit of the final norm and the head: that of the embedding where they are tied.
+    private int HeadUnit => Config.TiedEmbeddings ? 0 : 1 + _blocks.Length;
+
     internal static Parameter Norm(string name, ModelArenas arenas, int channels) => Matrix(name, arenas, 1, channels);
+
+    // Takes the parameters of a unit one after the other, from the weights and, at the same offsets, from the gradients.
+    private static void Together(List<ParameterUnit> units, ModelArenas own, Func<ModelArenas, IEnumerable<Parameter>> take)
+    {
+        if (own.Gradients is null)
+        {
+            take(own);
+            return;
+        }
+
+        IEnumerable<Parameter> parameters = [];
+        Tensor gradient = default;
+        Tensor values = own.Weights.TakeTogether(
+            () => gradient = own.Gradients.TakeTogether(() => parameters = take(own), ParameterUnit.Columns, own.Subdivisions),
+            ParameterUnit.Columns, own.Subdivisions);
+        units.Add(new ParameterUnit(units.Count, [.. parameters], values, gradient));
+    }
 
     private static Parameter Matrix(string name, ModelArenas arenas, int rows, int columns) =>
         new(name, arenas.Weights.Take(rows, columns), arenas.Gradients?.Take(rows, columns) ?? default);
@@ -207,7 +331,7 @@ public sealed class LlamaModel : IDisposable
     }
 
     // Head, loss and their backward chunk by chunk: (N, V) never exists in full.
-    private void Head(Workspace w, Tensor targets, Tensor scale)
+    private void BackwardHead(Workspace w, Tensor targets, Tensor scale)
     {
         int n = targets.Rows;
         for (int row = 0; row < n; row += w.LogitsChunk.Rows)
@@ -215,9 +339,9 @@ public sealed class LlamaModel : IDisposable
             int count = Math.Min(w.LogitsChunk.Rows, n - row);
             Tensor logits = w.LogitsChunk.RowRange(0, count);
             Tensor hidden = w.Output(n).RowRange(row, count);
-            _head.Forward(_backend, logits, hidden);
+            Head.Forward(_backend, logits, hidden);
             _backend.CrossEntropy(w.Losses(n).RowRange(row, count), logits, targets.RowRange(row, count), scale);
-            _head.Backward(_backend, w.DFinal(n).RowRange(row, count), logits, hidden);
+            Head.Backward(_backend, w.DFinal(n).RowRange(row, count), logits, hidden);
         }
     }
 }

@@ -40,21 +40,55 @@ public sealed record ModelConfig
     public bool TiedEmbeddings { get; init; }
 
     /// <summary>Gets D, the width of a head.</summary>
-    public int HeadDim => Channels / Heads;
+    public int HeadDim => Channels / (Heads * TensorRanks);
+
+    /// <summary>Gets the width of all query heads.</summary>
+    public int QueryChannels => Heads * HeadDim;
 
     /// <summary>Gets the width of all key (or value) heads.</summary>
     public int KeyValueChannels => KeyValueHeads * HeadDim;
+
+    /// <summary>Gets the number of ranks that have the heads and the hidden channels between them; these numbers are one rank's (<see cref="Part"/>).</summary>
+    public int TensorRanks { get; private init; } = 1;
+
+    /// <summary>Gets the number of the first block, where these are some blocks of a model (<see cref="Stage"/>).</summary>
+    public int FirstLayer { get; private init; }
+
+    /// <summary>Gets a value indicating whether the embedding is part of this: not of later stages.</summary>
+    public bool HasEmbedding => FirstLayer == 0;
+
+    /// <summary>Gets a value indicating whether the final norm and the head are part of this: not of earlier stages.</summary>
+    public bool HasHead { get; private init; } = true;
+
+    /// <summary>The shape of one of some stages that have the blocks between them, the first the embedding too, the last the head.</summary>
+    /// <param name="stage">0 … stages-1.</param>
+    /// <param name="stages">No more than there are blocks.</param>
+    public ModelConfig Stage(int stage, int stages)
+    {
+        int first = Layers * stage / stages;
+        return this with { Layers = (Layers * (stage + 1) / stages) - first, FirstLayer = FirstLayer + first, HasHead = HasHead && stage == stages - 1 };
+    }
+
+    /// <summary>The shape of what one of some ranks has of this model: its share of the heads and of the hidden channels, and all else.</summary>
+    /// <param name="ranks">They divide heads, key/value heads and hidden channels.</param>
+    public ModelConfig Part(int ranks) => this with
+    {
+        Heads = Heads / ranks,
+        KeyValueHeads = KeyValueHeads / ranks,
+        Hidden = Hidden / ranks,
+        TensorRanks = TensorRanks * ranks,
+    };
 
     /// <summary>Gets N, the number of parameters: what all matrices and norms hold, a tied head counted once.</summary>
     public long ParameterCount
     {
         get
         {
-            long attention = 2L * Channels * (Channels + KeyValueChannels);
+            long attention = 2L * Channels * (QueryChannels + KeyValueChannels);
             long feedForward = 3L * Channels * Hidden;
             long block = attention + feedForward + (2L * Channels);
-            long embeddings = (TiedEmbeddings ? 1L : 2L) * VocabularySize * Channels;
-            return (Layers * block) + embeddings + Channels;
+            long table = (long)VocabularySize * Channels;
+            return (Layers * block) + (HasEmbedding ? table : 0) + (HasHead ? Channels + (TiedEmbeddings ? 0 : table) : 0);
         }
     }
 

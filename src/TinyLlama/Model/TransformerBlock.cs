@@ -7,7 +7,7 @@ namespace TinyLlama.Model;
 /// <param name="Norm1">(N, C).</param>
 /// <param name="R1">(N, 1): reciprocal root mean squares of Input.</param>
 /// <param name="Qkv">(N, (Hq + 2 Hkv) · D): q | k | v, q and k rotated.</param>
-/// <param name="Context">(N, C): attention before the output projection.</param>
+/// <param name="Context">(N, Hq · D): attention before the output projection.</param>
 /// <param name="LogSumExp">(N, Hq).</param>
 /// <param name="Middle">(N, C): the residual stream between attention and feed-forward.</param>
 /// <param name="Norm2">(N, C).</param>
@@ -26,7 +26,7 @@ internal readonly record struct BlockActivations(
     /// <param name="shared">The block whose Norm1, Norm2 and Gated this one overwrites; null for its own.</param>
     public static BlockActivations Take(Arena arena, DType type, ModelConfig c, int tokens, BlockActivations? shared) => new(
         arena.Take(tokens, c.Channels, type), shared?.Norm1 ?? arena.Take(tokens, c.Channels, type), arena.Take(tokens, 1),
-        arena.Take(tokens, c.Channels + (2 * c.KeyValueChannels), type), arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Heads),
+        arena.Take(tokens, c.QueryChannels + (2 * c.KeyValueChannels), type), arena.Take(tokens, c.QueryChannels, type), arena.Take(tokens, c.Heads),
         arena.Take(tokens, c.Channels, type), shared?.Norm2 ?? arena.Take(tokens, c.Channels, type), arena.Take(tokens, 1),
         arena.Take(tokens, 2 * c.Hidden, type), shared?.Gated ?? arena.Take(tokens, c.Hidden, type));
 
@@ -39,7 +39,7 @@ internal readonly record struct BlockActivations(
 /// <summary>Gradients of a block's activations; one set serves all blocks. Shapes as in <see cref="BlockActivations"/>.</summary>
 /// <param name="Norm">(N, C): of either norm's output.</param>
 /// <param name="Qkv">(N, (Hq + 2 Hkv) · D).</param>
-/// <param name="Context">(N, C).</param>
+/// <param name="Context">(N, Hq · D).</param>
 /// <param name="Delta">(N, Hq): scratch of the attention backward.</param>
 /// <param name="GateUp">(N, 2H).</param>
 /// <param name="Gated">(N, H).</param>
@@ -47,8 +47,8 @@ internal readonly record struct BlockGradients(
     Tensor Norm, Tensor Qkv, Tensor Context, Tensor Delta, Tensor GateUp, Tensor Gated)
 {
     public static BlockGradients Take(Arena arena, DType type, ModelConfig c, int tokens) => new(
-        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Channels + (2 * c.KeyValueChannels), type),
-        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.Heads),
+        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.QueryChannels + (2 * c.KeyValueChannels), type),
+        arena.Take(tokens, c.QueryChannels, type), arena.Take(tokens, c.Heads),
         arena.Take(tokens, 2 * c.Hidden, type), arena.Take(tokens, c.Hidden, type));
 
     public BlockGradients Rows(int n) => new(
@@ -72,20 +72,23 @@ internal sealed class TransformerBlock
     public TransformerBlock(ModelConfig c, int layer, ModelArenas arenas, Backend backend)
     {
         (_config, _layer) = (c, layer);
-        string name = $"model.layers.{layer}.";
+        string name = $"model.layers.{c.FirstLayer + layer}.";
         _norm1 = LlamaModel.Norm(name + "input_layernorm.weight", arenas, c.Channels);
         _qkv = Linear.Take(
             arenas, backend, c.Channels,
-            new RowGroup(name + "self_attn.q_proj.weight", c.Channels),
+            new RowGroup(name + "self_attn.q_proj.weight", c.QueryChannels),
             new RowGroup(name + "self_attn.k_proj.weight", c.KeyValueChannels),
             new RowGroup(name + "self_attn.v_proj.weight", c.KeyValueChannels));
-        _output = Linear.Take(arenas, backend, c.Channels, new RowGroup(name + "self_attn.o_proj.weight", c.Channels));
+        _output = Linear.Take(arenas, backend, c.QueryChannels, new RowGroup(name + "self_attn.o_proj.weight", c.Channels));
         _norm2 = LlamaModel.Norm(name + "post_attention_layernorm.weight", arenas, c.Channels);
         _gateUp = Linear.Take(
             arenas, backend, c.Channels,
             new RowGroup(name + "mlp.gate_proj.weight", c.Hidden), new RowGroup(name + "mlp.up_proj.weight", c.Hidden));
         _down = Linear.Take(arenas, backend, c.Hidden, new RowGroup(name + "mlp.down_proj.weight", c.Channels));
     }
+
+    /// <summary>Gets or sets the ranks that the block is split over; null for none.</summary>
+    public TensorGroup? Group { get; set; }
 
     /// <summary>Gets the parameters in checkpoint order.</summary>
     public IEnumerable<Parameter> Parameters =>
@@ -116,6 +119,7 @@ internal sealed class TransformerBlock
     {
         Activate(b, a, branch, residual, rope, layout, source);
         _down.Forward(b, branch, a.Gated);
+        Group?.Complete(branch);
     }
 
     /// <summary>The forward up to what backward needs: everything but the last product.</summary>
@@ -137,6 +141,7 @@ internal sealed class TransformerBlock
         (Tensor keys, Tensor values) = source.Append(b, _layer, k, v, layout);
         b.Attention(a.Context, a.LogSumExp, q, keys, values, layout, _config.HeadDim);
         _output.Forward(b, branch, a.Context);
+        Group?.Complete(branch);
 
         b.AddRmsNorm(a.Middle, a.Norm2, a.R2, a.Input, branch, _norm2.Values, _config.NormEpsilon);
         _gateUp.Forward(b, a.GateUp, a.Norm2);
@@ -157,6 +162,7 @@ internal sealed class TransformerBlock
         _down.Backward(b, d.Gated, dResidual, a.Gated);
         b.SwiGluBackward(d.GateUp, d.Gated, a.GateUp);
         _gateUp.Backward(b, d.Norm, d.GateUp, a.Norm2);
+        Group?.Complete(d.Norm);
         b.RmsNormBackward(dResidual, _norm2.Gradient, d.Norm, a.Middle, _norm2.Values, a.R2);
 
         _output.Backward(b, d.Context, dResidual, a.Context);
@@ -165,13 +171,14 @@ internal sealed class TransformerBlock
         b.AttentionBackward(dq, dk, dv, d.Delta, d.Context, a.Context, a.LogSumExp, q, k, v, layout, _config.HeadDim);
         b.Rope(RotatedHeads(d.Qkv), layout.Positions.RowRange(0, d.Qkv.Rows), rope, inverse: true);
         _qkv.Backward(b, d.Norm, d.Qkv, a.Norm1);
+        Group?.Complete(d.Norm);
         b.RmsNormBackward(dResidual, _norm1.Gradient, d.Norm, a.Input, _norm1.Values, a.R1);
     }
 
     private (Tensor Q, Tensor K, Tensor V) Split(Tensor qkv) => (
-        qkv.ColumnRange(0, _config.Channels),
-        qkv.ColumnRange(_config.Channels, _config.KeyValueChannels),
-        qkv.ColumnRange(_config.Channels + _config.KeyValueChannels, _config.KeyValueChannels));
+        qkv.ColumnRange(0, _config.QueryChannels),
+        qkv.ColumnRange(_config.QueryChannels, _config.KeyValueChannels),
+        qkv.ColumnRange(_config.QueryChannels + _config.KeyValueChannels, _config.KeyValueChannels));
 
-    private Tensor RotatedHeads(Tensor qkv) => qkv.ColumnRange(0, _config.Channels + _config.KeyValueChannels);
+    private Tensor RotatedHeads(Tensor qkv) => qkv.ColumnRange(0, _config.QueryChannels + _config.KeyValueChannels);
 }

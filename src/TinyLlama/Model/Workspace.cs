@@ -110,6 +110,12 @@ public sealed class Workspace : IDisposable
     /// <summary>The output of the last forward over n tokens, (n, C): the final norm, which the head reads.</summary>
     public Tensor Output(int n) => _output.RowRange(0, n);
 
+    /// <summary>The residual stream of n tokens before the first block, (n, C).</summary>
+    public Tensor Input(int n) => _inputs[0].RowRange(0, n);
+
+    /// <summary>The gradient of the residual stream of n tokens, (n, C), where the last backward left it: before the first block.</summary>
+    public Tensor Gradient(int n) => _dResidual.RowRange(0, n);
+
     /// <summary>The loss of each of n tokens in nats, (n, 1).</summary>
     public Tensor Losses(int n) => _losses.RowRange(0, n);
 

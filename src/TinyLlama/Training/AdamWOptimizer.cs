@@ -25,61 +25,88 @@ public readonly record struct RateFactors(float Embedding, float Head)
     public static readonly RateFactors Same = new(1, 1);
 }
 
-/// <summary>AdamW over all parameters of a model: moments, global norm, clipping and update, all on the device.</summary>
+/// <summary>A range of a parameter's elements that this rank updates: all of them where there is one rank.</summary>
+/// <param name="Parameter">The parameter.</param>
+/// <param name="First">Its first element in the parameter.</param>
+/// <param name="Values">The values, (1, count) of F32, as what follows.</param>
+/// <param name="Gradient">Their gradient.</param>
+/// <param name="FirstMoment">AdamW's first moment.</param>
+/// <param name="SecondMoment">Its second.</param>
+public sealed record OwnedPiece(Parameter Parameter, long First, Tensor Values, Tensor Gradient, Tensor FirstMoment, Tensor SecondMoment)
+{
+    /// <summary>Gets a value indicating whether it is the whole parameter.</summary>
+    public bool IsWhole => Values.Count == Parameter.Values.Count;
+}
+
+/// <summary>AdamW over the parameters that a rank owns: moments, global norm, clipping and update, all on the device.</summary>
 public sealed class AdamWOptimizer
 {
-    private readonly LlamaModel _model;
     private readonly Backend _backend;
     private readonly AdamWSettings _settings;
-    private readonly DecayGroup _decay;
-    private readonly RateFactors _rates;
-    private readonly Tensor[] _gradients;
-    private readonly Tensor[] _first;
-    private readonly Tensor[] _second;
+    private readonly (OwnedPiece Piece, AdamWSettings Settings)[] _pieces;
+    private readonly Tensor[][] _subdivisions;
     private readonly Tensor _partials;
+    private readonly Tensor _sums;
     private readonly Tensor _sumOfSquares;
     private readonly Tensor _step;
+    private readonly double[] _read;
 
-    /// <summary>Takes two moments a parameter from the arena.</summary>
-    /// <param name="model">A model with gradients.</param>
+    /// <summary>Takes two moments an element from the arena.</summary>
+    /// <param name="owned">What this rank updates: rows of every unit of a model.</param>
+    /// <param name="subdivisions">Equal parts of the owned rows whose squares add up before the parts do.</param>
     /// <param name="backend">The device.</param>
     /// <param name="arena">Owner of the moments.</param>
     /// <param name="settings">The constants; its weight decay is for the parameters in <paramref name="decay"/>.</param>
     /// <param name="decay">Which parameters decay.</param>
     /// <param name="rates">Learning rates of the tables.</param>
     public AdamWOptimizer(
-        LlamaModel model, Backend backend, Arena arena, AdamWSettings settings, DecayGroup decay, RateFactors rates)
+        IReadOnlyList<OwnedRows> owned, int subdivisions, Backend backend, Arena arena, AdamWSettings settings, DecayGroup decay,
+        RateFactors rates)
     {
-        (_model, _backend, _settings, _decay, _rates) = (model, backend, settings, decay, rates);
-        IReadOnlyList<Parameter> parameters = model.Parameters;
-        _gradients = [.. parameters.Select(p => p.Gradient)];
-        _first = [.. parameters.Select(p => arena.Take(p.Values.Rows, p.Values.Columns))];
-        _second = [.. parameters.Select(p => arena.Take(p.Values.Rows, p.Values.Columns))];
-        _partials = arena.Take(1, Backend.SumOfSquaresPartials(_gradients), DType.F64);
+        (_backend, _settings) = (backend, settings);
+        _pieces = [.. owned.SelectMany(rows => Pieces(rows, arena)).Select(piece => (piece, SettingsOf(piece.Parameter, settings, decay, rates)))];
+        _subdivisions =
+        [
+            .. Enumerable.Range(0, subdivisions).Select(part => owned.Select(rows =>
+            {
+                int count = rows.Gradient.Rows / subdivisions;
+                return rows.Gradient.RowRange(part * count, count);
+            }).ToArray()),
+        ];
+        _partials = arena.Take(1, Backend.SumOfSquaresPartials(_subdivisions[0]), DType.F64);
+        _sums = arena.Take(1, subdivisions, DType.F64);
         _sumOfSquares = arena.Take(1, 1, DType.F64);
         _step = arena.Take(1, 3);
+        _read = new double[subdivisions];
     }
 
-    /// <summary>Gets the moments under the names that a checkpoint keeps: the parameter's, then <c>.first</c> or <c>.second</c>.</summary>
-    public IEnumerable<Parameter> State => _model.Parameters.SelectMany((parameter, i) => new[]
+    /// <summary>Gets what this rank updates, with its moments, in the order of units.</summary>
+    public IEnumerable<OwnedPiece> Owned => _pieces.Select(static entry => entry.Piece);
+
+    /// <summary>Gets the moments of whole parameters under the names that a checkpoint keeps: the parameter's, then <c>.first</c> or <c>.second</c>.</summary>
+    public IEnumerable<Parameter> State => Owned.SelectMany(static piece => new[]
     {
-        new Parameter(parameter.Name + ".first", _first[i], default),
-        new Parameter(parameter.Name + ".second", _second[i], default),
+        Moment(piece, ".first", piece.FirstMoment),
+        Moment(piece, ".second", piece.SecondMoment),
     });
 
-    /// <summary>The global norm of the gradients, unclipped. Waits for the device.</summary>
-    public double GradientNorm()
+    /// <summary>The sum of the squares of the gradients that this rank owns, unclipped: one sum for each subdivision, then a pairwise tree. Waits for the device.</summary>
+    public double SumOfSquares()
     {
-        _backend.SumOfSquares(_sumOfSquares, _partials, _gradients);
-        Span<double> sum = stackalloc double[1];
-        _backend.Read(sum, _sumOfSquares);
-        return Math.Sqrt(sum[0]);
+        for (int part = 0; part < _subdivisions.Length; part++)
+        {
+            _backend.SumOfSquares(_sums.ColumnRange(part, 1), _partials, _subdivisions[part]);
+        }
+
+        _backend.Read<double>(_read, _sums);
+        return Sharding.Tree(_read);
     }
 
-    /// <summary>Updates every parameter from its gradient, after <see cref="GradientNorm"/>; gradients are zero then.</summary>
+    /// <summary>Updates what this rank owns from its gradient, which is zero then.</summary>
     /// <param name="step">1 for the first update: the bias corrections need it.</param>
     /// <param name="learningRate">Of this update.</param>
-    public void Update(long step, double learningRate)
+    /// <param name="sumOfSquares">Of all ranks' gradients: the square of the global norm.</param>
+    public void Update(long step, double learningRate, double sumOfSquares)
     {
         Span<float> scalars =
         [
@@ -88,23 +115,49 @@ public sealed class AdamWOptimizer
             (float)(1 - Math.Pow(_settings.Beta2, step)),
         ];
         _backend.Write<float>(_step, scalars);
-        for (int i = 0; i < _gradients.Length; i++)
+        _backend.Write<double>(_sumOfSquares, [sumOfSquares]);
+        foreach ((OwnedPiece piece, AdamWSettings settings) in _pieces)
         {
-            Parameter parameter = _model.Parameters[i];
-            bool decays = _decay == DecayGroup.All || !parameter.IsVector;
-            AdamWSettings settings = _settings with
-            {
-                WeightDecay = decays ? _settings.WeightDecay : 0,
-                RateFactor = parameter.Name switch
-                {
-                    LlamaModel.EmbeddingName => _rates.Embedding,
-                    LlamaModel.HeadName => _rates.Head,
-                    _ => 1,
-                },
-            };
-            _backend.AdamW(parameter.Values, _first[i], _second[i], _gradients[i], _step, _sumOfSquares, settings);
+            _backend.AdamW(piece.Values, piece.FirstMoment, piece.SecondMoment, piece.Gradient, _step, _sumOfSquares, settings);
         }
+    }
 
-        _model.Pack();
+    // The parameters' ranges inside the rows, which pay no heed to where parameters begin.
+    private static IEnumerable<OwnedPiece> Pieces(OwnedRows rows, Arena arena)
+    {
+        Tensor first = arena.Take(rows.Values.Rows, ParameterUnit.Columns), second = arena.Take(rows.Values.Rows, ParameterUnit.Columns);
+        long begin = (long)rows.FirstRow * ParameterUnit.Columns, end = begin + rows.Values.Count;
+        foreach (Parameter parameter in rows.Unit.Parameters)
+        {
+            long offset = rows.Unit.OffsetOf(parameter);
+            long from = Math.Max(begin, offset), to = Math.Min(end, offset + parameter.Values.Count);
+            if (from < to)
+            {
+                int count = checked((int)(to - from));
+                yield return new OwnedPiece(
+                    parameter, from - offset, rows.Values.Elements(from - begin, count), rows.Gradient.Elements(from - begin, count),
+                    first.Elements(from - begin, count), second.Elements(from - begin, count));
+            }
+        }
+    }
+
+    private static AdamWSettings SettingsOf(Parameter parameter, AdamWSettings settings, DecayGroup decay, RateFactors rates) => settings with
+    {
+        WeightDecay = decay == DecayGroup.All || !parameter.IsVector ? settings.WeightDecay : 0,
+        RateFactor = parameter.Name switch
+        {
+            LlamaModel.EmbeddingName => rates.Embedding,
+            LlamaModel.HeadName => rates.Head,
+            _ => 1,
+        },
+    };
+
+    private static Parameter Moment(OwnedPiece piece, string suffix, Tensor values)
+    {
+        Tensor shape = piece.Parameter.Values;
+        return new Parameter(
+            piece.Parameter.Name + suffix,
+            piece.IsWhole ? values with { Rows = shape.Rows, Columns = shape.Columns, Stride = shape.Columns } : values,
+            default);
     }
 }

@@ -50,6 +50,9 @@ public sealed record Recipe
     /// <summary>Gets when checkpoints are written and which stay.</summary>
     public CheckpointSettings Checkpoints { get; init; } = new();
 
+    /// <summary>Gets how ranks share the state and the work, where there are several.</summary>
+    public DistributionSettings Distribution { get; init; } = new();
+
     /// <summary>
     /// Gets the type that operands of matrix products are rounded to, F32 or BF16; null for the one in which the device
     /// multiplies fastest. On a CPU weights, activations, gradients, the optimizer's state and all sums are fp32 either way.
@@ -215,6 +218,32 @@ public sealed record CheckpointSettings
 
     /// <summary>Gets a value indicating whether the one with the least validation loss stays.</summary>
     public bool KeepBest { get; init; } = true;
+
+    /// <summary>Gets whether training goes on while one is written, from a copy in memory; null for a run of many ranks alone.</summary>
+    public bool? Asynchronous { get; init; }
+}
+
+/// <summary>How ranks share the state and the work.</summary>
+public sealed record DistributionSettings
+{
+    /// <summary>Gets the stage of ZeRO: 1 shards the optimizer's state, 2 gradients too, 3 weights too.</summary>
+    public int Zero { get; init; } = 1;
+
+    /// <summary>Gets the ranks that keep the state once between them; 0 for all.</summary>
+    public int Shard { get; init; }
+
+    /// <summary>
+    /// Gets the sums that the micro-batches of a step add up in before these add up in a tree: the same number gives the same
+    /// bits for any number of ranks up to it. 0 where the first start of the run chooses: one a rank, or one a micro-batch
+    /// where gradients are sharded.
+    /// </summary>
+    public int ReductionLanes { get; init; }
+
+    /// <summary>Gets what gradients are rounded to between ranks.</summary>
+    public DType Wire { get; init; } = DType.F32;
+
+    /// <summary>Gets the seconds that a rank waits for the others before it gives them up.</summary>
+    public int TimeoutSeconds { get; init; } = 300;
 }
 
 /// <summary>Where the keys of a recipe were set: <c>file:line:column</c>, a flag or a variable. All are equal.</summary>

@@ -30,8 +30,11 @@ internal static class RecipeKeys
         [("tinyllama", InitializationScheme.TinyLlama), ("tinyllama-v1", InitializationScheme.TinyLlamaV1)];
 
     private static readonly (string, bool)[] s_documents = [("joined", false), ("masked", true)];
+    private static readonly (string, bool?)[] s_asynchronous =
+        [("auto", null), ("true", true), ("false", false)];
     private static readonly (string, DType?)[] s_precisions =
         [("auto", null), ("fp32", DType.F32), ("bf16", DType.BF16)];
+    private static readonly (string, DType)[] s_wires = [("fp32", DType.F32), ("bf16", DType.BF16)];
     private static readonly (string, Keep)[] s_recompute =
         [("none", Keep.Everything), ("elementwise", Keep.Products), ("blocks", Keep.BlockInputs)];
 
@@ -118,6 +121,13 @@ internal static class RecipeKeys
         Checkpoints("keep_last", (c, v) => c with { KeepLast = v.Int32(1) }, c => Text(c.KeepLast)),
         Checkpoints("keep_every", (c, v) => c with { KeepEvery = v.Integer(0) }, c => Text(c.KeepEvery)),
         Checkpoints("keep_best", (c, v) => c with { KeepBest = v.Boolean() }, c => Text(c.KeepBest)),
+        Checkpoints("asynchronous", (c, v) => c with { Asynchronous = v.Word<bool?>(s_asynchronous) }, c => Word(s_asynchronous, c.Asynchronous)),
+
+        Distribution("zero", (d, v) => d with { Zero = (int)v.Integer(1, 3) }, d => Text(d.Zero)),
+        Distribution("shard", (d, v) => d with { Shard = v.Int32(0) }, d => Text(d.Shard)),
+        Distribution("reduction_lanes", (d, v) => d with { ReductionLanes = v.Int32(0) }, d => Text(d.ReductionLanes)),
+        Distribution("wire", (d, v) => d with { Wire = v.Word<DType>(s_wires) }, d => Word(s_wires, d.Wire)),
+        Distribution("timeout_seconds", (d, v) => d with { TimeoutSeconds = v.Int32(1) }, d => Text(d.TimeoutSeconds)),
 
         new("precision", (r, v) => r with { Precision = v.Word<DType?>(s_precisions) }, r => Word(s_precisions, r.Precision)),
         new("recompute", (r, v) => r with { Keep = v.Word<Keep>(s_recompute) }, r => Word(s_recompute, r.Keep)),
@@ -158,6 +168,10 @@ internal static class RecipeKeys
     private static RecipeKey Checkpoints(
         string key, Func<CheckpointSettings, RecipeValue, CheckpointSettings> read, Func<CheckpointSettings, string> write) =>
         new("checkpoints." + key, (r, v) => r with { Checkpoints = read(r.Checkpoints, v) }, r => write(r.Checkpoints));
+
+    private static RecipeKey Distribution(
+        string key, Func<DistributionSettings, RecipeValue, DistributionSettings> read, Func<DistributionSettings, string> write) =>
+        new("distribution." + key, (r, v) => r with { Distribution = read(r.Distribution, v) }, r => write(r.Distribution));
 
     private static string Text(long number) => number.ToString(CultureInfo.InvariantCulture);
 

@@ -1,4 +1,5 @@
 using System.Globalization;
+using System.Numerics;
 using TinyLlama.Compute;
 using TinyLlama.Data;
 using TinyLlama.Model;
@@ -33,8 +34,11 @@ public sealed record TrainingPlan
     /// <summary>Gets the tokens of a micro-batch.</summary>
     public long TokensPerMicroBatch => (long)SequencesPerMicroBatch * ContextLength;
 
-    /// <summary>Gets the micro-batches of a step.</summary>
+    /// <summary>Gets the micro-batches of a step, of all ranks together.</summary>
     public required int AccumulationSteps { get; init; }
+
+    /// <summary>Gets how ranks share the state and these micro-batches.</summary>
+    public required Sharding Sharding { get; init; }
 
     /// <summary>Gets the sequences of a step.</summary>
     public long SequencesPerStep => (long)SequencesPerMicroBatch * AccumulationSteps;
@@ -63,6 +67,9 @@ public sealed record TrainingPlan
     /// <summary>Gets the model FLOPs of one token, forward and backward.</summary>
     public long FlopsPerToken => Flops.PerToken(Model, ContextLength);
 
+    /// <summary>Gets a value indicating whether training goes on while a checkpoint is written.</summary>
+    public bool SavesAsynchronously => Recipe.Checkpoints.Asynchronous ?? Sharding.Ranks > 1;
+
     /// <summary>Gets what decides how much memory the run takes.</summary>
     public TrainingShape Shape => new(
         Model, SequencesPerMicroBatch, ContextLength, Recipe.Keep,
@@ -70,7 +77,8 @@ public sealed record TrainingPlan
             (float)Recipe.Optimizer.Beta1, (float)Recipe.Optimizer.Beta2, (float)Recipe.Optimizer.Epsilon,
             (float)Recipe.Optimizer.WeightDecay, (float)Recipe.Optimizer.Clip),
         Recipe.Optimizer.Decay,
-        new RateFactors((float)Recipe.Optimizer.EmbeddingFactor, (float)Recipe.Optimizer.HeadFactor), Recipe.PackedWeights);
+        new RateFactors((float)Recipe.Optimizer.EmbeddingFactor, (float)Recipe.Optimizer.HeadFactor), Recipe.PackedWeights, Sharding,
+        SavesAsynchronously || Sharding is { Stage: 3, Shards: > 1 });
 
     /// <summary>Gets what is allowed and most likely a mistake, a sentence each.</summary>
     public required IReadOnlyList<string> Warnings { get; init; }
@@ -98,8 +106,9 @@ public sealed record TrainingPlan
     /// The training sequences of the run's context length that the data holds; null where the data is not known yet, which
     /// a budget in epochs does not allow.
     /// </param>
+    /// <param name="ranks">The number of ranks that train.</param>
     /// <exception cref="UserErrorException">A line for each mistake, with the arithmetic and where the key was set.</exception>
-    public static TrainingPlan Create(Recipe recipe, ModelConfig? initial = null, long? sequencesPerEpoch = null)
+    public static TrainingPlan Create(Recipe recipe, ModelConfig? initial = null, long? sequencesPerEpoch = null, int ranks = 1)
     {
         List<string> problems = [];
         List<string> warnings = [];
@@ -117,6 +126,7 @@ public sealed record TrainingPlan
         long tokensPerStep = (long)recipe.Batch.MicroSequences * context * accumulation;
         long steps = CountSteps(recipe, context, tokensPerStep, sequencesPerEpoch, problems);
         LearningRateSchedule schedule = Anneal(recipe, steps, tokensPerStep, problems, warnings);
+        Sharding sharding = Share(recipe, ranks, accumulation, problems);
         if (problems.Count > 0)
         {
             throw new UserErrorException(string.Join('\n', problems));
@@ -137,6 +147,7 @@ public sealed record TrainingPlan
             ContextLength = context,
             SequencesPerMicroBatch = recipe.Batch.MicroSequences,
             AccumulationSteps = accumulation,
+            Sharding = sharding,
             Steps = steps,
             Epochs = sequencesPerEpoch is > 0 and long count ? (double)steps * tokensPerStep / context / count : null,
             Schedule = schedule,
@@ -320,6 +331,45 @@ public sealed record TrainingPlan
         }
 
         return new LearningRateSchedule(schedule.Kind, peak, minimum, schedule.Warmup, end, schedule.DecayShare);
+    }
+
+    private static Sharding Share(Recipe recipe, int ranks, int microBatches, List<string> problems)
+    {
+        DistributionSettings distribution = recipe.Distribution;
+        string Of(string key) => recipe.Origins.Describe("distribution." + key);
+        bool eachMicroBatch = distribution.Zero > 1;
+        int lanes = distribution.ReductionLanes > 0 ? distribution.ReductionLanes : eachMicroBatch && ranks > 1 ? microBatches : ranks;
+        int shards = distribution.Shard > 0 ? Math.Min(distribution.Shard, ranks) : ranks;
+        if (!BitOperations.IsPow2(ranks))
+        {
+            problems.Add(Invariant($"{ranks:N0} ranks cannot share a step in equal parts of one tree; use {1 << BitOperations.Log2((uint)ranks):N0}"));
+        }
+        else if (!BitOperations.IsPow2(lanes) || microBatches % lanes != 0)
+        {
+            string from = distribution.ReductionLanes > 0 ? Of("reduction_lanes") : eachMicroBatch ? "distribution.zero above 1: reduction_lanes" : "ranks: reduction_lanes";
+            problems.Add(Invariant(
+                $"{from} {lanes:N0} is not a power of two that divides the {microBatches:N0} micro-batches of a step; change batch.micro_sequences or batch.global_tokens, or use {1 << BitOperations.TrailingZeroCount(microBatches):N0} or less"));
+        }
+        else if (ranks > lanes)
+        {
+            problems.Add(Invariant(
+                $"{ranks:N0} ranks share {Of("reduction_lanes")} {lanes:N0}, at most one each; use fewer ranks, or set it to {ranks:N0}, which changes last bits"));
+        }
+        else if (eachMicroBatch && lanes > 1 && lanes != microBatches)
+        {
+            problems.Add(Invariant(
+                $"{Of("zero")} {distribution.Zero} sums gradients over ranks in each of the {microBatches:N0} micro-batches, so each is a lane of its own; set distribution.reduction_lanes to {microBatches:N0}, or use zero: 1"));
+        }
+        else if (!BitOperations.IsPow2(shards))
+        {
+            problems.Add(Invariant($"{Of("shard")} {shards:N0} is not a power of two"));
+        }
+        else
+        {
+            return new Sharding(ranks, shards, distribution.Zero, lanes, distribution.Wire);
+        }
+
+        return Sharding.None;
     }
 
     private static bool Falls(long step, long every) => every > 0 && step % every == 0;

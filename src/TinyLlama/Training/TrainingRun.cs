@@ -1,5 +1,6 @@
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
+using TinyLlama.Compute.Collectives;
 using TinyLlama.Compute.Cpu;
 using TinyLlama.Compute.Cuda;
 using TinyLlama.Data;
@@ -19,11 +20,12 @@ public sealed class TrainingRun : IDisposable
 
     private const string LockName = "lock";
 
-    private readonly FileStream _lock;
+    private readonly FileStream? _lock;
     private readonly TokenShards _shards;
+    private readonly NcclCollective? _gpus;
 
-    private TrainingRun(FileStream runLock, TokenShards shards, Backend backend, Trainer trainer, TrainingPlan plan) =>
-        (_lock, _shards, Backend, Trainer, Plan) = (runLock, shards, backend, trainer, plan);
+    private TrainingRun(FileStream? runLock, TokenShards shards, Backend backend, NcclCollective? gpus, Trainer trainer, TrainingPlan plan) =>
+        (_lock, _shards, Backend, _gpus, Trainer, Plan) = (runLock, shards, backend, gpus, trainer, plan);
 
     /// <summary>Gets the device.</summary>
     public Backend Backend { get; }
@@ -37,12 +39,13 @@ public sealed class TrainingRun : IDisposable
     /// <summary>Derives a run's plan from its recipe and, where it is there, from its data.</summary>
     /// <param name="recipe">The recipe.</param>
     /// <param name="warn">Is told, in one line, what the user should know.</param>
+    /// <param name="ranks">The number of ranks that train.</param>
     /// <exception cref="UserErrorException">The recipe, the data or the initial model do not fit together.</exception>
-    public static TrainingPlan PlanOf(Recipe recipe, Action<string> warn)
+    public static TrainingPlan PlanOf(Recipe recipe, Action<string> warn, int ranks = 1)
     {
         using ModelSource? initial = recipe.Init == Recipe.Scratch ? null : ModelSource.Open(recipe.Init, warn);
         using TokenShards? shards = recipe.Data.Path is string path && Directory.Exists(path) ? TokenShards.Open(path) : null;
-        return PlanOf(recipe, initial, shards);
+        return PlanOf(recipe, initial, shards, ranks);
     }
 
     /// <summary>Makes the device of a recipe ready.</summary>
@@ -87,49 +90,67 @@ public sealed class TrainingRun : IDisposable
     /// <param name="recipe">The recipe.</param>
     /// <param name="folder">The run's folder, made where it is missing.</param>
     /// <param name="observer">Is told of everything.</param>
+    /// <param name="world">The ranks that train the run together, each of which opens it; the caller disposes of it, after the run. By default this process alone.</param>
     /// <exception cref="UserErrorException">Something does not fit together, or another process trains the run.</exception>
-    public static TrainingRun Open(Recipe recipe, string folder, ITrainingObserver observer)
+    public static TrainingRun Open(Recipe recipe, string folder, ITrainingObserver observer, Collective? world = null)
     {
+        world ??= new SingleCollective();
         string dataFolder = recipe.Data.Path ?? throw new UserErrorException(
             "data.path is missing: name a folder that 'tinyllama data prepare' made, in the recipe or with --set data.path=DIR");
         Directory.CreateDirectory(folder);
-        FileStream runLock = Lock(folder);
+        FileStream? runLock = world.Rank == 0 ? Lock(folder) : null;
         TokenShards? shards = null;
         Backend? backend = null;
+        NcclCollective? gpus = null;
         try
         {
             shards = TokenShards.Open(dataFolder);
             ITokenizer tokenizer = TokenizerOf(shards, dataFolder);
             using ModelSource? initial = recipe.Init == Recipe.Scratch ? null : ModelSource.Open(recipe.Init, observer.Warn);
-            TrainingPlan plan = PlanOf(recipe, initial, shards);
+            Recipe? before = Before(folder);
+            recipe = KeepLanes(recipe, before);
+            TrainingPlan plan = PlanOf(recipe, initial, shards, world.Size);
             if (tokenizer.VocabularySize > plan.Model.VocabularySize)
             {
                 throw new UserErrorException(
                     $"{recipe.Origins.Describe("model.vocabulary")} is {plan.Model.VocabularySize}, but the tokenizer of {dataFolder} has {tokenizer.VocabularySize} ids; raise it");
             }
 
-            IReadOnlyList<string> changes = Changes(recipe, folder);
-            backend = OpenDevice(recipe, observer.Warn);
+            // The sum's tree is part of what the run is: the next start has it too, whatever its number of ranks.
+            recipe = recipe with { Distribution = recipe.Distribution with { ReductionLanes = plan.Sharding.Lanes } };
+            plan = plan with { Recipe = recipe };
+            IReadOnlyList<string> changes = Changes(recipe, before, folder);
+            backend = OpenDevice(recipe with { Device = DeviceOf(recipe.Device, world) }, observer.Warn);
+            if (world.Size > 1 && backend is CudaBackend gpu)
+            {
+                world = gpus = NcclCollective.Create(gpu, world, TimeSpan.FromSeconds(recipe.Distribution.TimeoutSeconds));
+            }
+
             if (backend is CpuBackend && recipe.Precision != DType.F32 && CpuPaths.Choose() == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is string fault)
             {
                 observer.Warn(fault);
             }
 
             new MemoryPlan(plan, backend).RequireFits();
-            var trainer = new Trainer(plan, folder, backend, shards, dataFolder, tokenizer, initial, PeakFlops(backend), observer);
-            WriteRecipe(recipe, Path.Combine(folder, RecipeName));
+            var trainer = new Trainer(plan, folder, backend, shards, dataFolder, tokenizer, initial, PeakFlops(backend), observer, world);
+            if (world.Rank == 0)
+            {
+                WriteRecipe(recipe, Path.Combine(folder, RecipeName));
+            }
+
             foreach (string change in changes)
             {
                 trainer.Record(new NoteMetrics(trainer.State.Step, "changed " + change));
             }
 
-            return new TrainingRun(runLock, shards, backend, trainer, plan);
+            return new TrainingRun(runLock, shards, backend, gpus, trainer, plan);
         }
         catch
         {
+            gpus?.Dispose();
             backend?.Dispose();
             shards?.Dispose();
-            runLock.Dispose();
+            runLock?.Dispose();
             throw;
         }
     }
@@ -138,9 +159,31 @@ public sealed class TrainingRun : IDisposable
     public void Dispose()
     {
         Trainer.Dispose();
+        _gpus?.Dispose();
         Backend.Dispose();
         _shards.Dispose();
-        _lock.Dispose();
+        _lock?.Dispose();
+    }
+
+    // Of several ranks each takes a GPU of its host, in turn; where a launcher shows each its own, that one. CPUs train with CPUs.
+    private static Device DeviceOf(Device device, Collective world)
+    {
+        if (world.Size == 1 || device.Kind == DeviceKind.Cpu)
+        {
+            return device;
+        }
+
+        if (device.Ordinal > 0)
+        {
+            throw new UserErrorException($"device is {device}, one GPU, and {world.Size} ranks train: --device cuda gives each one of its own");
+        }
+
+        int[] counts = new int[world.Size];
+        world.AllGather<int>(counts, [Gpu.All().Count(gpu => gpu.Fault is null)]);
+        return counts.Contains(0)
+            ? device.Kind == DeviceKind.Auto ? new Device(DeviceKind.Cpu)
+                : throw new DeviceException($"rank {Array.IndexOf(counts, 0)} ({world.Hosts[Array.IndexOf(counts, 0)]}) has no GPU that can be used: see tinyllama env there, or use --device cpu")
+            : new Device(DeviceKind.Cuda, world.LocalRank % counts[world.Rank]);
     }
 
     // Bytes need no file; any other tokenizer lies beside the shards.
@@ -150,7 +193,7 @@ public sealed class TrainingRun : IDisposable
         return shards.Manifest.TokenizerSha256 == bytes.Hash ? bytes : Tokenizer.Load(folder);
     }
 
-    private static TrainingPlan PlanOf(Recipe recipe, ModelSource? initial, TokenShards? shards)
+    private static TrainingPlan PlanOf(Recipe recipe, ModelSource? initial, TokenShards? shards, int ranks)
     {
         // The number of sequences depends on the context, which the plan chooses: ask it once without the data.
         long? sequences = null;
@@ -160,19 +203,28 @@ public sealed class TrainingRun : IDisposable
             sequences = context > 0 ? new TokenLoader(shards, Split.Train, context, recipe.Seed).BlocksPerEpoch : null;
         }
 
-        return TrainingPlan.Create(recipe, initial?.Config, sequences);
+        return TrainingPlan.Create(recipe, initial?.Config, sequences, ranks);
     }
 
-    // What may change when a run goes on is noted in its log; what would make it another run is refused.
-    private static IReadOnlyList<string> Changes(Recipe recipe, string folder)
+    // The recipe that the run had at its last start; null where it is new.
+    private static Recipe? Before(string folder)
     {
         string path = Path.Combine(folder, RecipeName);
-        if (!File.Exists(path))
+        return File.Exists(path) ? RecipeFile.Parse(File.ReadAllText(path), path) : null;
+    }
+
+    private static Recipe KeepLanes(Recipe recipe, Recipe? before) => recipe.Distribution.ReductionLanes > 0 || before is null
+        ? recipe
+        : recipe with { Distribution = recipe.Distribution with { ReductionLanes = before.Distribution.ReductionLanes } };
+
+    // What may change when a run goes on is noted in its log; what would make it another run is refused.
+    private static IReadOnlyList<string> Changes(Recipe recipe, Recipe? before, string folder)
+    {
+        if (before is null)
         {
             return [];
         }
 
-        Recipe before = RecipeFile.Parse(File.ReadAllText(path), path);
         IReadOnlyList<(string Key, string Before, string After)> differences = RecipeFile.Differences(before, recipe);
         string[] refused =
         [

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using TinyLlama.Compute;
 using TinyLlama.Data.Batches;
 using TinyLlama.Model;
@@ -14,18 +15,47 @@ public readonly record struct StepResult(double Loss, double GradientNorm, long 
     public bool IsFinite => double.IsFinite(Loss) && double.IsFinite(GradientNorm);
 }
 
+/// <summary>What a rank tells the others in each step, beside its sums.</summary>
+/// <param name="Seconds">Time in which it computed, not counting how long it waited for others.</param>
+/// <param name="Signals">Whatever the program wants all ranks to know after the same step.</param>
+public readonly record struct RankReport(double Seconds, long Signals);
+
 /// <summary>One optimizer update from one global batch. Allocates no managed memory.</summary>
 public sealed class TrainingStep
 {
+    // What a rank tells of itself before its losses: the sum of its squares, then a RankReport.
+    private const int Told = 3;
+
     private readonly TrainingMemory _memory;
     private readonly Backend _backend;
+    private readonly Sharding _sharding;
     private readonly Action _accumulate;
+    private readonly double[] _own;
+    private readonly double[] _all;
+    private readonly double[] _squares;
+    private readonly double[] _losses;
+    private readonly RankReport[] _reports;
     private long _targets;
+    private int _turn;
 
     /// <summary>A step over given memory.</summary>
     /// <param name="memory">Model, optimizer and buffers.</param>
     /// <param name="backend">The device.</param>
-    public TrainingStep(TrainingMemory memory, Backend backend) => (_memory, _backend, _accumulate) = (memory, backend, AccumulateOperations);
+    public TrainingStep(TrainingMemory memory, Backend backend)
+    {
+        ArgumentNullException.ThrowIfNull(memory);
+        (_memory, _backend, _sharding, _accumulate) = (memory, backend, memory.Sharding, AccumulateOperations);
+        _own = new double[Told + _sharding.LanesOfRank];
+        _all = new double[_own.Length * _sharding.Ranks];
+        _squares = new double[_sharding.Shards];
+        _losses = new double[_sharding.Lanes];
+        _reports = new RankReport[_sharding.Ranks];
+    }
+
+    /// <summary>Gets what the ranks told in the last step.</summary>
+    public IReadOnlyList<RankReport> Reports => _reports;
+
+    private int Rank => _memory.Mesh?.World.Rank ?? 0;
 
     /// <summary>Forward, backward and update over the samples of one step.</summary>
     /// <param name="step">1 for the first update.</param>
@@ -33,10 +63,13 @@ public sealed class TrainingStep
     /// <param name="learningRate">Of this update.</param>
     /// <param name="loader">Where samples come from.</param>
     /// <param name="documents">What attention does between documents.</param>
-    /// <param name="accumulation">Micro-batches of a step.</param>
+    /// <param name="accumulation">Micro-batches of a step, of all ranks; each lane has as many.</param>
+    /// <param name="signals">What all ranks shall know when the step is done.</param>
     public StepResult Run(
-        long step, long firstSample, double learningRate, TokenLoader loader, DocumentAttention documents, int accumulation)
+        long step, long firstSample, double learningRate, TokenLoader loader, DocumentAttention documents, int accumulation, long signals = 0)
     {
+        long start = Stopwatch.GetTimestamp();
+        TimeSpan waited = _memory.Mesh?.World.Progress.Waited ?? default;
         int sequences = _memory.Batch.Sequences;
         long targets = 0;
         for (int s = 0; s < sequences * accumulation; s++)
@@ -45,30 +78,41 @@ public sealed class TrainingStep
         }
 
         Begin(targets);
-        for (int micro = 0; micro < accumulation; micro++)
+        int perLane = accumulation / _sharding.Lanes;
+        for (int turn = 0; turn < _sharding.LanesOfRank; turn++)
         {
-            _memory.Batch.Fill(_backend, loader, firstSample + ((long)micro * sequences), documents);
-            Accumulate();
+            int first = _sharding.LaneOf(Rank, turn) * perLane;
+            for (int micro = 0; micro < perLane; micro++)
+            {
+                _memory.Batch.Fill(_backend, loader, firstSample + ((long)(first + micro) * sequences), documents);
+                Accumulate(turn, endsLane: micro == perLane - 1);
+            }
         }
 
-        return End(step, learningRate);
+        TimeSpan computed = Stopwatch.GetElapsedTime(start) - ((_memory.Mesh?.World.Progress.Waited ?? default) - waited);
+        return End(step, learningRate, new RankReport(computed.TotalSeconds, signals));
     }
 
     /// <summary>Starts a step. Every target counts the same, whatever micro-batch it is in.</summary>
-    /// <param name="targets">Targets of all its micro-batches.</param>
+    /// <param name="targets">Targets of all micro-batches of all ranks.</param>
     public void Begin(long targets)
     {
         _targets = targets;
         Span<float> scale = [(float)(1.0 / targets)];
         _backend.Write<float>(_memory.Scale, scale);
-        _backend.Zero(_memory.LossSum);
+        _backend.Zero(_memory.LossSums);
     }
 
     /// <summary>Forward and backward of the micro-batch that <see cref="TrainingMemory.Batch"/> holds.</summary>
-    public void Accumulate()
+    /// <param name="turn">Which of the rank's lanes it adds to.</param>
+    /// <param name="endsLane">Whether it is the last of the lane.</param>
+    public void Accumulate(int turn = 0, bool endsLane = true)
     {
-        // With one segment a sequence, the launches are those of every such micro-batch.
-        if (_memory.Batch.Layout.SegmentCount == _memory.Batch.Sequences)
+        _turn = turn;
+        _memory.Parameters?.BeginMicroBatch(turn, endsLane);
+
+        // With one segment a sequence, the launches are those of every such micro-batch, unless other ranks take part in some.
+        if (_memory.Parameters is null && _memory.Batch.Layout.SegmentCount == _memory.Batch.Sequences)
         {
             _backend.Repeat(_memory.MicroStep, _accumulate);
         }
@@ -78,17 +122,53 @@ public sealed class TrainingStep
         }
     }
 
-    /// <summary>Updates the parameters, unless the loss or the gradient is not finite.</summary>
+    /// <summary>Updates the parameters, unless the loss or the gradient is not finite: every rank what it owns, all alike.</summary>
     /// <param name="step">1 for the first update.</param>
     /// <param name="learningRate">Of this update.</param>
-    public StepResult End(long step, double learningRate)
+    /// <param name="report">What the other ranks are told of this one.</param>
+    public StepResult End(long step, double learningRate, RankReport report = default)
     {
-        Span<double> sum = stackalloc double[1];
-        _backend.Read(sum, _memory.LossSum);
-        var result = new StepResult(sum[0] / _targets, _memory.Optimizer.GradientNorm(), _targets);
+        _memory.Parameters?.EndStep();
+        _backend.Read(_own.AsSpan(Told), _memory.LossSums);
+        (_own[0], _own[1], _own[2]) = (_memory.Optimizer.SumOfSquares(), report.Seconds, report.Signals);
+        if (_memory.Mesh is { } mesh)
+        {
+            mesh.World.AllGather<double>(_all, _own);
+        }
+        else
+        {
+            _own.CopyTo(_all, 0);
+        }
+
+        for (int rank = 0; rank < _sharding.Ranks; rank++)
+        {
+            ReadOnlySpan<double> told = _all.AsSpan(rank * _own.Length, _own.Length);
+            _reports[rank] = new RankReport(told[1], (long)told[2]);
+            for (int turn = 0; turn < _sharding.LanesOfRank; turn++)
+            {
+                _losses[_sharding.LaneOf(rank, turn)] = told[Told + turn];
+            }
+
+            // The first group owns everything once; the others own the same again.
+            if (rank < _sharding.Shards)
+            {
+                _squares[rank] = told[0];
+            }
+        }
+
+        double squares = Sharding.Tree(_squares);
+        var result = new StepResult(Sharding.Tree(_losses) / _targets, Math.Sqrt(squares), _targets);
         if (result.IsFinite)
         {
-            _memory.Optimizer.Update(step, learningRate);
+            _memory.Optimizer.Update(step, learningRate, squares);
+            if (_memory.Parameters is { } parameters)
+            {
+                parameters.Publish();
+            }
+            else
+            {
+                _memory.Model.Pack();
+            }
         }
 
         return result;
@@ -99,6 +179,6 @@ public sealed class TrainingStep
         MicroBatch batch = _memory.Batch;
         _memory.Model.Forward(_memory.Workspace, batch.Tokens, batch.Layout, KeyValueSource.Batch);
         _memory.Model.Backward(_memory.Workspace, batch.Tokens, batch.Targets, _memory.Scale, batch.Layout);
-        _backend.Sum(_memory.LossSum, _memory.Workspace.Losses(batch.Targets.Rows));
+        _backend.Sum(_memory.LossSums.ColumnRange(_turn, 1), _memory.Workspace.Losses(batch.Targets.Rows));
     }
 }

@@ -1,8 +1,6 @@
 using System.Diagnostics;
-using System.Globalization;
 using System.Security.Cryptography;
 using TinyLlama.Checkpoints;
-using TinyLlama.Cli;
 using TinyLlama.Tests.Checkpoints;
 using TinyLlama.Training;
 
@@ -21,8 +19,8 @@ public sealed class KillTests : IDisposable
     [Fact]
     public void A_run_that_is_killed_at_random_moments_ends_with_the_bits_of_one_that_is_not()
     {
-        int kills = FromEnvironment("TINYLLAMA_KILLS", 3);
-        var random = new Random(FromEnvironment("TINYLLAMA_KILL_SEED", 1));
+        int kills = TinyRun.FromEnvironment("TINYLLAMA_KILLS", 3);
+        var random = new Random(TinyRun.FromEnvironment("TINYLLAMA_KILL_SEED", 1));
         TinyRun.Prepare(_folder, steps: 800);
 
         using (Process whole = Start("whole"))
@@ -57,23 +55,9 @@ public sealed class KillTests : IDisposable
         }
     }
 
-    private static int FromEnvironment(string name, int otherwise) =>
-        int.TryParse(Environment.GetEnvironmentVariable(name), CultureInfo.InvariantCulture, out int value) ? value : otherwise;
-
     private Process Start(string run)
     {
-        var start = new ProcessStartInfo(Environment.ProcessPath is { } host && Path.GetFileNameWithoutExtension(host) == "dotnet" ? host : "dotnet")
-        {
-            UseShellExecute = false,
-            RedirectStandardError = true,
-            RedirectStandardOutput = true,
-        };
-        foreach (string argument in (string[])[typeof(CommandLine).Assembly.Location, "pretrain", "--recipe", _folder["tiny.yaml"], "--out", _folder[run]])
-        {
-            start.ArgumentList.Add(argument);
-        }
-
-        Process process = Process.Start(start)!;
+        Process process = TinyRun.Start(_folder, run);
         process.BeginErrorReadLine();
         process.BeginOutputReadLine();
         return process;

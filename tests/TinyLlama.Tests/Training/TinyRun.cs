@@ -1,3 +1,6 @@
+using System.Diagnostics;
+using System.Globalization;
+using TinyLlama.Cli;
 using TinyLlama.Data.Documents;
 using TinyLlama.Data.Shards;
 using TinyLlama.Data.Tokenizers;
@@ -37,4 +40,26 @@ internal static class TinyRun
             """);
         return folder["tiny.yaml"];
     }
+
+    /// <summary>Starts the program on the recipe.</summary>
+    /// <param name="folder">The folder.</param>
+    /// <param name="run">The run in there.</param>
+    /// <param name="options">More words of the command.</param>
+    /// <returns>The process; whoever starts it reads what it writes.</returns>
+    public static Process Start(TemporaryFolder folder, string run, params string[] options)
+    {
+        string program = Environment.ProcessPath is { } host && Path.GetFileNameWithoutExtension(host) == "dotnet" ? host : "dotnet";
+        string[] words = [typeof(CommandLine).Assembly.Location, "pretrain", "--recipe", folder["tiny.yaml"], "--out", folder[run], .. options];
+        return Process.Start(new ProcessStartInfo(program, words)
+        {
+            UseShellExecute = false,
+            RedirectStandardInput = true,
+            RedirectStandardError = true,
+            RedirectStandardOutput = true,
+        })!;
+    }
+
+    /// <summary>A number that the environment may change.</summary>
+    public static int FromEnvironment(string name, int otherwise) =>
+        int.TryParse(Environment.GetEnvironmentVariable(name), CultureInfo.InvariantCulture, out int value) ? value : otherwise;
 }

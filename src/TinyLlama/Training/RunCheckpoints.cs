@@ -1,0 +1,74 @@
+using TinyLlama.Checkpoints;
+using TinyLlama.Compute;
+using TinyLlama.Compute.Collectives;
+using TinyLlama.Data;
+using TinyLlama.Data.Tokenizers;
+using TinyLlama.Model;
+
+namespace TinyLlama.Training;
+
+/// <summary>
+/// The checkpoints of a run on one rank: <see cref="Begin"/> between two steps, <see cref="Finish"/> when every rank's
+/// <see cref="State"/> says that its part is written. All ranks call both alike.
+/// </summary>
+internal sealed class RunCheckpoints : IDisposable
+{
+    private readonly TrainingMemory _memory;
+    private readonly Backend _backend;
+    private readonly ModelConfig _model;
+    private readonly BpeTokenizer? _tokenizer;
+    private readonly CheckpointWriter _writer;
+
+    /// <summary>Checkpoints of a run in memory; from its snapshot where it has one.</summary>
+    /// <param name="folder">The run's folder, the same one for all ranks.</param>
+    /// <param name="memory">What is saved.</param>
+    /// <param name="backend">Its device.</param>
+    /// <param name="world">The ranks.</param>
+    /// <param name="model">The model's shape.</param>
+    /// <param name="tokenizer">The tokenizer; null for one without files.</param>
+    public RunCheckpoints(string folder, TrainingMemory memory, Backend backend, Collective world, ModelConfig model, BpeTokenizer? tokenizer)
+    {
+        (_memory, _backend, _model, _tokenizer) = (memory, backend, model, tokenizer);
+        _writer = new CheckpointWriter(folder, world, backend, memory.Checkpoint, memory.Snapshot);
+    }
+
+    /// <summary>Gets how far this rank is with its part. Does not wait.</summary>
+    public CheckpointState State => _writer.State;
+
+    /// <summary>Begins the checkpoint of a state; without a snapshot this rank's part is written on return.</summary>
+    public void Begin(TrainingState state)
+    {
+        _writer.Begin(state.Step);
+        if (_memory.Parameters is { } shared)
+        {
+            shared.ForEach(unit => _writer.Copy(unit.Parameters));
+        }
+        else
+        {
+            _writer.Copy(_memory.Model.Parameters);
+        }
+
+        _writer.Write(folder =>
+        {
+            folder.WriteDescription(_model, _memory.Model.Parameters[0].Values.Type, _tokenizer);
+            folder.WriteText(TrainingCheckpoint.StateName, state.ToJson());
+        });
+    }
+
+    /// <summary>Waits until all parts are written, and makes a checkpoint of them.</summary>
+    public CheckpointOutcome Finish() => _writer.Finish();
+
+    /// <summary>Reads this rank's moments of any checkpoint of the run.</summary>
+    /// <exception cref="UserErrorException">It is damaged, or of another model.</exception>
+    public void LoadMoments(TrainingCheckpoint checkpoint)
+    {
+        using OptimizerFiles moments = OptimizerFiles.Open(checkpoint, _model);
+        foreach (MomentPiece piece in _memory.Checkpoint.Owned)
+        {
+            moments.CopyTo(_backend, piece);
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Dispose() => _writer.Dispose();
+}

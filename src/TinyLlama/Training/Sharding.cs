@@ -1,0 +1,54 @@
+using TinyLlama.Compute;
+
+namespace TinyLlama.Training;
+
+/// <summary>How the ranks of a run share its state and the micro-batches of a step. All of it powers of two.</summary>
+/// <param name="Ranks">W: processes that train together.</param>
+/// <param name="Shards">S: ranks that keep the state once between them; the others are in the same place of another such group.</param>
+/// <param name="Stage">
+/// ZeRO (Rajbhandari et al. 2020): 1 shards the optimizer's state, 2 gradients too, 3 weights too.
+/// </param>
+/// <param name="Lanes">
+/// R: the sums that micro-batches add up in, one after the other, before these add up in a pairwise tree. It fixes the bits of a
+/// step for any number of ranks up to it.
+/// </param>
+/// <param name="Wire">What gradients are rounded to between ranks: F32, or BF16 for half the bytes and other last bits.</param>
+public sealed record Sharding(int Ranks, int Shards, int Stage, int Lanes, DType Wire = DType.F32)
+{
+    /// <summary>One rank that adds micro-batches up in order.</summary>
+    public static readonly Sharding None = new(1, 1, 1, 1);
+
+    /// <summary>Gets the groups that keep the same state.</summary>
+    public int Replicas => Ranks / Shards;
+
+    /// <summary>Gets the lanes of a rank.</summary>
+    public int LanesOfRank => Lanes / Ranks;
+
+    /// <summary>Gets a value indicating whether a gradient is reduced in every micro-batch, each of which is a lane then.</summary>
+    public bool ReducesEachMicroBatch => Stage > 1;
+
+    /// <summary>
+    /// The lane that a rank works on. Where a rank adds its lanes up before it meets the others they are neighbours; where the
+    /// ranks of a shard group meet in each of them, theirs are neighbours. Either way the tree is that over lanes 0 … R-1.
+    /// </summary>
+    /// <param name="rank">0 … W-1; ranks of a shard group are neighbours.</param>
+    /// <param name="turn">0 … <see cref="LanesOfRank"/>-1: which of its lanes.</param>
+    public int LaneOf(int rank, int turn) => ReducesEachMicroBatch
+        ? (rank / Shards * (Lanes / Replicas)) + (turn * Shards) + (rank % Shards)
+        : (rank * LanesOfRank) + turn;
+
+    /// <summary>The sum in a pairwise tree, (0 + 1) + (2 + 3) …; overwrites the values.</summary>
+    /// <param name="values">A power of two of them.</param>
+    public static double Tree(Span<double> values)
+    {
+        for (int distance = 1; distance < values.Length; distance *= 2)
+        {
+            for (int i = 0; i < values.Length; i += 2 * distance)
+            {
+                values[i] += values[i + distance];
+            }
+        }
+
+        return values[0];
+    }
+}
