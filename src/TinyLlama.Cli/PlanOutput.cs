@@ -27,6 +27,11 @@ internal static class PlanOutput
         Row("FLOPs per token", $"{plan.FlopsPerToken:N0} (formula of PaLM; {Flops.PerTokenAsTinyLlama(model, plan.ContextLength):N0} by TinyLlama's own)");
         Row("micro-batch", $"{plan.SequencesPerMicroBatch:N0} sequences × {plan.ContextLength:N0} tokens = {plan.TokensPerMicroBatch:N0} tokens");
         Row("step", $"{plan.AccumulationSteps:N0} micro-batches = {plan.TokensPerStep:N0} tokens");
+        if (plan.Sharding is { Ranks: > 1 } sharding)
+        {
+            Row("ranks", $"{sharding.Ranks:N0}, each {plan.AccumulationSteps / sharding.Ranks:N0} of these; ZeRO-{sharding.Stage} over {sharding.Shards:N0}; {sharding.Lanes:N0} reduction lanes; memory below is one rank's");
+        }
+
         Row("run", $"{plan.Steps:N0} steps = {plan.Tokens:N0} tokens, {plan.Tokens / (double)model.ParameterCount:N1} a parameter");
         if (plan.Epochs is double epochs)
         {
@@ -70,6 +75,8 @@ internal static class PlanOutput
             ["sequences_per_micro_batch"] = plan.SequencesPerMicroBatch,
             ["micro_batches_per_step"] = plan.AccumulationSteps,
             ["tokens_per_step"] = plan.TokensPerStep,
+            ["ranks"] = plan.Sharding.Ranks,
+            ["reduction_lanes"] = plan.Sharding.Lanes,
             ["steps"] = plan.Steps,
             ["tokens"] = plan.Tokens,
             ["epochs"] = plan.Epochs,

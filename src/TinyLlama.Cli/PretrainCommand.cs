@@ -51,11 +51,6 @@ internal static class PretrainCommand
                 result.AddError("--device-memory is for --plan");
             }
 
-            if (result.GetResult(ranks) is not null && result.GetResult(plan) is not null)
-            {
-                result.AddError("--ranks starts a run, and --plan starts none; leave one of them out");
-            }
-
             if (result.GetResult(restarts) is not null && result.GetResult(ranks) is null)
             {
                 result.AddError("--restarts is for --ranks");
@@ -98,7 +93,7 @@ internal static class PretrainCommand
             long lastStep = parse.GetValue(maxSteps) ?? long.MaxValue;
             if (parse.GetValue(plan))
             {
-                WritePlan(resolved, parse.GetValue(deviceMemory), writer, parse.GetValue(json));
+                WritePlan(resolved, parse.GetValue(ranks) ?? 1, parse.GetValue(deviceMemory), writer, parse.GetValue(json));
                 return ExitCode.Success;
             }
 
@@ -135,9 +130,9 @@ internal static class PretrainCommand
         },
     };
 
-    private static void WritePlan(Recipe recipe, long? deviceMemory, TextWriter writer, bool json)
+    private static void WritePlan(Recipe recipe, int ranks, long? deviceMemory, TextWriter writer, bool json)
     {
-        TrainingPlan plan = TrainingRun.PlanOf(recipe, Warn);
+        TrainingPlan plan = TrainingRun.PlanOf(recipe, Warn, ranks);
         using Backend backend = deviceMemory is long bytes ? CudaBackend.Plan(bytes) : TrainingRun.OpenDevice(recipe);
         TrainingRun.RequireSupport(recipe, backend);
         var memory = new MemoryPlan(plan, backend);

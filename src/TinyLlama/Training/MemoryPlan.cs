@@ -91,9 +91,11 @@ public sealed class MemoryPlan
     private MemoryChoice? Largest(Keep keep, PackedForms packed, int most)
     {
         MemoryChoice? largest = null;
+        Sharding sharding = _plan.Sharding;
+        int parts = sharding.ReducesEachMicroBatch ? sharding.Ranks : sharding.Lanes;
         for (int sequences = 1; sequences <= most; sequences++)
         {
-            if (_plan.SequencesPerStep % sequences != 0)
+            if (_plan.SequencesPerStep % ((long)sequences * parts) != 0)
             {
                 continue;
             }

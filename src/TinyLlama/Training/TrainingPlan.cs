@@ -107,8 +107,10 @@ public sealed record TrainingPlan
     /// a budget in epochs does not allow.
     /// </param>
     /// <param name="ranks">The number of ranks that train.</param>
+    /// <param name="neighbours">Ranks of one host, which shard between them unless the recipe says otherwise; 1 where that is not known or would be none.</param>
     /// <exception cref="UserErrorException">A line for each mistake, with the arithmetic and where the key was set.</exception>
-    public static TrainingPlan Create(Recipe recipe, ModelConfig? initial = null, long? sequencesPerEpoch = null, int ranks = 1)
+    public static TrainingPlan Create(
+        Recipe recipe, ModelConfig? initial = null, long? sequencesPerEpoch = null, int ranks = 1, int neighbours = 1)
     {
         List<string> problems = [];
         List<string> warnings = [];
@@ -126,7 +128,7 @@ public sealed record TrainingPlan
         long tokensPerStep = (long)recipe.Batch.MicroSequences * context * accumulation;
         long steps = CountSteps(recipe, context, tokensPerStep, sequencesPerEpoch, problems);
         LearningRateSchedule schedule = Anneal(recipe, steps, tokensPerStep, problems, warnings);
-        Sharding sharding = Share(recipe, ranks, accumulation, problems);
+        Sharding sharding = Share(recipe, ranks, neighbours, accumulation, problems);
         if (problems.Count > 0)
         {
             throw new UserErrorException(string.Join('\n', problems));
@@ -333,13 +335,13 @@ public sealed record TrainingPlan
         return new LearningRateSchedule(schedule.Kind, peak, minimum, schedule.Warmup, end, schedule.DecayShare);
     }
 
-    private static Sharding Share(Recipe recipe, int ranks, int microBatches, List<string> problems)
+    private static Sharding Share(Recipe recipe, int ranks, int neighbours, int microBatches, List<string> problems)
     {
         DistributionSettings distribution = recipe.Distribution;
         string Of(string key) => recipe.Origins.Describe("distribution." + key);
         bool eachMicroBatch = distribution.Zero > 1;
         int lanes = distribution.ReductionLanes > 0 ? distribution.ReductionLanes : eachMicroBatch && ranks > 1 ? microBatches : ranks;
-        int shards = distribution.Shard > 0 ? Math.Min(distribution.Shard, ranks) : ranks;
+        int shards = distribution.Shard > 0 ? Math.Min(distribution.Shard, ranks) : neighbours > 1 ? neighbours : ranks;
         if (!BitOperations.IsPow2(ranks))
         {
             problems.Add(Invariant($"{ranks:N0} ranks cannot share a step in equal parts of one tree; use {1 << BitOperations.Log2((uint)ranks):N0}"));
@@ -353,7 +355,7 @@ public sealed record TrainingPlan
         else if (ranks > lanes)
         {
             problems.Add(Invariant(
-                $"{ranks:N0} ranks share {Of("reduction_lanes")} {lanes:N0}, at most one each; use fewer ranks, or set it to {ranks:N0}, which changes last bits"));
+                $"{Of("reduction_lanes")} {lanes:N0} is less than the {ranks:N0} ranks, which need one each; use fewer ranks, or set it to {ranks:N0}, which changes last bits"));
         }
         else if (eachMicroBatch && lanes > 1 && lanes != microBatches)
         {

@@ -1,3 +1,4 @@
+using System.Numerics;
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Collectives;
@@ -45,7 +46,7 @@ public sealed class TrainingRun : IDisposable
     {
         using ModelSource? initial = recipe.Init == Recipe.Scratch ? null : ModelSource.Open(recipe.Init, warn);
         using TokenShards? shards = recipe.Data.Path is string path && Directory.Exists(path) ? TokenShards.Open(path) : null;
-        return PlanOf(recipe, initial, shards, ranks);
+        return PlanOf(recipe, initial, shards, ranks, neighbours: 1);
     }
 
     /// <summary>Makes the device of a recipe ready.</summary>
@@ -109,7 +110,7 @@ public sealed class TrainingRun : IDisposable
             using ModelSource? initial = recipe.Init == Recipe.Scratch ? null : ModelSource.Open(recipe.Init, observer.Warn);
             Recipe? before = Before(folder);
             recipe = KeepLanes(recipe, before);
-            TrainingPlan plan = PlanOf(recipe, initial, shards, world.Size);
+            TrainingPlan plan = PlanOf(recipe, initial, shards, world.Size, Neighbours(world.Hosts));
             if (tokenizer.VocabularySize > plan.Model.VocabularySize)
             {
                 throw new UserErrorException(
@@ -166,6 +167,13 @@ public sealed class TrainingRun : IDisposable
     }
 
     // Of several ranks each takes a GPU of its host, in turn; where a launcher shows each its own, that one. CPUs train with CPUs.
+    // Ranks of one host where every host has as many, one after the other, and they are a power of two; else 1.
+    private static int Neighbours(IReadOnlyList<string> hosts)
+    {
+        int count = hosts.TakeWhile(host => host == hosts[0]).Count();
+        return BitOperations.IsPow2(count) && hosts.Chunk(count).All(chunk => chunk.Length == count && chunk.Distinct().Count() == 1) ? count : 1;
+    }
+
     private static Device DeviceOf(Device device, Collective world)
     {
         if (world.Size == 1 || device.Kind == DeviceKind.Cpu)
@@ -193,7 +201,7 @@ public sealed class TrainingRun : IDisposable
         return shards.Manifest.TokenizerSha256 == bytes.Hash ? bytes : Tokenizer.Load(folder);
     }
 
-    private static TrainingPlan PlanOf(Recipe recipe, ModelSource? initial, TokenShards? shards, int ranks)
+    private static TrainingPlan PlanOf(Recipe recipe, ModelSource? initial, TokenShards? shards, int ranks, int neighbours)
     {
         // The number of sequences depends on the context, which the plan chooses: ask it once without the data.
         long? sequences = null;
@@ -203,7 +211,7 @@ public sealed class TrainingRun : IDisposable
             sequences = context > 0 ? new TokenLoader(shards, Split.Train, context, recipe.Seed).BlocksPerEpoch : null;
         }
 
-        return TrainingPlan.Create(recipe, initial?.Config, sequences, ranks);
+        return TrainingPlan.Create(recipe, initial?.Config, sequences, ranks, neighbours);
     }
 
     // The recipe that the run had at its last start; null where it is new.

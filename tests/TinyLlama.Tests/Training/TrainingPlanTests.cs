@@ -40,6 +40,46 @@ public sealed class TrainingPlanTests
         Assert.Equal(90, plan.Tokens / (16 * 24_000.0) / 86_400, 0.5);
     }
 
+    [Theory]
+    [InlineData(1, 1, "", "1 1 1 1")]
+    [InlineData(1, 1, "reduction_lanes=4", "1 1 1 4")]
+    [InlineData(4, 1, "", "4 4 1 4")]
+    [InlineData(4, 2, "", "4 2 1 4")]
+    [InlineData(4, 2, "shard=4", "4 4 1 4")]
+    [InlineData(2, 1, "reduction_lanes=8", "2 2 1 8")]
+    [InlineData(2, 1, "shard=8", "2 2 1 2")]
+    [InlineData(2, 1, "zero=3", "2 2 3 8")]
+    public void Ranks_share_the_micro_batches_of_a_step(int ranks, int neighbours, string setting, string expected)
+    {
+        Sharding sharding = EightMicroBatches(ranks, neighbours, setting).Sharding;
+        Assert.Equal(expected, $"{sharding.Ranks} {sharding.Shards} {sharding.Stage} {sharding.Lanes}");
+    }
+
+    [Theory]
+    [InlineData(3, "", "3 ranks cannot share a step in equal parts of one tree; use 2")]
+    [InlineData(16, "", "ranks: reduction_lanes 16 is not a power of two that divides the 8 micro-batches of a step; change batch.micro_sequences or batch.global_tokens, or use 8 or less")]
+    [InlineData(2, "reduction_lanes=6", "--set distribution.reduction_lanes=6: distribution.reduction_lanes 6 is not a power of two that divides the 8 micro-batches of a step; change batch.micro_sequences or batch.global_tokens, or use 8 or less")]
+    [InlineData(4, "reduction_lanes=2", "--set distribution.reduction_lanes=2: distribution.reduction_lanes 2 is less than the 4 ranks, which need one each; use fewer ranks, or set it to 4, which changes last bits")]
+    [InlineData(2, "zero=2; distribution.reduction_lanes=2", "--set distribution.zero=2: distribution.zero 2 sums gradients over ranks in each of the 8 micro-batches, so each is a lane of its own; set distribution.reduction_lanes to 8, or use zero: 1")]
+    [InlineData(8, "shard=3", "--set distribution.shard=3: distribution.shard 3 is not a power of two")]
+    public void Ranks_that_cannot_share_them_are_refused(int ranks, string setting, string expected) =>
+        Assert.Equal(expected, Assert.Throws<UserErrorException>(() => EightMicroBatches(ranks, 1, setting)).Message);
+
+    [Fact]
+    public void What_would_fit_can_be_shared_by_the_ranks()
+    {
+        using CpuBackend backend = CpuBackend.Create(1);
+        TrainingPlan plan = EightMicroBatches(2, 1, "");
+        Assert.All(new MemoryPlan(plan, backend).Choices(), choice => Assert.Equal(plan.SequencesPerStep / 2, choice.Sequences));
+    }
+
+    private static TrainingPlan EightMicroBatches(int ranks, int neighbours, string setting)
+    {
+        string[] settings = ["batch.micro_sequences=2", .. setting.Split("; ", StringSplitOptions.RemoveEmptyEntries).Select(
+            static s => s.StartsWith("distribution", StringComparison.Ordinal) ? s : "distribution." + s)];
+        return TrainingPlan.Create(RecipeFile.Parse(Least, "r", null, settings), ranks: ranks, neighbours: neighbours);
+    }
+
     [Fact]
     public void Three_trillion_tokens_are_rounded_up_to_whole_steps()
     {
