@@ -46,11 +46,22 @@ internal static class TinyRun
     /// <param name="run">The run in there.</param>
     /// <param name="options">More words of the command.</param>
     /// <returns>The process; whoever starts it reads what it writes.</returns>
-    public static Process Start(TemporaryFolder folder, string run, params string[] options)
+    public static Process Start(TemporaryFolder folder, string run, params string[] options) => Launch([], folder, run, options);
+
+    /// <summary>Starts something that starts the program.</summary>
+    /// <param name="launcher">Its command, to which the program's is added.</param>
+    /// <param name="folder">The folder.</param>
+    /// <param name="run">The run in there.</param>
+    /// <param name="options">More words of the program's command.</param>
+    /// <returns>The process; whoever starts it reads what it writes.</returns>
+    public static Process Launch(IReadOnlyList<string> launcher, TemporaryFolder folder, string run, params string[] options)
     {
         string program = Environment.ProcessPath is { } host && Path.GetFileNameWithoutExtension(host) == "dotnet" ? host : "dotnet";
-        string[] words = [typeof(CommandLine).Assembly.Location, "pretrain", "--recipe", folder["tiny.yaml"], "--out", folder[run], .. options];
-        return Process.Start(new ProcessStartInfo(program, words)
+        string[] words =
+        [
+            .. launcher, program, typeof(CommandLine).Assembly.Location, "pretrain", "--recipe", folder["tiny.yaml"], "--out", folder[run], .. options,
+        ];
+        return Process.Start(new ProcessStartInfo(words[0], words.Skip(1))
         {
             UseShellExecute = false,
             RedirectStandardInput = true,
