@@ -82,8 +82,6 @@ public sealed class ShardedParameters : ParameterStore
 
     private int Shard => _mesh?.Shard.Rank ?? 0;
 
-    private bool ShardsWeights => _sharding.Stage == 3 && _sharding.Shards > 1;
-
     /// <summary>Lets each unit's parameters be filled where they lie for the moment, and keeps this rank's part.</summary>
     public void Fill(Action<IReadOnlyList<Parameter>> fill)
     {
@@ -91,7 +89,7 @@ public sealed class ShardedParameters : ParameterStore
         foreach (OwnedRows owned in _owned)
         {
             fill(owned.Unit.Parameters);
-            if (ShardsWeights)
+            if (_sharding.ShardsWeights)
             {
                 _backend.Copy(owned.Values, owned.Unit.Values.RowRange(owned.FirstRow, owned.Values.Rows));
             }
@@ -120,7 +118,7 @@ public sealed class ShardedParameters : ParameterStore
     /// <inheritdoc/>
     public override void Gather(int unit, int next)
     {
-        if (ShardsWeights)
+        if (_sharding.ShardsWeights)
         {
             Send(unit);
             if (next >= 0)
@@ -215,7 +213,7 @@ public sealed class ShardedParameters : ParameterStore
     {
         Array.Fill(_stale, true);
         Array.Fill(_resident, -1);
-        if (!ShardsWeights && _sharding.Shards > 1)
+        if (!_sharding.ShardsWeights && _sharding.Shards > 1)
         {
             for (int u = 0; u < _owned.Length; u++)
             {
@@ -230,7 +228,7 @@ public sealed class ShardedParameters : ParameterStore
         int first = Shard * rows;
         return new OwnedRows(
             unit, first,
-            ShardsWeights ? shards.Take(rows, ParameterUnit.Columns) : unit.Values.RowRange(first, rows),
+            _sharding.ShardsWeights ? shards.Take(rows, ParameterUnit.Columns) : unit.Values.RowRange(first, rows),
             _sharding.ReducesEachMicroBatch ? shards.Take(rows, ParameterUnit.Columns) : unit.Gradient.RowRange(first, rows));
     }
 

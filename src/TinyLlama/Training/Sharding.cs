@@ -27,6 +27,9 @@ public sealed record Sharding(int Ranks, int Shards, int Stage, int Lanes, DType
     /// <summary>Gets a value indicating whether a gradient is reduced in every micro-batch, each of which is a lane then.</summary>
     public bool ReducesEachMicroBatch => Stage > 1;
 
+    /// <summary>Gets a value indicating whether no rank has all weights: each unit's are gathered before it is used.</summary>
+    public bool ShardsWeights => Stage == 3 && Shards > 1;
+
     /// <summary>
     /// The lane that a rank works on. Where a rank adds its lanes up before it meets the others they are neighbours; where the
     /// ranks of a shard group meet in each of them, theirs are neighbours. Either way the tree is that over lanes 0 … R-1.

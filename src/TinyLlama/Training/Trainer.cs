@@ -127,9 +127,6 @@ public sealed class Trainer : IDisposable
     // The rank that keeps the log and speaks for all.
     private bool IsFirst => _world.Rank == 0;
 
-    // Whether every rank takes part in each forward of any.
-    private bool ForwardsTogether => _plan.Sharding is { Stage: 3, Shards: > 1 };
-
     /// <summary>Trains until the plan is done or a stop is asked for, and saves either way.</summary>
     /// <param name="stop">Asks to stop after the step that is under way.</param>
     /// <param name="lastStep">Stops after this many steps in all, though the plan has more; its schedule stays.</param>
@@ -292,7 +289,7 @@ public sealed class Trainer : IDisposable
 
         Score score = Perplexity.Measure(
             _memory.Model, _backend, _memory.Workspace, _validation, _plan.Recipe.Data.MaskedDocuments, _plan.ContextLength,
-            ranks: ForwardsTogether ? null : _world);
+            ranks: _plan.Sharding.ShardsWeights ? null : _world);
         _validationLosses[_state.Step] = score.Loss;
         Record(new ValidationMetrics(_state.Step, _state.Tokens, score.Loss, score.Perplexity, score.BitsPerByte));
     }
@@ -300,7 +297,8 @@ public sealed class Trainer : IDisposable
     private void Sample()
     {
         SampleSettings settings = _plan.Recipe.Samples;
-        if (_generator is null || !(IsFirst || ForwardsTogether))
+        // Where weights are sharded every rank takes part in each forward of any.
+        if (_generator is null || !(IsFirst || _plan.Sharding.ShardsWeights))
         {
             return;
         }

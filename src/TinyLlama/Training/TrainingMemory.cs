@@ -152,7 +152,7 @@ public sealed class TrainingMemory : IDisposable
     // A single rank is planned as ever: turns and subdivisions are for those that share.
     private static ModelArenas PlanModel(TrainingShape shape) => shape.Sharding is { Lanes: > 1 } sharding
         ? ModelArenas.PlanSharded(
-            shape.Packed, sharding.Lanes, gradients: sharding.ReducesEachMicroBatch, weights: sharding.Stage == 3 && sharding.Shards > 1)
+            shape.Packed, sharding.Lanes, gradients: sharding.ReducesEachMicroBatch, weights: sharding.ShardsWeights)
         : ModelArenas.Plan(shape.Packed, trains: true);
 
     private sealed record RunArenas(
