@@ -46,12 +46,20 @@ public abstract class Collective : IDisposable
     /// <summary>Part i of every rank's destination becomes the source of rank i. The source may be this rank's part itself.</summary>
     /// <param name="destination">(Size · rows, C).</param>
     /// <param name="source">(rows, C).</param>
-    public abstract Ticket AllGather(Tensor destination, Tensor source);
+    public Ticket AllGather(Tensor destination, Tensor source)
+    {
+        RequireParts(destination, source);
+        return Queue(new(CollectiveKind.AllGather) { Destination = destination, Source = source });
+    }
 
     /// <summary>Part i of the destination becomes this rank's part of the source of rank i.</summary>
     /// <param name="destination">(Size · rows, C).</param>
     /// <param name="source">The same shape, other memory.</param>
-    public abstract Ticket AllToAll(Tensor destination, Tensor source);
+    public Ticket AllToAll(Tensor destination, Tensor source)
+    {
+        RequireSame(destination, source);
+        return Queue(new(CollectiveKind.AllToAll) { Destination = destination, Source = source });
+    }
 
     /// <summary>
     /// The destination becomes the sum of this rank's part over all ranks' sources, added in a pairwise tree over the ranks:
@@ -60,18 +68,37 @@ public abstract class Collective : IDisposable
     /// <param name="destination">(rows, C) of F32. It may be this rank's part of the source.</param>
     /// <param name="source">(Size · rows, C) of F32 or BF16.</param>
     /// <param name="scratch">As the source, other memory.</param>
-    public abstract Ticket ReduceScatter(Tensor destination, Tensor source, Tensor scratch);
+    public Ticket ReduceScatter(Tensor destination, Tensor source, Tensor scratch)
+    {
+        RequireSame(scratch, source);
+        RequireParts(source with { Type = destination.Type }, destination);
+        Shape.Require(BitOperations.IsPow2(Size), "a number of ranks that is a power of two");
+        Shape.Require(destination.Type == DType.F32 && source.Type is DType.F32 or DType.BF16, "sums in F32 of F32 or BF16");
+        return Queue(new(CollectiveKind.ReduceScatter) { Destination = destination, Source = source, Scratch = scratch });
+    }
 
     /// <summary>All ranks' values become those of one.</summary>
     /// <param name="values">Any contiguous tensor.</param>
     /// <param name="root">The rank that has them.</param>
-    public abstract Ticket Broadcast(Tensor values, int root);
+    public Ticket Broadcast(Tensor values, int root)
+    {
+        Shape.Require(values.IsContiguous && root >= 0 && root < Size, "a contiguous tensor and a rank");
+        return Queue(new(CollectiveKind.Broadcast) { Destination = values, Peer = root });
+    }
 
     /// <summary>Sends values to a rank that calls <see cref="Receive"/> for them.</summary>
-    public abstract Ticket Send(Tensor values, int to);
+    public Ticket Send(Tensor values, int to)
+    {
+        RequireOther(values, to);
+        return Queue(new(CollectiveKind.Send) { Source = values, Peer = to });
+    }
 
     /// <summary>Receives values that a rank sends.</summary>
-    public abstract Ticket Receive(Tensor values, int from);
+    public Ticket Receive(Tensor values, int from)
+    {
+        RequireOther(values, from);
+        return Queue(new(CollectiveKind.Receive) { Destination = values, Peer = from });
+    }
 
     /// <summary>Gathers a few values of every rank, rank after rank, and waits for them.</summary>
     /// <param name="all">Receives Size times as many.</param>
@@ -137,30 +164,22 @@ public abstract class Collective : IDisposable
     /// <summary>Ends the queue; what is still in it is done first.</summary>
     protected abstract void Dispose(bool disposing);
 
+    /// <summary>Queues an operation.</summary>
+    internal abstract Ticket Queue(in CollectiveOperation operation);
+
     /// <summary>Waits for an operation and everything before it.</summary>
     internal abstract void Wait(long number);
 
-    private protected void RequireParts(Tensor whole, Tensor part) => Shape.Require(
+    private void RequireParts(Tensor whole, Tensor part) => Shape.Require(
         whole.IsContiguous && part.IsContiguous && whole.Type == part.Type && whole.Columns == part.Columns && whole.Rows == (long)part.Rows * Size,
         "a contiguous tensor with as many parts as there are ranks");
 
-    private protected void RequireSame(Tensor destination, Tensor source) => Shape.Require(
+    private void RequireSame(Tensor destination, Tensor source) => Shape.Require(
         destination.IsContiguous && source.IsContiguous && destination.Type == source.Type && destination.Rows == source.Rows
             && destination.Columns == source.Columns && source.Rows % Size == 0 && destination.Address != source.Address,
         "two contiguous tensors of one shape whose rows the ranks divide");
 
-    private protected void RequireReduction(Tensor destination, Tensor source, Tensor scratch)
-    {
-        RequireSame(scratch, source);
-        RequireParts(source with { Type = destination.Type }, destination);
-        Shape.Require(BitOperations.IsPow2(Size), "a number of ranks that is a power of two");
-        Shape.Require(destination.Type == DType.F32 && source.Type is DType.F32 or DType.BF16, "sums in F32 of F32 or BF16");
-    }
-
-    private protected void RequireRank(Tensor values, int rank) =>
-        Shape.Require(values.IsContiguous && rank >= 0 && rank < Size, "a contiguous tensor and a rank");
-
-    private protected void RequireOther(Tensor values, int rank) =>
+    private void RequireOther(Tensor values, int rank) =>
         Shape.Require(values.IsContiguous && rank >= 0 && rank < Size && rank != Rank, "a contiguous tensor and another rank");
 }
 

@@ -58,7 +58,7 @@ internal sealed unsafe class CollectiveLane : IDisposable
     private readonly Thread _thread;
     private readonly TimeSpan _timeout;
     private readonly object _gate = new();
-    private Operation[] _queue = new Operation[64];
+    private Entry[] _queue = new Entry[64];
     private long _queued;
     private long _done;
     private long _started;
@@ -78,18 +78,6 @@ internal sealed unsafe class CollectiveLane : IDisposable
         _thread.Start();
     }
 
-    /// <summary>What the thread is asked for.</summary>
-    internal enum Kind
-    {
-        AllGather,
-        AllToAll,
-        ReduceScatter,
-        Broadcast,
-        Send,
-        Receive,
-        Call,
-    }
-
     /// <summary>Gets what was done so far.</summary>
     public CollectiveProgress Progress
     {
@@ -98,37 +86,17 @@ internal sealed unsafe class CollectiveLane : IDisposable
             lock (_gate)
             {
                 bool runs = _done < _queued && _failure is null;
-                Operation current = runs ? _queue[_done % _queue.Length] : default;
+                Entry current = runs ? _queue[_done % _queue.Length] : default;
                 return new CollectiveProgress(
-                    _done, runs ? Name(current) : null, runs ? Stopwatch.GetElapsedTime(Math.Max(_started, current.Queued)) : default,
+                    _done, runs ? current.Name : null, runs ? Stopwatch.GetElapsedTime(Math.Max(_started, current.Queued)) : default,
                     Stopwatch.GetElapsedTime(0, _busy), Stopwatch.GetElapsedTime(0, _waited));
             }
         }
     }
 
-    /// <summary>Queues an operation.</summary>
+    /// <summary>Queues an operation of a group.</summary>
     /// <returns>Its number.</returns>
-    public long Queue(Operation operation)
-    {
-        lock (_gate)
-        {
-            if (_queued - _done == _queue.Length)
-            {
-                var longer = new Operation[_queue.Length * 2];
-                for (long i = _done; i < _queued; i++)
-                {
-                    longer[i % longer.Length] = _queue[i % _queue.Length];
-                }
-
-                _queue = longer;
-            }
-
-            _queue[_queued % _queue.Length] = operation with { Queued = Stopwatch.GetTimestamp() };
-            _queued++;
-            Monitor.PulseAll(_gate);
-            return _queued;
-        }
-    }
+    public long Queue(in CollectiveOperation operation, RankGroup group) => Queue(new Entry { Operation = operation, Group = group });
 
     /// <summary>Waits until so many operations are done.</summary>
     /// <exception cref="CollectiveException">One of them failed.</exception>
@@ -154,12 +122,12 @@ internal sealed unsafe class CollectiveLane : IDisposable
     }
 
     /// <summary>Runs something on the lane's thread, after what is queued, and waits for it.</summary>
-    public void Call(Action action) => Wait(Queue(new Operation { Kind = Kind.Call, Action = action }));
+    public void Call(Action action) => Wait(Queue(new Entry { Action = action }));
 
     /// <summary>The same, for a rank that is about to end: it waits for no longer than this, and a failure is as good an end.</summary>
     public void Call(Action action, TimeSpan most)
     {
-        long number = Queue(new Operation { Kind = Kind.Call, Action = action });
+        long number = Queue(new Entry { Action = action });
         long start = Stopwatch.GetTimestamp();
         lock (_gate)
         {
@@ -182,11 +150,33 @@ internal sealed unsafe class CollectiveLane : IDisposable
         _thread.Join(TimeSpan.FromSeconds(5));
     }
 
+    private long Queue(Entry entry)
+    {
+        lock (_gate)
+        {
+            if (_queued - _done == _queue.Length)
+            {
+                var longer = new Entry[_queue.Length * 2];
+                for (long i = _done; i < _queued; i++)
+                {
+                    longer[i % longer.Length] = _queue[i % _queue.Length];
+                }
+
+                _queue = longer;
+            }
+
+            _queue[_queued % _queue.Length] = entry with { Queued = Stopwatch.GetTimestamp() };
+            _queued++;
+            Monitor.PulseAll(_gate);
+            return _queued;
+        }
+    }
+
     private void Run()
     {
         while (true)
         {
-            Operation operation;
+            Entry entry;
             lock (_gate)
             {
                 while (_done == _queued && !_ends)
@@ -199,19 +189,26 @@ internal sealed unsafe class CollectiveLane : IDisposable
                     return;
                 }
 
-                operation = _queue[_done % _queue.Length];
+                entry = _queue[_done % _queue.Length];
                 _started = Stopwatch.GetTimestamp();
             }
 
             CollectiveException? failure = null;
             try
             {
-                Run(operation);
+                if (entry.Group is { } group)
+                {
+                    Run(entry.Operation, group);
+                }
+                else
+                {
+                    entry.Action!();
+                }
             }
             catch (Exception e)
             {
                 // The thread that waits is told, whatever it was.
-                failure = e as CollectiveException ?? new CollectiveException($"{Name(operation)}: {e.Message}", e);
+                failure = e as CollectiveException ?? new CollectiveException($"{entry.Name}: {e.Message}", e);
             }
 
             lock (_gate)
@@ -233,67 +230,49 @@ internal sealed unsafe class CollectiveLane : IDisposable
         }
     }
 
-    private static void Run(in Operation o)
+    private static void Run(in CollectiveOperation o, RankGroup group)
     {
         byte* destination = (byte*)o.Destination.Address;
         byte* source = (byte*)o.Source.Address;
+        long sent = CollectiveOperation.Bytes(o.Source);
+        long received = CollectiveOperation.Bytes(o.Destination);
         switch (o.Kind)
         {
-            case Kind.AllGather:
-                o.Group!.AllGather(destination, source, Bytes(o.Source));
+            case CollectiveKind.AllGather:
+                group.AllGather(destination, source, sent);
                 break;
-            case Kind.AllToAll:
-                o.Group!.AllToAll(destination, source, Bytes(o.Source) / o.Group.Size);
+            case CollectiveKind.AllToAll:
+                group.AllToAll(destination, source, sent / group.Size);
                 break;
-            case Kind.ReduceScatter:
-                o.Group!.AllToAll((byte*)o.Scratch.Address, source, Bytes(o.Source) / o.Group.Size);
-                Cpu.TreeSum.Run((float*)destination, (byte*)o.Scratch.Address, o.Scratch.Type, o.Group.Size, o.Destination.Count);
+            case CollectiveKind.ReduceScatter:
+                group.AllToAll((byte*)o.Scratch.Address, source, sent / group.Size);
+                Cpu.TreeSum.Run((float*)destination, (byte*)o.Scratch.Address, o.Scratch.Type, group.Size, o.Destination.Count);
                 break;
-            case Kind.Broadcast:
-                o.Group!.Broadcast(destination, Bytes(o.Destination), o.Peer);
+            case CollectiveKind.Broadcast:
+                group.Broadcast(destination, received, o.Peer);
                 break;
-            case Kind.Send:
-                o.Group!.Send(source, Bytes(o.Source), o.Peer);
+            case CollectiveKind.Send:
+                group.Send(source, sent, o.Peer);
                 break;
-            case Kind.Receive:
-                o.Group!.Receive(destination, Bytes(o.Destination), o.Peer);
+            case CollectiveKind.Receive:
+                group.Receive(destination, received, o.Peer);
                 break;
             default:
-                o.Action!();
-                break;
+                throw new InvalidOperationException($"{o.Kind} is no operation of a lane");
         }
     }
 
-    private static long Bytes(Tensor tensor) => tensor.Rows * tensor.Type.RowBytes(tensor.Columns);
-
-    private static string Name(in Operation operation) => operation.Kind switch
+    /// <summary>One entry of the queue: an operation of a group, or something else to be done on the thread.</summary>
+    private readonly record struct Entry
     {
-        Kind.AllGather => "all-gather",
-        Kind.AllToAll => "all-to-all",
-        Kind.ReduceScatter => "reduce-scatter",
-        Kind.Broadcast => "broadcast",
-        Kind.Send => $"send to rank {operation.Peer}",
-        Kind.Receive => $"receive from rank {operation.Peer}",
-        _ => "gather of a few values",
-    };
-
-    /// <summary>One entry of the queue.</summary>
-    internal readonly record struct Operation
-    {
-        public Kind Kind { get; init; }
+        public CollectiveOperation Operation { get; init; }
 
         public RankGroup? Group { get; init; }
-
-        public Tensor Destination { get; init; }
-
-        public Tensor Source { get; init; }
-
-        public Tensor Scratch { get; init; }
-
-        public int Peer { get; init; }
 
         public Action? Action { get; init; }
 
         public long Queued { get; init; }
+
+        public string Name => Group is null ? "gather of a few values" : Operation.Name;
     }
 }

@@ -124,11 +124,11 @@ internal sealed unsafe class CudaLane : IDisposable
             _device.Check(CudaDriver.cuEventRecord(_ready, _device.Stream), What);
             _device.Check(CudaDriver.cuStreamWaitEvent(Stream, _ready, 0), What);
             int result = operation.Begin(Stream);
-            Settle(operation.Name, result, operation.Communicator, Stopwatch.GetTimestamp());
+            Settle(operation.Operation.Name, result, operation.Communicator, Stopwatch.GetTimestamp());
             operation.End(_device, Stream);
             int slot = (int)(_queued % Most);
             _device.Check(CudaDriver.cuEventRecord(_ends[slot], Stream), What);
-            _operations[slot] = new Operation(operation.Name, Stopwatch.GetTimestamp());
+            _operations[slot] = new Operation(operation.Operation.Name, Stopwatch.GetTimestamp());
             return ++_queued;
         }
     }

@@ -46,48 +46,6 @@ internal sealed unsafe class LaneCollective : Collective
     public override CollectiveProgress Progress => _lane.Progress;
 
     /// <inheritdoc/>
-    public override Ticket AllGather(Tensor destination, Tensor source)
-    {
-        RequireParts(destination, source);
-        return Queue(new() { Kind = CollectiveLane.Kind.AllGather, Destination = destination, Source = source });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket AllToAll(Tensor destination, Tensor source)
-    {
-        RequireSame(destination, source);
-        return Queue(new() { Kind = CollectiveLane.Kind.AllToAll, Destination = destination, Source = source });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket ReduceScatter(Tensor destination, Tensor source, Tensor scratch)
-    {
-        RequireReduction(destination, source, scratch);
-        return Queue(new() { Kind = CollectiveLane.Kind.ReduceScatter, Destination = destination, Source = source, Scratch = scratch });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket Broadcast(Tensor values, int root)
-    {
-        RequireRank(values, root);
-        return Queue(new() { Kind = CollectiveLane.Kind.Broadcast, Destination = values, Peer = root });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket Send(Tensor values, int to)
-    {
-        RequireOther(values, to);
-        return Queue(new() { Kind = CollectiveLane.Kind.Send, Source = values, Peer = to });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket Receive(Tensor values, int from)
-    {
-        RequireOther(values, from);
-        return Queue(new() { Kind = CollectiveLane.Kind.Receive, Destination = values, Peer = from });
-    }
-
-    /// <inheritdoc/>
     public override Collective Split(int color, int key)
     {
         var choices = new (int Color, int Key)[Size];
@@ -106,6 +64,8 @@ internal sealed unsafe class LaneCollective : Collective
         // An operation under way fails soon; then, or without one, the others are told.
         _lane.Call(_leave, TimeSpan.FromSeconds(1));
     }
+
+    internal override Ticket Queue(in CollectiveOperation operation) => new(this, _lane.Queue(operation, _group));
 
     internal override void Wait(long number) => _lane.Wait(number);
 
@@ -147,6 +107,4 @@ internal sealed unsafe class LaneCollective : Collective
         NativeMemory.Free(_staging);
         _staging = null;
     }
-
-    private Ticket Queue(CollectiveLane.Operation operation) => new(this, _lane.Queue(operation with { Group = _group }));
 }

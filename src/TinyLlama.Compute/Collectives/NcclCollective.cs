@@ -64,48 +64,6 @@ public sealed unsafe class NcclCollective : Collective
     public override CollectiveProgress Progress => _lane.Progress;
 
     /// <inheritdoc/>
-    public override Ticket AllGather(Tensor destination, Tensor source)
-    {
-        RequireParts(destination, source);
-        return Queue(Operation(CollectiveLane.Kind.AllGather) with { Destination = destination, Source = source });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket AllToAll(Tensor destination, Tensor source)
-    {
-        RequireSame(destination, source);
-        return Queue(Operation(CollectiveLane.Kind.AllToAll) with { Destination = destination, Source = source });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket ReduceScatter(Tensor destination, Tensor source, Tensor scratch)
-    {
-        RequireReduction(destination, source, scratch);
-        return Queue(Operation(CollectiveLane.Kind.ReduceScatter) with { Destination = destination, Source = source, Scratch = scratch });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket Broadcast(Tensor values, int root)
-    {
-        RequireRank(values, root);
-        return Queue(Operation(CollectiveLane.Kind.Broadcast) with { Destination = values, Peer = root });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket Send(Tensor values, int to)
-    {
-        RequireOther(values, to);
-        return Queue(Operation(CollectiveLane.Kind.Send) with { Source = values, Peer = to });
-    }
-
-    /// <inheritdoc/>
-    public override Ticket Receive(Tensor values, int from)
-    {
-        RequireOther(values, from);
-        return Queue(Operation(CollectiveLane.Kind.Receive) with { Destination = values, Peer = from });
-    }
-
-    /// <inheritdoc/>
     public override Collective Split(int color, int key)
     {
         nint communicator = _lane.Join(
@@ -127,6 +85,8 @@ public sealed unsafe class NcclCollective : Collective
         _lane.Abort(reason);
         _bootstrap.Abort(reason, exitCode);
     }
+
+    internal override Ticket Queue(in CollectiveOperation operation) => new(this, _lane.Queue(new NcclOperation(operation, _communicator, Size)));
 
     internal override void Wait(long number) => _lane.Wait(number);
 
@@ -178,10 +138,6 @@ public sealed unsafe class NcclCollective : Collective
                 int version => $"rank {other} has NCCL {NcclLibrary.Text(version)}, rank {bootstrap.Rank} {NcclLibrary.Text(library.Version)}: install one version everywhere",
             });
     }
-
-    private NcclOperation Operation(CollectiveLane.Kind kind) => new(kind, _communicator, Size);
-
-    private Ticket Queue(in NcclOperation operation) => new(this, _lane.Queue(operation));
 
     private struct Invitation
     {

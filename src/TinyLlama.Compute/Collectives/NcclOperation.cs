@@ -3,53 +3,34 @@ using TinyLlama.Compute.Cuda;
 namespace TinyLlama.Compute.Collectives;
 
 /// <summary>An operation of an NCCL communicator. What moves are bytes.</summary>
-/// <param name="Kind">Which.</param>
+/// <param name="Operation">What is asked for.</param>
 /// <param name="Communicator">The communicator.</param>
 /// <param name="Size">The number of its ranks.</param>
-internal readonly record struct NcclOperation(CollectiveLane.Kind Kind, nint Communicator, int Size)
+internal readonly record struct NcclOperation(CollectiveOperation Operation, nint Communicator, int Size)
 {
-    /// <summary>Gets where values arrive.</summary>
-    public Tensor Destination { get; init; }
+    private Tensor Destination => Operation.Destination;
 
-    /// <summary>Gets where they come from.</summary>
-    public Tensor Source { get; init; }
-
-    /// <summary>Gets where a reduce-scatter receives.</summary>
-    public Tensor Scratch { get; init; }
-
-    /// <summary>Gets the other rank, or the root.</summary>
-    public int Peer { get; init; }
-
-    /// <summary>Gets its name, for errors.</summary>
-    public string Name => Kind switch
-    {
-        CollectiveLane.Kind.AllGather => "all-gather",
-        CollectiveLane.Kind.AllToAll => "all-to-all",
-        CollectiveLane.Kind.ReduceScatter => "reduce-scatter",
-        CollectiveLane.Kind.Broadcast => "broadcast",
-        CollectiveLane.Kind.Send => "send",
-        _ => "receive",
-    };
+    private Tensor Source => Operation.Source;
 
     /// <summary>Queues what NCCL does.</summary>
     /// <returns>NCCL's result.</returns>
-    public int Begin(nint stream) => Kind switch
+    public int Begin(nint stream) => Operation.Kind switch
     {
-        CollectiveLane.Kind.AllGather => Nccl.ncclAllGather(Source.Address, Destination.Address, Bytes(Source), Nccl.Byte, Communicator, stream),
-        CollectiveLane.Kind.AllToAll => Exchange(Destination, stream),
-        CollectiveLane.Kind.ReduceScatter => Exchange(Scratch, stream),
-        CollectiveLane.Kind.Broadcast => Nccl.ncclBroadcast(
-            Destination.Address, Destination.Address, Bytes(Destination), Nccl.Byte, Peer, Communicator, stream),
-        CollectiveLane.Kind.Send => Nccl.ncclSend(Source.Address, Bytes(Source), Nccl.Byte, Peer, Communicator, stream),
-        _ => Nccl.ncclRecv(Destination.Address, Bytes(Destination), Nccl.Byte, Peer, Communicator, stream),
+        CollectiveKind.AllGather => Nccl.ncclAllGather(Source.Address, Destination.Address, Bytes(Source), Nccl.Byte, Communicator, stream),
+        CollectiveKind.AllToAll => Exchange(Destination, stream),
+        CollectiveKind.ReduceScatter => Exchange(Operation.Scratch, stream),
+        CollectiveKind.Broadcast => Nccl.ncclBroadcast(
+            Destination.Address, Destination.Address, Bytes(Destination), Nccl.Byte, Operation.Peer, Communicator, stream),
+        CollectiveKind.Send => Nccl.ncclSend(Source.Address, Bytes(Source), Nccl.Byte, Operation.Peer, Communicator, stream),
+        _ => Nccl.ncclRecv(Destination.Address, Bytes(Destination), Nccl.Byte, Operation.Peer, Communicator, stream),
     };
 
     /// <summary>Queues what follows it: the sum of a reduce-scatter.</summary>
     public void End(CudaDevice device, nint stream)
     {
-        if (Kind == CollectiveLane.Kind.ReduceScatter)
+        if (Operation.Kind == CollectiveKind.ReduceScatter)
         {
-            TreeSum.Run(device, stream, Destination, Scratch, Size);
+            TreeSum.Run(device, stream, Destination, Operation.Scratch, Size);
         }
     }
 
@@ -69,5 +50,5 @@ internal readonly record struct NcclOperation(CollectiveLane.Kind Kind, nint Com
         return result == 0 ? ended : result;
     }
 
-    private static nuint Bytes(Tensor tensor) => (nuint)(tensor.Rows * tensor.Type.RowBytes(tensor.Columns));
+    private static nuint Bytes(Tensor tensor) => (nuint)CollectiveOperation.Bytes(tensor);
 }

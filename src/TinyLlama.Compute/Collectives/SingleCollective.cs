@@ -19,30 +19,16 @@ public sealed class SingleCollective : Collective
     public override CollectiveProgress Progress => default;
 
     /// <inheritdoc/>
-    public override Ticket AllGather(Tensor destination, Tensor source) => throw Alone();
-
-    /// <inheritdoc/>
-    public override Ticket AllToAll(Tensor destination, Tensor source) => throw Alone();
-
-    /// <inheritdoc/>
-    public override Ticket ReduceScatter(Tensor destination, Tensor source, Tensor scratch) => throw Alone();
-
-    /// <inheritdoc/>
-    public override Ticket Broadcast(Tensor values, int root) => default;
-
-    /// <inheritdoc/>
-    public override Ticket Send(Tensor values, int to) => throw Alone();
-
-    /// <inheritdoc/>
-    public override Ticket Receive(Tensor values, int from) => throw Alone();
-
-    /// <inheritdoc/>
     public override Collective Split(int color, int key) => new SingleCollective();
 
     /// <inheritdoc/>
     public override void Abort(string reason, int exitCode)
     {
     }
+
+    // Whoever shards over one rank keeps everything where it is, and does not ask.
+    internal override Ticket Queue(in CollectiveOperation operation) =>
+        operation.Kind == CollectiveKind.Broadcast ? default : throw new InvalidOperationException("there is one rank alone");
 
     internal override void Wait(long number)
     {
@@ -55,7 +41,4 @@ public sealed class SingleCollective : Collective
     protected override void Dispose(bool disposing)
     {
     }
-
-    // Whoever shards over one rank keeps everything where it is, and does not ask.
-    private static InvalidOperationException Alone() => new("there is one rank alone");
 }

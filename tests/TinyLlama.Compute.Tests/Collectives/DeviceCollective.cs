@@ -23,45 +23,25 @@ internal sealed class DeviceCollective(Collective inner, CudaBackend backend, Ac
 
     public override CollectiveProgress Progress => inner.Progress;
 
-    public override Ticket AllGather(Tensor destination, Tensor source)
-    {
-        Tensor whole = Put(destination);
-        return Add(inner.AllGather(whole, Put(source, destination, whole)), destination, whole);
-    }
-
-    public override Ticket AllToAll(Tensor destination, Tensor source)
-    {
-        Tensor received = Put(destination);
-        return Add(inner.AllToAll(received, Put(source)), destination, received);
-    }
-
-    public override Ticket ReduceScatter(Tensor destination, Tensor source, Tensor scratch)
-    {
-        Tensor whole = Put(source), sum = Put(destination, source, whole);
-        return Add(inner.ReduceScatter(sum, whole, Put(scratch)), destination, sum);
-    }
-
-    public override Ticket Broadcast(Tensor values, int root)
-    {
-        Tensor device = Put(values);
-        return Add(inner.Broadcast(device, root), values, device);
-    }
-
-    public override Ticket Send(Tensor values, int to)
-    {
-        Tensor device = Put(values);
-        return Add(inner.Send(device, to), values, device);
-    }
-
-    public override Ticket Receive(Tensor values, int from)
-    {
-        Tensor device = Put(values);
-        return Add(inner.Receive(device, from), values, device);
-    }
-
     public override Collective Split(int color, int key) => new DeviceCollective(inner.Split(color, key), backend, static () => { });
 
     public override void Abort(string reason, int exitCode) => inner.Abort(reason, exitCode);
+
+    internal override Ticket Queue(in CollectiveOperation operation)
+    {
+        (Tensor destination, Tensor source) = (operation.Destination, operation.Source);
+        bool isPart = destination.Count < source.Count;
+        Tensor whole = Put(isPart ? source : destination);
+        Tensor part = isPart ? Put(destination, source, whole) : Put(source, destination, whole);
+        CollectiveOperation onDevice = operation with
+        {
+            Destination = isPart ? part : whole,
+            Source = isPart ? whole : part,
+            Scratch = Put(operation.Scratch),
+        };
+        _operations.Add((inner.Queue(onDevice), destination, onDevice.Destination));
+        return new Ticket(this, _operations.Count);
+    }
 
     // The last one's ticket speaks for those before it.
     internal override void Wait(long number)
@@ -84,12 +64,6 @@ internal sealed class DeviceCollective(Collective inner, CudaBackend backend, Ac
         inner.Dispose();
         _arenas.ForEach(arena => arena.Dispose());
         dispose();
-    }
-
-    private Ticket Add(Ticket ticket, Tensor host, Tensor device)
-    {
-        _operations.Add((ticket, host, device));
-        return new Ticket(this, _operations.Count);
     }
 
     // Where a tensor is part of another one, so it is on the GPU.
