@@ -40,6 +40,7 @@ public sealed class ShardedParameters : ParameterStore
     private readonly Ticket[] _sent = new Ticket[TurnArenas.Count];
     private readonly int[] _resident = [-1, -1, -1];
     private readonly bool[] _packed = new bool[TurnArenas.Count];
+    private int _incomplete = -1;
     private int _sends;
     private int _turn;
     private bool _endsLane = true;
@@ -170,6 +171,13 @@ public sealed class ShardedParameters : ParameterStore
             }
 
             _sent[TurnOf(unit)] = _reduced[unit] = Reduce(unit);
+            if (_turn == _sharding.LanesOfRank - 1)
+            {
+                // The unit before has had this one's backward to arrive.
+                Complete(_incomplete);
+                _incomplete = unit;
+            }
+
             return;
         }
 
@@ -190,12 +198,8 @@ public sealed class ShardedParameters : ParameterStore
     {
         if (_sharding.ReducesEachMicroBatch)
         {
-            for (int u = 0; u < _owned.Length; u++)
-            {
-                _reduced[u].Wait();
-                Carry(u, _owned[u].Gradient, _sharding.LanesOfRank - 1);
-                _reduced[u] = AllReduce(u, default);
-            }
+            Complete(_incomplete);
+            _incomplete = -1;
         }
 
         for (int u = 0; u < _owned.Length; u++)
@@ -285,6 +289,17 @@ public sealed class ShardedParameters : ParameterStore
         _wired[turn].Wait();
         _backend.Copy(rounded, gradient);
         return _wired[turn] = _mesh!.Shard.ReduceScatter(_owned[unit].Gradient, rounded, scratch with { Type = _sharding.Wire });
+    }
+
+    // Adds a unit's last turn to those before, once it is there, and starts to sum over the groups.
+    private void Complete(int unit)
+    {
+        if (unit >= 0)
+        {
+            _reduced[unit].Wait();
+            Carry(unit, _owned[unit].Gradient, _sharding.LanesOfRank - 1);
+            _reduced[unit] = AllReduce(unit, default);
+        }
     }
 
     // Starts to sum the owned rows over the groups, after what was started before.
