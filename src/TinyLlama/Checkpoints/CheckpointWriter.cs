@@ -30,7 +30,7 @@ public sealed record CheckpointOutcome(long Step, string? Failure);
 /// files in the manifest and renames the folder only when all are on the disk; if one rank fails, there is no checkpoint
 /// and those before it are as they were.
 /// </summary>
-/// <remarks>With a snapshot <see cref="Write"/> returns at once and training goes on; without one it returns when the files are written.</remarks>
+/// <remarks>With a snapshot training goes on while the files are written; without one <see cref="Finish"/> follows at once.</remarks>
 public sealed class CheckpointWriter : IDisposable
 {
     // A rank's report to rank 0: two files at most, or why there are none.
@@ -85,12 +85,12 @@ public sealed class CheckpointWriter : IDisposable
     /// <param name="parameters">Some or all of the model's.</param>
     public void Copy(IEnumerable<Parameter> parameters) => _snapshot?.CopyFrom(_backend, parameters);
 
-    /// <summary>Writes this rank's part, from the snapshot while the caller goes on.</summary>
-    /// <param name="others">Writes the files that hold no tensors; on rank 0 only, maybe on another thread.</param>
+    /// <summary>Starts to write this rank's part: from the snapshot, or from what must not change until <see cref="Finish"/>.</summary>
+    /// <param name="others">Writes the files that hold no tensors; on rank 0 only, on another thread.</param>
     public void Write(Action<FolderWriter> others)
     {
         _snapshot?.CopyMomentsFrom(_part);
-        _write = _snapshot is null ? Task.FromResult(WritePart(_part, others)) : Task.Run(() => WritePart(_snapshot, others));
+        _write = Task.Run(() => WritePart(_snapshot ?? _part, others));
     }
 
     /// <summary>Waits until this rank's part is written, then for the other ranks, and makes the checkpoint of all parts. All ranks call it.</summary>

@@ -35,7 +35,7 @@ internal sealed class RunCheckpoints : IDisposable
     /// <summary>Gets how far this rank is with its part. Does not wait.</summary>
     public CheckpointState State => _writer.State;
 
-    /// <summary>Begins the checkpoint of a state; without a snapshot this rank's part is written on return.</summary>
+    /// <summary>Begins the checkpoint of a state; without a snapshot <see cref="Finish"/> must follow at once.</summary>
     public void Begin(TrainingState state)
     {
         _writer.Begin(state.Step);

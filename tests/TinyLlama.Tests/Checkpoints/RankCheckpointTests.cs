@@ -258,8 +258,10 @@ public sealed class RankCheckpointTests : IDisposable
         Assert.Equal(before, read[0]);
     }
 
-    [Fact]
-    public void Ranks_that_wait_for_a_slow_disk_meet_meanwhile()
+    [Theory]
+    [InlineData(true)]
+    [InlineData(false)]
+    public void Ranks_that_wait_for_a_slow_disk_meet_meanwhile(bool asynchronous)
     {
         MomentPiece[][] owned = _ranks.Cut(2, 0);
         var worlds = new Collective[2];
@@ -268,7 +270,7 @@ public sealed class RankCheckpointTests : IDisposable
             worlds[world.Rank] = world;
             CheckpointPart part = _ranks.Part(owned, world.Rank);
             using Arena memory = _ranks.Backend.Allocate("checkpoint snapshot", 1 << 20);
-            using var writer = new CheckpointWriter(_run.Path, world, _ranks.Backend, part, part.Snapshot(memory));
+            using var writer = new CheckpointWriter(_run.Path, world, _ranks.Backend, part, asynchronous ? part.Snapshot(memory) : null);
             writer.Begin(1);
             long met = worlds[0].Progress.Done;
             writer.Copy(_ranks.Parameters);
