@@ -138,14 +138,13 @@ public sealed class ClusterPlan
         (double Links, double Network) reduce = Reduce(way, networkRate);
         double replicas = SumReplicas(way, networkRate);
 
-        // In each micro-batch, once beside the first forward, once beside the last backward, and once beside nothing.
+        // In each micro-batch, once beside the first forward, and once beside the last backward.
         double forward = way.Stage == 3 ? gather.Links + gather.Network : 0;
         double firstForward = way.Stage == 3 ? 0 : gather.Links + gather.Network;
         double backward = forward + (way.ReducesEachMicroBatch ? reduce.Links + reduce.Network : 0);
-        double lastBackward = way.ReducesEachMicroBatch ? 0 : reduce.Links + reduce.Network + replicas;
-        double alone = way.ReducesEachMicroBatch ? replicas : 0;
-        double exposed = Exposed(forward, firstForward, compute / 3) + Exposed(backward, lastBackward, compute * 2 / 3) + alone;
-        double total = (MicroBatches * (forward + backward)) + firstForward + lastBackward + alone;
+        double lastBackward = (way.ReducesEachMicroBatch ? 0 : reduce.Links + reduce.Network) + replicas;
+        double exposed = Exposed(forward, firstForward, compute / 3) + Exposed(backward, lastBackward, compute * 2 / 3);
+        double total = (MicroBatches * (forward + backward)) + firstForward + lastBackward;
 
         int gathers = way.Stage == 3 ? 2 * MicroBatches : 1;
         int reductions = way.ReducesEachMicroBatch ? MicroBatches : 1;

@@ -84,8 +84,10 @@ public sealed class ClusterPlanTests
         // ZeRO-2: that in every backward, and the gather still hidden.
         Assert.Equal(8 * (links + network - (hides * 2 / 3)), plan.Step(Way(plan, 2, 16), 2e9).Exposed, 1e-9);
 
-        // ZeRO-3 inside nodes: all of it hidden but the sum over replicas.
-        Assert.Equal(2 * ((Bytes / 8 / 2 / 2e9) + NetworkMessage), plan.Step(Way(plan, 3, 8), 2e9).Exposed, 1e-9);
+        // ZeRO-3 inside nodes: the sum over replicas beside the last backward, after its gather and its reduction.
+        double inside = 2 * ((Bytes * 7 / 8 / 200e9) + (7 * LinkMessage)), replicas = 2 * ((Bytes / 8 / 2 / 1e9) + NetworkMessage);
+        Assert.Equal(inside + replicas - (hides * 2 / 3), plan.Step(Way(plan, 3, 8), 1e9).Exposed, 1e-9);
+        Assert.Equal(0, plan.Step(Way(plan, 3, 8), 2e9).Exposed);
     }
 
     [Fact]
