@@ -35,7 +35,7 @@ internal static class CudaEmulator
             return "the CUDA emulator runs on Linux for x64 alone";
         }
 
-        if (!(Environment.GetEnvironmentVariable("PATH") ?? "").Split(':').Any(folder => File.Exists(Path.Combine(folder, "g++"))))
+        if (!Programs.Exists("g++"))
         {
             return "the CUDA emulator needs g++";
         }

@@ -1,5 +1,6 @@
 using System.Diagnostics;
 using TinyLlama.Compute.Collectives;
+using TinyLlama.Tests.Common;
 
 namespace TinyLlama.Compute.Tests.Collectives;
 
@@ -37,7 +38,7 @@ public sealed class LaunchedTests : IDisposable
     [Fact]
     public void A_library_that_is_not_the_launchers_is_refused()
     {
-        Require("mpirun.mpich");
+        Programs.Require("mpirun.mpich");
         (int code, string output) = Launch("mpirun.openmpi", 2, nameof(LaunchedRank.Passes_all_checks), ("TINYLLAMA_MPI", "libmpich.so.12"));
         Assert.True(code != 0, output);
         Assert.Contains("the launcher has started 2 processes and MPICH", output, StringComparison.Ordinal);
@@ -64,7 +65,7 @@ public sealed class LaunchedTests : IDisposable
 
     private (int Code, string Output) Launch(string launcher, int ranks, string test, params (string Name, string Value)[] variables)
     {
-        Require(launcher);
+        Programs.Require(launcher);
         string[] options = launcher == "mpirun.openmpi" ? ["--oversubscribe", "--allow-run-as-root", "--bind-to", "none"] : [];
         return Wait(Start(launcher, test, [.. options, "-n", $"{ranks}", "dotnet"], variables));
     }
@@ -103,14 +104,6 @@ public sealed class LaunchedTests : IDisposable
         }
 
         return (process.ExitCode, running.Output.GetAwaiter().GetResult() + running.Error.GetAwaiter().GetResult());
-    }
-
-    private static void Require(string program)
-    {
-        if (!Environment.GetEnvironmentVariable("PATH")!.Split(Path.PathSeparator).Any(folder => File.Exists(Path.Combine(folder, program))))
-        {
-            Assert.Skip($"{program} is not on this machine");
-        }
     }
 
     private sealed record Running(Process Process, Task<string> Output, Task<string> Error);

@@ -15,9 +15,7 @@ public sealed class KernelSourceTests
     [MemberData(nameof(Compilations))]
     public void Clang_compiles_it_to_PTX_without_calls_and_without_local_memory(string source, string architecture)
     {
-        Assert.SkipUnless(
-            (Environment.GetEnvironmentVariable("PATH") ?? "").Split(':').Any(folder => File.Exists(Path.Combine(folder, "clang-19"))),
-            "clang-19 is not on this machine");
+        Programs.Require("clang-19");
         string ptx = Path.GetTempFileName();
         try
         {

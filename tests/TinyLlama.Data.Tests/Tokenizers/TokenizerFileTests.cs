@@ -113,7 +113,7 @@ public sealed class TokenizerFileTests : IDisposable
     [Fact]
     public void SentencePiece_loads_our_model_and_gives_the_same_ids()
     {
-        Require("spm_encode", "SentencePiece's spm_encode (Debian package sentencepiece)");
+        Programs.Require("spm_encode", "SentencePiece's spm_encode (Debian package sentencepiece)");
         string text = Lines();
         BpeModel model = BpeTrainer.Train([text], new BpeTrainingOptions { VocabularySize = 2000 });
         var tokenizer = new BpeTokenizer(model);
@@ -125,7 +125,7 @@ public sealed class TokenizerFileTests : IDisposable
     [Fact]
     public void SentencePieces_own_models_give_its_ids_with_every_normalization()
     {
-        Require("spm_train", "SentencePiece's spm_train (Debian package sentencepiece)");
+        Programs.Require("spm_train", "SentencePiece's spm_train (Debian package sentencepiece)");
         string text = Lines();
         string file = Path.Combine(_folder, "text.txt");
         File.WriteAllText(file, text);
@@ -155,7 +155,7 @@ public sealed class TokenizerFileTests : IDisposable
     public void Hugging_Faces_transformers_give_the_same_ids_with_our_tokenizer_json()
     {
         string package = NodePackages.Require("@huggingface/transformers");
-        Require("node", "node");
+        Programs.Require("node", "node");
         string text = Lines() + "  two  spaces\n\u2581 \U0001F999 \u65E5\u672C\u8A9E\u0007\n1234 def f(x):    return\n";
         BpeModel model = BpeTrainer.Train([text], new BpeTrainingOptions { VocabularySize = 2000, CharacterCoverage = 0.999 });
         var tokenizer = new BpeTokenizer(model);
@@ -459,12 +459,6 @@ public sealed class TokenizerFileTests : IDisposable
         {
             Assert.Equal(expected[i], string.Join(' ', Encode(tokenizer, lines[i])));
         }
-    }
-
-    private static void Require(string program, string name)
-    {
-        string[] folders = (Environment.GetEnvironmentVariable("PATH") ?? "").Split(Path.PathSeparator);
-        Assert.SkipUnless(folders.Any(folder => File.Exists(Path.Combine(folder, program))), $"needs {name} on the PATH");
     }
 
     private static string Run(string program, string input, params string[] arguments)

@@ -2,6 +2,8 @@ using System.Diagnostics;
 using TinyLlama.Checkpoints;
 using TinyLlama.Cli;
 using TinyLlama.Tests.Checkpoints;
+using TinyLlama.Tests.Common;
+using TinyLlama.Training;
 
 namespace TinyLlama.Tests.Training;
 
@@ -26,8 +28,11 @@ public sealed class LaunchedRunTests : IDisposable
     [InlineData("", 2, 3)]
     public void Weights_are_those_of_one_rank(string launcher, int ranks, int zero)
     {
-        string[] path = (Environment.GetEnvironmentVariable("PATH") ?? "").Split(Path.PathSeparator);
-        Assert.SkipUnless(launcher.Length == 0 || path.Any(folder => File.Exists(Path.Combine(folder, launcher))), $"needs {launcher}");
+        if (launcher.Length > 0)
+        {
+            Programs.Require(launcher);
+        }
+
         TinyRun.Prepare(_folder, Steps);
         End(TinyRun.Start(_folder, "one", s_lanes));
 
@@ -45,7 +50,34 @@ public sealed class LaunchedRunTests : IDisposable
         Assert.Equal(ranks, Directory.GetFiles(Path.Combine(_folder["many"], "ranks"), "*.json").Length);
     }
 
-    private static void End(Process process)
+    [Theory]
+    [InlineData("pmi2", "mpirun.mpich", 2)]
+    [InlineData("pmix", "mpirun.openmpi", 1)]
+    public void Weights_are_those_of_one_rank_under_slurm(string plugin, string launcherOfItsMpi, int zero)
+    {
+        Programs.Require(launcherOfItsMpi);
+        using var cluster = SlurmCluster.Require();
+        TinyRun.Prepare(_folder, Steps);
+        End(TinyRun.Start(_folder, "one", s_lanes));
+        End(TinyRun.Launch(cluster.Run(2, plugin), _folder, "many", [.. s_lanes, "--set", $"distribution.zero={zero}"]));
+        Assert.Equal(Weights("one"), Weights("many"));
+        Assert.Equal(2, Directory.GetFiles(Path.Combine(_folder["many"], "ranks"), "*.json").Length);
+    }
+
+    [Fact]
+    public void Slurms_signal_before_the_time_is_up_saves_a_checkpoint()
+    {
+        Programs.Require("mpirun.mpich");
+        using var cluster = SlurmCluster.Require();
+        TinyRun.Prepare(_folder, steps: 1_000_000);
+        Process run = TinyRun.Launch(cluster.Run(2, "pmi2"), _folder, "many", [.. s_lanes, "--set", "checkpoints.every_steps=1000000"]);
+        Assert.True(SpinWait.SpinUntil(() => run.HasExited || Heartbeat.TryRead(_folder["many"], 1) is { Step: > 0 }, Deadline));
+        cluster.Ask("scancel", "--signal=TERM", cluster.Ask("squeue", "-h", "-o", "%A"));
+        End(run, ExitCode.Stopped);
+        Assert.Empty(TrainingCheckpoint.Verify(Assert.Single(TrainingCheckpoint.List(_folder["many"])).Path));
+    }
+
+    private static void End(Process process, int exitCode = ExitCode.Success)
     {
         using (process)
         {
@@ -56,7 +88,7 @@ public sealed class LaunchedRunTests : IDisposable
                 Assert.Fail("it hangs");
             }
 
-            Assert.True(process.ExitCode == ExitCode.Success, $"exit code {process.ExitCode}: {error.Result} {output.Result}");
+            Assert.True(process.ExitCode == exitCode, $"exit code {process.ExitCode}: {error.Result} {output.Result}");
         }
     }
 
