@@ -42,8 +42,7 @@ internal sealed class SlurmCluster : IDisposable
             """);
         foreach (string daemon in s_daemons)
         {
-            _processes.Add(Process.Start(new ProcessStartInfo("env", Command(daemon, "-D")) { RedirectStandardError = true, RedirectStandardOutput = true })!);
-            _processes[^1].BeginErrorReadLine();
+            _processes.Add(Start(daemon, "-D"));
             _processes[^1].BeginOutputReadLine();
         }
 
@@ -73,8 +72,7 @@ internal sealed class SlurmCluster : IDisposable
     /// <summary>What a command of this cluster prints.</summary>
     public string Ask(params string[] words)
     {
-        using Process process = Process.Start(new ProcessStartInfo("env", Command(words)) { RedirectStandardOutput = true, RedirectStandardError = true })!;
-        process.BeginErrorReadLine();
+        using Process process = Start(words);
         string text = process.StandardOutput.ReadToEnd();
         process.WaitForExit();
         return text.Trim();
@@ -94,6 +92,19 @@ internal sealed class SlurmCluster : IDisposable
     }
 
     private string[] Command(params string[] words) => [$"SLURM_CONF={_folder["slurm.conf"]}", .. words];
+
+    // What it says of errors is read, and dropped.
+    private Process Start(params string[] words)
+    {
+        Process process = Process.Start(new ProcessStartInfo("env", Command(words))
+        {
+            UseShellExecute = false,
+            RedirectStandardOutput = true,
+            RedirectStandardError = true,
+        })!;
+        process.BeginErrorReadLine();
+        return process;
+    }
 
     private static int FreePort()
     {
