@@ -27,9 +27,13 @@ internal static class PlanOutput
         Row("FLOPs per token", $"{plan.FlopsPerToken:N0} (formula of PaLM; {Flops.PerTokenAsTinyLlama(model, plan.ContextLength):N0} by TinyLlama's own)");
         Row("micro-batch", $"{plan.SequencesPerMicroBatch:N0} sequences × {plan.ContextLength:N0} tokens = {plan.TokensPerMicroBatch:N0} tokens");
         Row("step", $"{plan.AccumulationSteps:N0} micro-batches = {plan.TokensPerStep:N0} tokens");
-        if (plan.Sharding is { Ranks: > 1 } sharding)
+        if (plan.Sharding is { ModelRanks: > 1 } split)
         {
-            Row("ranks", $"{sharding.Ranks:N0}, each {plan.AccumulationSteps / sharding.Ranks:N0} of these; ZeRO-{sharding.Stage} over {sharding.Shards:N0}; {sharding.Lanes:N0} reduction lanes; memory below is one rank's");
+            Row("ranks", $"{split.Ranks:N0} = tensor {split.Tensor:N0} × pipeline {split.Pipeline:N0} × {split.DataRanks:N0} groups, each group {plan.MicroBatchesOfRank:N0} of these; stages wait {plan.PipelineWaiting:P1} of the time; {split.Lanes:N0} reduction lanes; memory below is that of a rank of the fullest stage");
+        }
+        else if (plan.Sharding is { Ranks: > 1 } sharding)
+        {
+            Row("ranks", $"{sharding.Ranks:N0}, each {plan.MicroBatchesOfRank:N0} of these; ZeRO-{sharding.Stage} over {sharding.Shards:N0}; {sharding.Lanes:N0} reduction lanes; memory below is one rank's");
         }
 
         Row("run", $"{plan.Steps:N0} steps = {plan.Tokens:N0} tokens, {plan.Tokens / (double)model.ParameterCount:N1} a parameter");
@@ -76,6 +80,8 @@ internal static class PlanOutput
             ["micro_batches_per_step"] = plan.AccumulationSteps,
             ["tokens_per_step"] = plan.TokensPerStep,
             ["ranks"] = plan.Sharding.Ranks,
+            ["tensor"] = plan.Sharding.Tensor,
+            ["pipeline"] = plan.Sharding.Pipeline,
             ["reduction_lanes"] = plan.Sharding.Lanes,
             ["steps"] = plan.Steps,
             ["tokens"] = plan.Tokens,

@@ -93,7 +93,7 @@ public abstract class Backend : IDisposable
     /// <summary>destination = source, converted between F32, BF16 and F16 (round to nearest, ties to even). Same shape.</summary>
     public abstract void Copy(Tensor destination, Tensor source);
 
-    /// <summary>destination += addend. Contiguous tensors of F32, of one shape.</summary>
+    /// <summary>destination += addend. Contiguous tensors of F32 or of <see cref="ActivationType"/>, of one shape.</summary>
     public abstract void Add(Tensor destination, Tensor addend);
 
     /// <summary>destination row n = source row rows[n]. destination (N, C), source (R, C), rows (N, 1) of I32.</summary>

@@ -49,16 +49,16 @@ internal static class Copy
         }
     }
 
-    /// <summary>destination += addend, of one shape.</summary>
+    /// <summary>destination += addend, of one shape and of F32 or BF16.</summary>
     public static void Add(CudaDevice device, Tensor destination, Tensor addend)
     {
         Shape.Require(
-            destination.Type == DType.F32 && addend.Type == DType.F32 && destination.Rows == addend.Rows && destination.Columns == addend.Columns
-                && destination.IsContiguous && addend.IsContiguous,
-            "contiguous tensors of F32, of one shape");
+            destination.Type == addend.Type && addend.Type is DType.F32 or DType.BF16 && destination.Rows == addend.Rows
+                && destination.Columns == addend.Columns && destination.IsContiguous && addend.IsContiguous,
+            "contiguous tensors of F32 or BF16, of one shape");
         if (!addend.IsEmpty)
         {
-            device.Launch("add", (Operands.Blocks(addend.Count, Threads), 1, 1), Threads, 0, destination, addend, addend.Count);
+            device.Launch(addend.Type == DType.F32 ? "add_f32" : "add_bf16", (Operands.Blocks(addend.Count, Threads), 1, 1), Threads, 0, destination, addend, addend.Count);
         }
     }
 }

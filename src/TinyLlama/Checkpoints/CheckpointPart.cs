@@ -14,9 +14,8 @@ public sealed class CheckpointPart
     private const int CopiedElements = 1 << 20;
 
     private readonly ModelFiles _model;
-    private readonly NamedTensor[] _parameters;
-    private readonly NamedTensor[] _moments;
-    private readonly Dictionary<string, string> _metadata = new(FolderWriter.TensorMetadata, StringComparer.Ordinal);
+    private readonly Piece[] _parameters;
+    private readonly Piece[] _moments;
     private readonly Backend? _backend;
     private readonly int _rank;
     private readonly int _shards;
@@ -24,10 +23,10 @@ public sealed class CheckpointPart
     /// <summary>Divides the tensors of a run.</summary>
     /// <param name="backend">The device of the tensors.</param>
     /// <param name="parameters">Those of <see cref="LlamaModel.Parameters"/>, alike on every rank. Where ranks keep only parts of them, only shapes count, and a snapshot is needed.</param>
-    /// <param name="moments">The pieces that this rank owns; not written by a rank that is not one of the shards.</param>
+    /// <param name="moments">The pieces that this rank writes, unless it is not one of the shards. Where it has only parts of them, as with parameters.</param>
     /// <param name="rank">This rank.</param>
     /// <param name="ranks">The number of ranks that write.</param>
-    /// <param name="shards">The number of ranks that own the moments together, from rank 0 on.</param>
+    /// <param name="shards">The number of ranks that write the moments together, from rank 0 on.</param>
     public CheckpointPart(
         Backend backend, IReadOnlyList<Parameter> parameters, IReadOnlyList<MomentPiece> moments, int rank = 0, int ranks = 1, int shards = 1)
         : this(backend, parameters, moments, rank, ranks, shards, ModelFiles.LeastBytes)
@@ -39,14 +38,14 @@ public sealed class CheckpointPart
     {
         ArgumentOutOfRangeException.ThrowIfGreaterThanOrEqual(rank, ranks);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(shards, ranks);
-        (_backend, Owned, _rank, _shards) = (backend, moments, rank, shards);
+        (_backend, _rank, _shards) = (backend, rank, shards);
         _model = new ModelFiles(
             [.. parameters.Select(static parameter => new ModelTensor(parameter.Name, parameter.Rows, parameter.Columns))],
             parameters[0].Values.Type, ranks, leastFileBytes);
         Dictionary<string, Parameter> named = parameters.ToDictionary(static parameter => parameter.Name, StringComparer.Ordinal);
         _parameters = rank >= _model.Count
             ? []
-            : [.. _model.Tensors(rank).Select(tensor => new NamedTensor(tensor.Name, named[tensor.Name].Values, tensor.IsVector))];
+            : [.. _model.Tensors(rank).Select(tensor => new Piece(tensor.Name, 0, named[tensor.Name].Values, tensor.IsVector))];
         Dictionary<string, MomentPiece> pieces = moments.Where(static piece => !piece.First.IsEmpty).ToDictionary(static piece => piece.Name, StringComparer.Ordinal);
         _moments = rank >= shards
             ? []
@@ -55,15 +54,12 @@ public sealed class CheckpointPart
 
     private CheckpointPart(CheckpointPart other, Arena arena)
     {
-        (_model, _metadata, Owned, _rank, _shards) = (other._model, other._metadata, other.Owned, other._rank, other._shards);
+        (_model, _rank, _shards) = (other._model, other._rank, other._shards);
         _parameters = Array.ConvertAll(other._parameters, Taken);
         _moments = Array.ConvertAll(other._moments, Taken);
 
-        NamedTensor Taken(NamedTensor tensor) => tensor with { Data = arena.Take(tensor.Data.Rows, tensor.Data.Columns, tensor.Data.Type) };
+        Piece Taken(Piece piece) => piece with { Data = arena.Take(piece.Data.Rows, piece.Data.Columns, piece.Data.Type) };
     }
-
-    /// <summary>Gets the moments that the rank owns, whether it is the one that writes them or not.</summary>
-    public IReadOnlyList<MomentPiece> Owned { get; }
 
     /// <summary>
     /// The same part over memory of its own, for a <see cref="CheckpointWriter"/> to copy it to between two steps and to write it from
@@ -72,29 +68,23 @@ public sealed class CheckpointPart
     /// <param name="arena">Owner of the copies, in host memory.</param>
     public CheckpointPart Snapshot(Arena arena) => new(this, arena);
 
-    /// <summary>Copies those of the parameters that this rank writes. Where a rank has no whole model, for each unit while it is gathered.</summary>
-    /// <param name="backend">The device of the parameters.</param>
-    /// <param name="parameters">Some or all of the model's.</param>
-    internal void CopyFrom(Backend backend, IEnumerable<Parameter> parameters)
+    /// <summary>Copies those elements that this rank writes.</summary>
+    /// <param name="backend">The device of the elements.</param>
+    /// <param name="name">The name of a tensor in the files.</param>
+    /// <param name="first">The first of the elements in the whole tensor.</param>
+    /// <param name="elements">Some or all of the tensor's, contiguous.</param>
+    internal void CopyFrom(Backend backend, string name, long first, Tensor elements)
     {
-        foreach (Parameter parameter in parameters)
+        foreach (Piece piece in _parameters.Concat(_moments).Where(piece => piece.Name == name))
         {
-            foreach (NamedTensor tensor in _parameters)
+            long from = Math.Max(first, piece.First), end = Math.Min(first + elements.Count, piece.First + piece.Data.Count);
+            while (from < end)
             {
-                if (tensor.Name == parameter.Name)
-                {
-                    Copy(tensor.Data, backend, parameter.Values);
-                }
+                int count = (int)Math.Min(CopiedElements, end - from);
+                Span<byte> bytes = DeviceElements.HostBytes(piece.Data.Elements(from - piece.First, count));
+                DeviceElements.ReadBytes(bytes, backend, elements.Elements(from - first, count));
+                from += count;
             }
-        }
-    }
-
-    /// <summary>Copies the moments of the part that this is a snapshot of.</summary>
-    internal void CopyMomentsFrom(CheckpointPart part)
-    {
-        for (int i = 0; i < _moments.Length; i++)
-        {
-            Copy(_moments[i].Data, part._backend!, part._moments[i].Data);
         }
     }
 
@@ -104,7 +94,7 @@ public sealed class CheckpointPart
     {
         if (_parameters.Length > 0)
         {
-            writer.WriteTensors(_model.Name(_rank), _backend, _parameters);
+            writer.WriteTensors(_model.Name(_rank), _backend, [.. _parameters.Select(static piece => piece.Named)]);
         }
 
         if (_rank == 0 && _model.Count > 1)
@@ -114,20 +104,25 @@ public sealed class CheckpointPart
 
         if (_moments.Length > 0)
         {
-            writer.WriteTensors(ModelFiles.NumberedName(TrainingCheckpoint.OptimizerName, _rank, _shards), _backend, _moments, _metadata);
+            var metadata = new Dictionary<string, string>(FolderWriter.TensorMetadata, StringComparer.Ordinal);
+            foreach (Piece piece in _moments.Where(static piece => piece.First > 0))
+            {
+                metadata[piece.Name] = piece.First.ToString(CultureInfo.InvariantCulture);
+            }
+
+            writer.WriteTensors(
+                ModelFiles.NumberedName(TrainingCheckpoint.OptimizerName, _rank, _shards), _backend, [.. _moments.Select(static piece => piece.Named)], metadata);
         }
     }
 
-    private NamedTensor[] Moments(MomentPiece piece, Parameter parameter)
+    private Piece[] Moments(MomentPiece piece, Parameter parameter)
     {
-        (string first, string second) = (piece.Name + MomentPiece.FirstSuffix, piece.Name + MomentPiece.SecondSuffix);
-        if (_shards > 1 && piece.Offset > 0)
-        {
-            _metadata[first] = _metadata[second] = piece.Offset.ToString(CultureInfo.InvariantCulture);
-        }
-
         bool isVector = _shards > 1 || parameter.IsVector;
-        return [new(first, Shaped(piece.First), isVector), new(second, Shaped(piece.Second), isVector)];
+        return
+        [
+            new(piece.Name + MomentPiece.FirstSuffix, piece.Offset, Shaped(piece.First), isVector),
+            new(piece.Name + MomentPiece.SecondSuffix, piece.Offset, Shaped(piece.Second), isVector),
+        ];
 
         // What one rank owns is whole and has the parameter's shape; what one of several owns is a range of elements.
         Tensor Shaped(Tensor data) => _shards == 1
@@ -135,13 +130,9 @@ public sealed class CheckpointPart
             : data.Elements(0, checked((int)data.Count));
     }
 
-    private static void Copy(Tensor destination, Backend backend, Tensor source)
+    // A range of a tensor's elements, which begins at the first.
+    private readonly record struct Piece(string Name, long First, Tensor Data, bool IsVector)
     {
-        for (long first = 0; first < source.Count;)
-        {
-            int count = (int)Math.Min(CopiedElements, source.Count - first);
-            DeviceElements.ReadBytes(DeviceElements.HostBytes(destination.Elements(first, count)), backend, source.Elements(first, count));
-            first += count;
-        }
+        public NamedTensor Named => new(Name, Data, IsVector);
     }
 }

@@ -2,7 +2,6 @@ using System.Globalization;
 using System.Text;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Collectives;
-using TinyLlama.Model;
 
 namespace TinyLlama.Checkpoints;
 
@@ -81,15 +80,19 @@ public sealed class CheckpointWriter : IDisposable
         _world.Barrier();
     }
 
-    /// <summary>Copies parameters to the snapshot; where a rank has no whole model, called for each unit while it is gathered. Nothing without a snapshot.</summary>
-    /// <param name="parameters">Some or all of the model's.</param>
-    public void Copy(IEnumerable<Parameter> parameters) => _snapshot?.CopyFrom(_backend, parameters);
+    /// <summary>
+    /// Copies to the snapshot what this rank writes of a tensor: called for all that it writes, between <see cref="Begin"/> and
+    /// <see cref="Write"/>. Nothing without a snapshot.
+    /// </summary>
+    /// <param name="name">The tensor's name in the files.</param>
+    /// <param name="first">The first of the elements in the whole tensor.</param>
+    /// <param name="elements">Some or all of the tensor's, contiguous.</param>
+    public void Copy(string name, long first, Tensor elements) => _snapshot?.CopyFrom(_backend, name, first, elements);
 
     /// <summary>Starts to write this rank's part: from the snapshot, or from what must not change until <see cref="Finish"/>.</summary>
     /// <param name="others">Writes the files that hold no tensors; on rank 0 only, on another thread.</param>
     public void Write(Action<FolderWriter> others)
     {
-        _snapshot?.CopyMomentsFrom(_part);
         _write = Task.Run(() => WritePart(_snapshot ?? _part, others));
     }
 

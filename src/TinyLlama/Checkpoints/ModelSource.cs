@@ -161,34 +161,34 @@ public abstract class ModelSource : IDisposable
     /// <exception cref="UserErrorException">The model has another shape; the message names the tensor and both shapes.</exception>
     public void CopyTo(Backend backend, IReadOnlyList<Parameter> parameters)
     {
-        Require(parameters);
+        Require([.. parameters.Select(static parameter => new ModelTensor(parameter.Name, parameter.Rows, parameter.Columns))]);
         CopySomeTo(backend, parameters);
     }
 
-    /// <summary>Refuses a model that has not exactly these parameters.</summary>
-    /// <param name="parameters">Those of <see cref="LlamaModel.Parameters"/>.</param>
+    /// <summary>Refuses a model that has not exactly these tensors.</summary>
+    /// <param name="needed">Those of the whole model that is to be filled.</param>
     /// <exception cref="UserErrorException">The model has another shape; the message names the tensor and both shapes.</exception>
-    public void Require(IReadOnlyList<Parameter> parameters)
+    public void Require(IReadOnlyList<ModelTensor> needed)
     {
         Dictionary<string, ModelTensor> tensors = Tensors.ToDictionary(static tensor => tensor.Name, StringComparer.Ordinal);
-        foreach (Parameter parameter in parameters)
+        foreach (ModelTensor wanted in needed)
         {
-            if (!tensors.TryGetValue(parameter.Name, out ModelTensor tensor))
+            if (!tensors.TryGetValue(wanted.Name, out ModelTensor tensor))
             {
-                throw new UserErrorException($"{Path}: has no tensor '{parameter.Name}', which the model needs");
+                throw new UserErrorException($"{Path}: has no tensor '{wanted.Name}', which the model needs");
             }
 
-            if ((tensor.Rows, tensor.Columns) != (parameter.Rows, parameter.Columns))
+            if ((tensor.Rows, tensor.Columns) != (wanted.Rows, wanted.Columns))
             {
                 throw new UserErrorException(
                     $"{Path}: tensor '{tensor.Name}' has the shape [{tensor.Rows}, {tensor.Columns}], "
-                    + $"[{parameter.Rows}, {parameter.Columns}] is needed");
+                    + $"[{wanted.Rows}, {wanted.Columns}] is needed");
             }
         }
 
-        if (parameters.Count != tensors.Count)
+        if (needed.Count != tensors.Count)
         {
-            string surplus = tensors.Keys.Except(parameters.Select(static parameter => parameter.Name), StringComparer.Ordinal).First();
+            string surplus = tensors.Keys.Except(needed.Select(static wanted => wanted.Name), StringComparer.Ordinal).First();
             throw new UserErrorException($"{Path}: has a tensor '{surplus}', for which the model has no place");
         }
     }

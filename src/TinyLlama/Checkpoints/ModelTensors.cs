@@ -31,8 +31,13 @@ internal static class ModelTensors
     /// <summary>The tensors of a shape, without an allocation of any.</summary>
     public static IReadOnlyList<ModelTensor> Of(ModelConfig config)
     {
-        var tensors = new List<ModelTensor> { new(Embedding, config.VocabularySize, config.Channels) };
-        for (int layer = 0; layer < config.Layers; layer++)
+        var tensors = new List<ModelTensor>();
+        if (config.HasEmbedding)
+        {
+            tensors.Add(new ModelTensor(Embedding, config.VocabularySize, config.Channels));
+        }
+
+        for (int layer = config.FirstLayer; layer < config.FirstLayer + config.Layers; layer++)
         {
             tensors.AddRange(
             [
@@ -48,10 +53,13 @@ internal static class ModelTensors
             ]);
         }
 
-        tensors.Add(new ModelTensor(Norm, 1, config.Channels));
-        if (!config.TiedEmbeddings)
+        if (config.HasHead)
         {
-            tensors.Add(new ModelTensor(Head, config.VocabularySize, config.Channels));
+            tensors.Add(new ModelTensor(Norm, 1, config.Channels));
+            if (!config.TiedEmbeddings)
+            {
+                tensors.Add(new ModelTensor(Head, config.VocabularySize, config.Channels));
+            }
         }
 
         return tensors;

@@ -51,17 +51,16 @@ public sealed class OptimizerFiles : IDisposable
     /// <param name="piece">Any range of a parameter of the model.</param>
     public void CopyTo(Backend backend, MomentPiece piece)
     {
-        Copy(backend, piece.First, piece.Name + MomentPiece.FirstSuffix, piece.Offset);
-        Copy(backend, piece.Second, piece.Name + MomentPiece.SecondSuffix, piece.Offset);
+        CopyTo(backend, piece.First, piece.Name + MomentPiece.FirstSuffix, piece.Offset);
+        CopyTo(backend, piece.Second, piece.Name + MomentPiece.SecondSuffix, piece.Offset);
     }
 
-    /// <summary>Drops what has been read from memory; it can be read again.</summary>
-    public void DropPages() => _files.ForEach(static file => file.DropPages());
-
-    /// <inheritdoc/>
-    public void Dispose() => _files.ForEach(static file => file.Dispose());
-
-    private void Copy(Backend backend, Tensor destination, string name, long first)
+    /// <summary>Fills a tensor with a range of a moment.</summary>
+    /// <param name="backend">The tensor's device.</param>
+    /// <param name="destination">As many elements as the range has, contiguous.</param>
+    /// <param name="name">The moment's name in the files.</param>
+    /// <param name="first">The first element of the range.</param>
+    internal void CopyTo(Backend backend, Tensor destination, string name, long first)
     {
         foreach (Piece piece in _pieces[name])
         {
@@ -76,6 +75,12 @@ public sealed class OptimizerFiles : IDisposable
             }
         }
     }
+
+    /// <summary>Drops what has been read from memory; it can be read again.</summary>
+    public void DropPages() => _files.ForEach(static file => file.DropPages());
+
+    /// <inheritdoc/>
+    public void Dispose() => _files.ForEach(static file => file.Dispose());
 
     private void OpenFiles(string path, IEnumerable<string> names)
     {

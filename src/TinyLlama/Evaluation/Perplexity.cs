@@ -13,7 +13,7 @@ namespace TinyLlama.Evaluation;
 public static class Perplexity
 {
     /// <summary>Measures the loss over all targets.</summary>
-    /// <param name="model">The model.</param>
+    /// <param name="model">The model; where it is a stage, or split, all that have parts of it measure.</param>
     /// <param name="backend">The device.</param>
     /// <param name="workspace">A workspace of the model; it holds one window or several.</param>
     /// <param name="tokens">What to score.</param>
@@ -57,18 +57,24 @@ public static class Perplexity
             backend.Write(targets.RowRange(0, count), tokens.Tokens.Slice(first + 1, count));
             int used = Segments(segments, first, count, context, maskDocuments ? tokens.DocumentStarts : []);
             layout.Set(backend, segments.AsSpan(0, used));
+            model.Stages?.ReceiveInput(workspace, count);
             model.Forward(workspace, inputs.RowRange(0, count), layout, KeyValueSource.Batch);
-            model.Loss(workspace, targets.RowRange(0, count));
-            backend.Read(losses.AsSpan(0, count), workspace.Losses(count));
-            for (int i = 0; i < count; i++)
+            model.Stages?.SendOutput(workspace, count).Wait();
+            if (model.Config.HasHead)
             {
-                sums[(first + i) / context] += losses[i];
+                model.Loss(workspace, targets.RowRange(0, count));
+                backend.Read(losses.AsSpan(0, count), workspace.Losses(count));
+                for (int i = 0; i < count; i++)
+                {
+                    sums[(first + i) / context] += losses[i];
+                }
             }
 
             progress?.Invoke(first + count);
         }
 
-        return new Score(tokens.TargetCount, tokens.ByteCount, Together(sums, Math.Max(1, capacity / context), ranks).Sum());
+        double loss = Together(sums, Math.Max(1, capacity / context), ranks).Sum();
+        return new Score(tokens.TargetCount, tokens.ByteCount, model.Stages?.OfLast(loss) ?? loss);
     }
 
     // The sums of all ranks' windows: a rank has every Size-th group of so many.

@@ -95,6 +95,9 @@ public sealed class LlamaModel : IDisposable
     /// <summary>Gets or sets where units are between their uses; null where all are always there.</summary>
     public ParameterStore? Store { get; set; }
 
+    /// <summary>Gets or sets the stages that this model's blocks are one of; null for a whole model.</summary>
+    public StageGroup? Stages { get; set; }
+
     /// <summary>Gets the bytes that the parameters take in memory, their packed forms included; 0 where others own it.</summary>
     public long ByteCount => (_own?.Weights.UsedBytes ?? 0) + (_own?.Packed?.UsedBytes ?? 0);
 
@@ -142,9 +145,10 @@ public sealed class LlamaModel : IDisposable
     public void Pack(ParameterUnit unit)
     {
         ArgumentNullException.ThrowIfNull(unit);
-        if (unit.Index > 0 && unit.Index <= _blocks.Length)
+        int block = unit.Index - FirstBlockUnit;
+        if (block >= 0 && block < _blocks.Length)
         {
-            _blocks[unit.Index - 1].Pack(_backend);
+            _blocks[block].Pack(_backend);
         }
         else if (unit.Index == HeadUnit)
         {
@@ -179,16 +183,16 @@ public sealed class LlamaModel : IDisposable
         int n = tokens.Rows;
         Tensor branch = w.Branch(n);
         BlockActivations a = w.Block(0, n);
-        Store?.Gather(0, 1);
         if (Config.HasEmbedding)
         {
+            Store?.Gather(0, 1);
             _backend.Embedding(a.Input, _table, tokens);
         }
 
         Tensor residual = default;
         for (int l = 0; l < _blocks.Length; l++)
         {
-            Store?.Gather(1 + l, l + 1 < _blocks.Length ? 2 + l : HeadUnit);
+            Store?.Gather(BlockUnit(l), l + 1 < _blocks.Length ? BlockUnit(l + 1) : _norm is null ? -1 : HeadUnit);
             a = w.Block(l, n);
             _blocks[l].Forward(_backend, a, branch, residual, w.Rope, layout, source);
             residual = a.Middle;
@@ -239,7 +243,7 @@ public sealed class LlamaModel : IDisposable
         Tensor dResidual = w.DResidual(n);
         if (_norm is not null)
         {
-            Store?.Gather(HeadUnit, _blocks.Length);
+            Store?.Gather(HeadUnit, BlockUnit(_blocks.Length - 1));
             Store?.BeginGradient(HeadUnit);
             BackwardHead(w, targets, scale);
             _backend.Zero(dResidual);
@@ -252,8 +256,8 @@ public sealed class LlamaModel : IDisposable
 
         for (int l = _blocks.Length - 1; l >= 0; l--)
         {
-            Store?.Gather(1 + l, l > 0 ? l : -1);
-            Store?.BeginGradient(1 + l);
+            Store?.Gather(BlockUnit(l), l > 0 ? BlockUnit(l - 1) : -1);
+            Store?.BeginGradient(BlockUnit(l));
             BlockActivations a = w.Block(l, n);
             if (w.Keep == Keep.BlockInputs)
             {
@@ -265,7 +269,7 @@ public sealed class LlamaModel : IDisposable
             }
 
             _blocks[l].Backward(_backend, a, d, dResidual, w.Rope, layout);
-            Store?.EndGradient(1 + l);
+            Store?.EndGradient(BlockUnit(l));
         }
 
         if (_embedding is null)
@@ -291,8 +295,12 @@ public sealed class LlamaModel : IDisposable
 
     private Linear Head => _head ?? throw new InvalidOperationException("the head is in another stage");
 
+    private int FirstBlockUnit => Config.HasEmbedding ? 1 : 0;
+
     // The unit of the final norm and the head: that of the embedding where they are tied.
-    private int HeadUnit => Config.TiedEmbeddings ? 0 : 1 + _blocks.Length;
+    private int HeadUnit => Config.TiedEmbeddings ? 0 : BlockUnit(_blocks.Length);
+
+    private int BlockUnit(int block) => FirstBlockUnit + block;
 
     internal static Parameter Norm(string name, ModelArenas arenas, int channels) => Matrix(name, arenas, 1, channels);
 

@@ -14,68 +14,130 @@ namespace TinyLlama.Model;
 /// </remarks>
 public sealed class TensorGroup
 {
-    private readonly Collective _ranks;
+    private readonly Collective? _ranks;
     private readonly Backend _backend;
+    private readonly int _size;
+    private readonly int _tokens;
     private readonly Tensor _parts;
+    private readonly Tensor _sums;
+    private readonly Tensor _gathered;
+    private readonly Tensor _whole;
 
-    /// <summary>Takes room for all ranks' parts of one sum.</summary>
-    /// <param name="ranks">The ranks; as many as <see cref="ModelConfig.TensorRanks"/>, a power of two.</param>
-    /// <param name="backend">The device; activations in F32.</param>
+    /// <summary>Takes room for all ranks' parts of one sum, and for the largest parameter twice.</summary>
+    /// <param name="ranks">The ranks, as many as <see cref="ModelConfig.TensorRanks"/>, a power of two; null to count the bytes.</param>
+    /// <param name="backend">The device.</param>
     /// <param name="arena">Owner of the room.</param>
-    /// <param name="config">The shape of a rank's part.</param>
-    /// <param name="tokens">Most packed tokens of a forward.</param>
-    public TensorGroup(Collective ranks, Backend backend, Arena arena, ModelConfig config, int tokens)
+    /// <param name="model">One rank's part of a model.</param>
+    /// <param name="tokens">Packed tokens that are summed at once.</param>
+    public TensorGroup(Collective? ranks, Backend backend, Arena arena, LlamaModel model, int tokens)
     {
-        (_ranks, _backend) = (ranks, backend);
-        if (ranks.Size != config.TensorRanks || backend.ActivationType != DType.F32)
+        (_ranks, _backend, _size, _tokens) = (ranks, backend, model.Config.TensorRanks, tokens);
+        if (ranks is not null && ranks.Size != _size)
         {
-            throw new ArgumentException($"{ranks.Size} ranks for a shape of {config.TensorRanks}, with activations in {backend.ActivationType}", nameof(ranks));
+            throw new ArgumentException($"{ranks.Size} ranks for a shape of {_size}", nameof(ranks));
         }
 
-        _parts = arena.Take(checked(ranks.Size * tokens), config.Channels);
+        _parts = arena.Take(checked(_size * tokens), model.Config.Channels, backend.ActivationType);
+        _sums = backend.ActivationType == DType.F32 ? _parts : arena.Take(_parts.Rows, _parts.Columns);
+        int most = model.Parameters.Where(static part => !IsShared(part.Name)).Max(static part => checked((int)part.Values.Count));
+        (_gathered, _whole) = (arena.Take(_size, most), arena.Take(_size, most));
     }
 
-    /// <summary>The rows and columns of the whole parameter that a rank's part begins with; (0, 0) for one that every rank has.</summary>
-    /// <param name="part">A parameter of a model of <see cref="ModelConfig.Part"/>.</param>
-    /// <param name="rank">The rank.</param>
-    public static (int Row, int Column) FirstOf(Parameter part, int rank) => SplitOf(part.Name) switch
-    {
-        Split.Rows => (rank * part.Rows, 0),
-        Split.Columns => (0, rank * part.Columns),
-        _ => (0, 0),
-    };
-
     /// <summary>Whether every rank has all of a parameter, and the same gradient of it.</summary>
-    public static bool IsShared(Parameter part) => SplitOf(part.Name) == Split.None;
+    /// <param name="name">The parameter's name.</param>
+    public static bool IsShared(string name) => !IsSplitByColumns(name) && !name.EndsWith("_proj.weight", StringComparison.Ordinal);
+
+    /// <summary>A rank's part of a whole parameter, or of what has its shape: a view of some of its rows or columns.</summary>
+    /// <param name="name">The parameter's name.</param>
+    /// <param name="whole">The whole.</param>
+    /// <param name="rank">The rank.</param>
+    /// <param name="ranks">Their number.</param>
+    public static Tensor PartOf(string name, Tensor whole, int rank, int ranks)
+    {
+        (int rows, int columns) = (whole.Rows / ranks, whole.Columns / ranks);
+        return IsShared(name) ? whole
+            : IsSplitByColumns(name) ? whole.ColumnRange(rank * columns, columns)
+            : whole.RowRange(rank * rows, rows);
+    }
+
+    /// <summary>Lets a whole parameter be filled, or a moment of it, and keeps this rank's part.</summary>
+    /// <param name="parameter">This rank's part of the parameter.</param>
+    /// <param name="part">The same part of what is filled, contiguous.</param>
+    /// <param name="fill">Fills the whole.</param>
+    public void Fill(Parameter parameter, Tensor part, Action<Tensor> fill)
+    {
+        ArgumentNullException.ThrowIfNull(parameter);
+        ArgumentNullException.ThrowIfNull(fill);
+        if (IsShared(parameter.Name))
+        {
+            fill(part);
+            return;
+        }
+
+        Tensor whole = Whole(parameter);
+        fill(whole);
+        _backend.Copy(Shaped(part, parameter.Rows, parameter.Columns), PartOf(parameter.Name, whole, _ranks!.Rank, _size));
+    }
+
+    /// <summary>The whole parameter, or a moment of it, of all ranks' parts; there until the next call. All ranks call it.</summary>
+    /// <param name="parameter">This rank's part of the parameter.</param>
+    /// <param name="part">The same part of what is gathered, contiguous.</param>
+    public Tensor Gather(Parameter parameter, Tensor part)
+    {
+        ArgumentNullException.ThrowIfNull(parameter);
+        if (IsShared(parameter.Name))
+        {
+            return part;
+        }
+
+        (int rows, int columns) = (parameter.Rows, parameter.Columns);
+        Tensor gathered = Shaped(_gathered, _size * rows, columns);
+        _ranks!.AllGather(gathered, Shaped(part, rows, columns)).Wait();
+        Tensor whole = Whole(parameter);
+        for (int rank = 0; rank < _size; rank++)
+        {
+            _backend.Copy(PartOf(parameter.Name, whole, rank, _size), gathered.RowRange(rank * rows, rows));
+        }
+
+        return whole;
+    }
 
     /// <summary>Turns every rank's part of a sum into the sum.</summary>
-    /// <param name="values">(N, C), contiguous.</param>
+    /// <param name="values">(N, C) of the type of activations, contiguous; they add up in F32.</param>
     internal void Complete(Tensor values)
     {
-        Tensor parts = _parts.RowRange(0, values.Rows * _ranks.Size);
-        _ranks.AllGather(parts, values).Wait();
-        for (int distance = 1; distance < _ranks.Size; distance *= 2)
+        for (int first = 0; first < values.Rows; first += _tokens)
         {
-            for (int i = 0; i < _ranks.Size; i += 2 * distance)
+            Sum(values.RowRange(first, Math.Min(_tokens, values.Rows - first)));
+        }
+    }
+
+    private void Sum(Tensor values)
+    {
+        Tensor parts = _parts.RowRange(0, values.Rows * _size), sums = _sums.RowRange(0, parts.Rows);
+        _ranks!.AllGather(parts, values).Wait();
+        if (sums != parts)
+        {
+            _backend.Copy(sums, parts);
+        }
+
+        for (int distance = 1; distance < _size; distance *= 2)
+        {
+            for (int i = 0; i < _size; i += 2 * distance)
             {
-                _backend.Add(parts.RowRange(i * values.Rows, values.Rows), parts.RowRange((i + distance) * values.Rows, values.Rows));
+                _backend.Add(sums.RowRange(i * values.Rows, values.Rows), sums.RowRange((i + distance) * values.Rows, values.Rows));
             }
         }
 
-        _backend.Copy(values, parts.RowRange(0, values.Rows));
+        _backend.Copy(values, sums.RowRange(0, values.Rows));
     }
 
-    private static Split SplitOf(string name) => name switch
-    {
-        _ when name.EndsWith("o_proj.weight", StringComparison.Ordinal) || name.EndsWith("down_proj.weight", StringComparison.Ordinal) => Split.Columns,
-        _ when name.EndsWith("_proj.weight", StringComparison.Ordinal) => Split.Rows,
-        _ => Split.None,
-    };
+    private Tensor Whole(Parameter parameter) => IsSplitByColumns(parameter.Name)
+        ? Shaped(_whole, parameter.Rows, _size * parameter.Columns)
+        : Shaped(_whole, _size * parameter.Rows, parameter.Columns);
 
-    private enum Split
-    {
-        None,
-        Rows,
-        Columns,
-    }
+    private static bool IsSplitByColumns(string name) =>
+        name.EndsWith("o_proj.weight", StringComparison.Ordinal) || name.EndsWith("down_proj.weight", StringComparison.Ordinal);
+
+    private static Tensor Shaped(Tensor elements, int rows, int columns) => elements with { Rows = rows, Columns = columns, Stride = columns };
 }

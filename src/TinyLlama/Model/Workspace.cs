@@ -65,7 +65,9 @@ public sealed class Workspace : IDisposable
         _final = activations.Take(tokens, config.Channels, type);
         _losses = activations.Take(tokens, 1);
         DType logits = keep == Keep.Nothing ? DType.F32 : type;
-        LogitsChunk = activations.Take(Math.Min(tokens, RowsOfLogits(backend, config.VocabularySize, logits)), config.VocabularySize, logits);
+        LogitsChunk = config.HasHead
+            ? activations.Take(Math.Min(tokens, RowsOfLogits(backend, config.VocabularySize, logits)), config.VocabularySize, logits)
+            : default;
         Rope = activations.Take(config.ContextLength, config.HeadDim);
         if (gradients is not null)
         {

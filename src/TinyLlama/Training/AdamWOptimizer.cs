@@ -32,11 +32,7 @@ public readonly record struct RateFactors(float Embedding, float Head)
 /// <param name="Gradient">Their gradient.</param>
 /// <param name="FirstMoment">AdamW's first moment.</param>
 /// <param name="SecondMoment">Its second.</param>
-public sealed record OwnedPiece(Parameter Parameter, long First, Tensor Values, Tensor Gradient, Tensor FirstMoment, Tensor SecondMoment)
-{
-    /// <summary>Gets a value indicating whether it is the whole parameter.</summary>
-    public bool IsWhole => Values.Count == Parameter.Values.Count;
-}
+public sealed record OwnedPiece(Parameter Parameter, long First, Tensor Values, Tensor Gradient, Tensor FirstMoment, Tensor SecondMoment);
 
 /// <summary>AdamW over the parameters that a rank owns: moments, global norm, clipping and update, all on the device.</summary>
 public sealed class AdamWOptimizer
@@ -44,7 +40,7 @@ public sealed class AdamWOptimizer
     private readonly Backend _backend;
     private readonly AdamWSettings _settings;
     private readonly (OwnedPiece Piece, AdamWSettings Settings)[] _pieces;
-    private readonly Tensor[][] _subdivisions;
+    private readonly Tensor[][][] _counted;
     private readonly Tensor _partials;
     private readonly Tensor _sums;
     private readonly Tensor _sumOfSquares;
@@ -53,53 +49,54 @@ public sealed class AdamWOptimizer
 
     /// <summary>Takes two moments an element from the arena.</summary>
     /// <param name="owned">What this rank updates: rows of every unit of a model.</param>
-    /// <param name="subdivisions">Equal parts of the owned rows whose squares add up before the parts do.</param>
+    /// <param name="subdivisions">Equal parts of the owned rows of a unit whose squares add up before the parts do.</param>
+    /// <param name="countsShared">Whether the squares of what other ranks update alike count here (<see cref="TensorGroup.IsShared"/>).</param>
     /// <param name="backend">The device.</param>
     /// <param name="arena">Owner of the moments.</param>
     /// <param name="settings">The constants; its weight decay is for the parameters in <paramref name="decay"/>.</param>
     /// <param name="decay">Which parameters decay.</param>
     /// <param name="rates">Learning rates of the tables.</param>
     public AdamWOptimizer(
-        IReadOnlyList<OwnedRows> owned, int subdivisions, Backend backend, Arena arena, AdamWSettings settings, DecayGroup decay,
-        RateFactors rates)
+        IReadOnlyList<OwnedRows> owned, int subdivisions, bool countsShared, Backend backend, Arena arena, AdamWSettings settings,
+        DecayGroup decay, RateFactors rates)
     {
         (_backend, _settings) = (backend, settings);
         _pieces = [.. owned.SelectMany(rows => Pieces(rows, arena)).Select(piece => (piece, SettingsOf(piece.Parameter, settings, decay, rates)))];
-        _subdivisions =
-        [
-            .. Enumerable.Range(0, subdivisions).Select(part => owned.Select(rows =>
-            {
-                int count = rows.Gradient.Rows / subdivisions;
-                return rows.Gradient.RowRange(part * count, count);
-            }).ToArray()),
-        ];
-        _partials = arena.Take(1, Backend.SumOfSquaresPartials(_subdivisions[0]), DType.F64);
-        _sums = arena.Take(1, subdivisions, DType.F64);
+        _counted = [.. owned.Select(rows => countsShared ? Divided(rows.Gradient, subdivisions) : [[.. SplitGradients(rows.Unit)]])];
+        int sums = _counted.Sum(static unit => unit.Length);
+        _partials = arena.Take(1, _counted.Max(static unit => unit.Max(static part => Backend.SumOfSquaresPartials(part))), DType.F64);
+        _sums = arena.Take(1, sums, DType.F64);
         _sumOfSquares = arena.Take(1, 1, DType.F64);
         _step = arena.Take(1, 3);
-        _read = new double[subdivisions];
+        _read = new double[sums];
     }
 
     /// <summary>Gets what this rank updates, with its moments, in the order of units.</summary>
     public IEnumerable<OwnedPiece> Owned => _pieces.Select(static entry => entry.Piece);
 
-    /// <summary>Gets the moments of whole parameters under the names that a checkpoint keeps: the parameter's, then <c>.first</c> or <c>.second</c>.</summary>
-    public IEnumerable<Parameter> State => Owned.SelectMany(static piece => new[]
+    /// <summary>
+    /// The sums of the squares of the gradients that this rank owns, unclipped: for each unit one sum for each subdivision, then a
+    /// pairwise tree. Waits for the device.
+    /// </summary>
+    /// <param name="units">Receives a sum for each unit; the rest stays.</param>
+    public void SumOfSquares(Span<double> units)
     {
-        Moment(piece, ".first", piece.FirstMoment),
-        Moment(piece, ".second", piece.SecondMoment),
-    });
-
-    /// <summary>The sum of the squares of the gradients that this rank owns, unclipped: one sum for each subdivision, then a pairwise tree. Waits for the device.</summary>
-    public double SumOfSquares()
-    {
-        for (int part = 0; part < _subdivisions.Length; part++)
+        int sum = 0;
+        foreach (Tensor[][] unit in _counted)
         {
-            _backend.SumOfSquares(_sums.ColumnRange(part, 1), _partials, _subdivisions[part]);
+            foreach (Tensor[] part in unit)
+            {
+                _backend.SumOfSquares(_sums.ColumnRange(sum++, 1), _partials, part);
+            }
         }
 
         _backend.Read<double>(_read, _sums);
-        return Sharding.Tree(_read);
+        Span<double> rest = _read;
+        for (int u = 0; u < _counted.Length; u++)
+        {
+            units[u] = Sharding.Tree(rest[.._counted[u].Length]);
+            rest = rest[_counted[u].Length..];
+        }
     }
 
     /// <summary>Updates what this rank owns from its gradient, which is zero then.</summary>
@@ -152,12 +149,12 @@ public sealed class AdamWOptimizer
         },
     };
 
-    private static Parameter Moment(OwnedPiece piece, string suffix, Tensor values)
+    private static Tensor[][] Divided(Tensor gradient, int subdivisions)
     {
-        Tensor shape = piece.Parameter.Values;
-        return new Parameter(
-            piece.Parameter.Name + suffix,
-            piece.IsWhole ? values with { Rows = shape.Rows, Columns = shape.Columns, Stride = shape.Columns } : values,
-            default);
+        int rows = gradient.Rows / subdivisions;
+        return [.. Enumerable.Range(0, subdivisions).Select(part => new[] { gradient.RowRange(part * rows, rows) })];
     }
+
+    private static IEnumerable<Tensor> SplitGradients(ParameterUnit unit) =>
+        unit.Parameters.Where(static parameter => !TensorGroup.IsShared(parameter.Name)).Select(static parameter => parameter.Gradient);
 }

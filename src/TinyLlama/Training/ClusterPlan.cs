@@ -124,8 +124,7 @@ public sealed class ClusterPlan
     public IReadOnlyList<(string Name, long Bytes)> Memory(Sharding way)
     {
         using Backend backend = CudaBackend.Plan(Cluster.Gpu.MemoryBytes);
-        using TrainingMemory memory = TrainingMemory.Plan(_plan.Shape with { Sequences = Sequences, Sharding = way }, backend);
-        return memory.Arenas;
+        return TrainingMemory.PlanFullest(_plan.Shape with { Sequences = Sequences, Sharding = way }, backend);
     }
 
     /// <summary>The time of a step.</summary>

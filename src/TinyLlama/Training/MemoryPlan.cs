@@ -31,11 +31,10 @@ public sealed class MemoryPlan
     public MemoryPlan(TrainingPlan plan, Backend backend, long? availableBytes = null)
     {
         (_plan, _backend, AvailableBytes) = (plan, backend, availableBytes ?? backend.AvailableBytes);
-        using TrainingMemory memory = TrainingMemory.Plan(plan.Shape, backend);
-        Arenas = memory.Arenas;
+        Arenas = TrainingMemory.PlanFullest(plan.Shape, backend);
     }
 
-    /// <summary>Gets the bytes of each arena.</summary>
+    /// <summary>Gets the bytes of each arena, on the rank that takes the most.</summary>
     public IReadOnlyList<(string Name, long Bytes)> Arenas { get; }
 
     /// <summary>Gets the bytes of the run.</summary>
@@ -101,8 +100,7 @@ public sealed class MemoryPlan
             }
 
             TrainingShape shape = _plan.Shape with { Keep = keep, Packed = packed, Sequences = sequences };
-            using TrainingMemory memory = TrainingMemory.Plan(shape, _backend);
-            long bytes = memory.Arenas.Sum(arena => arena.Bytes);
+            long bytes = TrainingMemory.PlanFullest(shape, _backend).Sum(arena => arena.Bytes);
             if (bytes > AvailableBytes)
             {
                 break;

@@ -242,6 +242,12 @@ public sealed record DistributionSettings
     /// <summary>Gets what gradients are rounded to between ranks.</summary>
     public DType Wire { get; init; } = DType.F32;
 
+    /// <summary>Gets the neighbours that have the heads and the hidden channels of each block between them.</summary>
+    public int Tensor { get; init; } = 1;
+
+    /// <summary>Gets the stages that have the blocks between them, each of as many neighbours.</summary>
+    public int Pipeline { get; init; } = 1;
+
     /// <summary>Gets the seconds that a rank waits for the others before it gives them up.</summary>
     public int TimeoutSeconds { get; init; } = 300;
 }

@@ -127,6 +127,8 @@ internal static class RecipeKeys
         Distribution("shard", (d, v) => d with { Shard = v.Int32(0) }, d => Text(d.Shard)),
         Distribution("reduction_lanes", (d, v) => d with { ReductionLanes = v.Int32(0) }, d => Text(d.ReductionLanes)),
         Distribution("wire", (d, v) => d with { Wire = v.Word<DType>(s_wires) }, d => Word(s_wires, d.Wire)),
+        Distribution("tensor", (d, v) => d with { Tensor = v.Int32(1) }, d => Text(d.Tensor)),
+        Distribution("pipeline", (d, v) => d with { Pipeline = v.Int32(1) }, d => Text(d.Pipeline)),
         Distribution("timeout_seconds", (d, v) => d with { TimeoutSeconds = v.Int32(1) }, d => Text(d.TimeoutSeconds)),
 
         new("precision", (r, v) => r with { Precision = v.Word<DType?>(s_precisions) }, r => Word(s_precisions, r.Precision)),

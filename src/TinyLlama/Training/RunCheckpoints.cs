@@ -39,13 +39,13 @@ internal sealed class RunCheckpoints : IDisposable
     public void Begin(TrainingState state)
     {
         _writer.Begin(state.Step);
-        if (_memory.Parameters is { } shared)
+        CopyParameters();
+        foreach (OwnedPiece piece in _memory.Optimizer.Owned)
         {
-            shared.ForEach(unit => _writer.Copy(unit.Parameters));
-        }
-        else
-        {
-            _writer.Copy(_memory.Model.Parameters);
+            Copy(MomentPiece.FirstSuffix, piece.FirstMoment);
+            Copy(MomentPiece.SecondSuffix, piece.SecondMoment);
+
+            void Copy(string suffix, Tensor moment) => _writer.Copy(piece.Parameter.Name + suffix, piece.First, Whole(piece.Parameter, moment));
         }
 
         _writer.Write(folder =>
@@ -63,12 +63,73 @@ internal sealed class RunCheckpoints : IDisposable
     public void LoadMoments(TrainingCheckpoint checkpoint)
     {
         using OptimizerFiles moments = OptimizerFiles.Open(checkpoint, _model);
-        foreach (MomentPiece piece in _memory.Checkpoint.Owned)
+        foreach (OwnedPiece piece in _memory.Optimizer.Owned)
         {
-            moments.CopyTo(_backend, piece);
+            Fill(MomentPiece.FirstSuffix, piece.FirstMoment);
+            Fill(MomentPiece.SecondSuffix, piece.SecondMoment);
+
+            void Fill(string suffix, Tensor moment)
+            {
+                string name = piece.Parameter.Name + suffix;
+                if (_memory.Split is { } split)
+                {
+                    split.Fill(piece.Parameter, moment, whole => moments.CopyTo(_backend, whole, name, piece.First));
+                }
+                else
+                {
+                    moments.CopyTo(_backend, moment, name, piece.First);
+                }
+            }
         }
     }
 
     /// <inheritdoc/>
     public void Dispose() => _writer.Dispose();
+
+    private void CopyParameters()
+    {
+        if (_memory.Sharding.ModelRanks > 1)
+        {
+            CopyStages();
+        }
+        else if (_memory.Parameters is { } shared)
+        {
+            shared.ForEach(unit => Copy(unit.Parameters));
+        }
+        else
+        {
+            Copy(_memory.Model.Parameters);
+        }
+
+        void Copy(IReadOnlyList<Parameter> parameters)
+        {
+            foreach (Parameter parameter in parameters)
+            {
+                _writer.Copy(parameter.Name, 0, parameter.Values);
+            }
+        }
+    }
+
+    // Stage after stage shows its parameters to all, one after the other, each of them whole.
+    private void CopyStages()
+    {
+        Dictionary<string, Parameter> own = _memory.Model.Parameters.ToDictionary(static parameter => parameter.Name, StringComparer.Ordinal);
+        for (int stage = 0; stage < _memory.Sharding.Pipeline; stage++)
+        {
+            foreach (ModelTensor tensor in ModelTensors.Of(_model.Stage(stage, _memory.Sharding.Pipeline)))
+            {
+                Tensor whole = own.TryGetValue(tensor.Name, out Parameter? parameter) ? Whole(parameter, parameter.Values) : default;
+                if (_memory.Model.Stages is { } stages)
+                {
+                    stages.Show(stage, whole, tensor.Count, (first, elements) => _writer.Copy(tensor.Name, first, elements));
+                }
+                else
+                {
+                    _writer.Copy(tensor.Name, 0, whole);
+                }
+            }
+        }
+    }
+
+    private Tensor Whole(Parameter parameter, Tensor part) => _memory.Split is { } split ? split.Gather(parameter, part) : part;
 }

@@ -27,6 +27,7 @@ public sealed class ShardedParameters : ParameterStore
     private readonly Backend _backend;
     private readonly Sharding _sharding;
     private readonly Mesh? _mesh;
+    private readonly int _shard;
     private readonly OwnedRows[] _owned;
     private readonly Tensor[][] _slots;
     private readonly Tensor[] _wire = [];
@@ -50,11 +51,12 @@ public sealed class ShardedParameters : ParameterStore
     /// <param name="backend">The device.</param>
     /// <param name="sharding">How ranks share.</param>
     /// <param name="mesh">The ranks; null to count the bytes.</param>
+    /// <param name="rank">This rank.</param>
     /// <param name="shards">Owner of this rank's parts, and of what lanes wait in.</param>
     /// <param name="communication">Owner of what passes between ranks.</param>
-    public ShardedParameters(LlamaModel model, Backend backend, Sharding sharding, Mesh? mesh, Arena shards, Arena communication)
+    public ShardedParameters(LlamaModel model, Backend backend, Sharding sharding, Mesh? mesh, int rank, Arena shards, Arena communication)
     {
-        (_model, _backend, _sharding, _mesh) = (model, backend, sharding, mesh);
+        (_model, _backend, _sharding, _mesh, _shard) = (model, backend, sharding, mesh, rank % sharding.Shards);
         int units = model.Units.Count;
         (_reduced, _gathered, _stale) = (new Ticket[units], new Ticket[units], new bool[units]);
         _owned = [.. model.Units.Select(unit => Own(unit, shards))];
@@ -67,7 +69,7 @@ public sealed class ShardedParameters : ParameterStore
                 .Select(_ => shards.Take((sharding.ReducesEachMicroBatch ? _owned[unit.Index].Gradient : unit.Gradient).Rows, ParameterUnit.Columns))
                 .ToArray()),
         ];
-        if (sharding.Ranks > 1)
+        if (sharding.DataRanks > 1)
         {
             int most = model.Units.Max(static unit => unit.Gradient.Rows);
             _scratch = communication.Take(most, ParameterUnit.Columns);
@@ -80,8 +82,6 @@ public sealed class ShardedParameters : ParameterStore
 
     /// <summary>Gets what this rank updates, a part of each unit.</summary>
     public IReadOnlyList<OwnedRows> Owned => _owned;
-
-    private int Shard => _mesh?.Shard.Rank ?? 0;
 
     /// <summary>Lets each unit's parameters be filled where they lie for the moment, and keeps this rank's part.</summary>
     public void Fill(Action<IReadOnlyList<Parameter>> fill)
@@ -229,7 +229,7 @@ public sealed class ShardedParameters : ParameterStore
     private OwnedRows Own(ParameterUnit unit, Arena shards)
     {
         int rows = unit.Values.Rows / _sharding.Shards;
-        int first = Shard * rows;
+        int first = _shard * rows;
         return new OwnedRows(
             unit, first,
             _sharding.ShardsWeights ? shards.Take(rows, ParameterUnit.Columns) : unit.Values.RowRange(first, rows),

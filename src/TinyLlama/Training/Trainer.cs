@@ -289,7 +289,12 @@ public sealed class Trainer : IDisposable
 
         Score score = Perplexity.Measure(
             _memory.Model, _backend, _memory.Workspace, _validation, _plan.Recipe.Data.MaskedDocuments, _plan.ContextLength,
-            ranks: _plan.Sharding.ShardsWeights ? null : _world);
+            ranks: _plan.Sharding switch
+            {
+                { ShardsWeights: true } => null,
+                { ModelRanks: > 1 } => _mesh!.Replica,
+                _ => _world,
+            });
         _validationLosses[_state.Step] = score.Loss;
         Record(new ValidationMetrics(_state.Step, _state.Tokens, score.Loss, score.Perplexity, score.BitsPerByte));
     }
@@ -297,8 +302,8 @@ public sealed class Trainer : IDisposable
     private void Sample()
     {
         SampleSettings settings = _plan.Recipe.Samples;
-        // Where weights are sharded every rank takes part in each forward of any.
-        if (_generator is null || !(IsFirst || _plan.Sharding.ShardsWeights))
+        // Where weights are sharded every rank takes part in each forward of any; where blocks are split those that share them.
+        if (_generator is null || !(_world.Rank < _plan.Sharding.ModelRanks || _plan.Sharding.ShardsWeights))
         {
             return;
         }
@@ -381,7 +386,7 @@ public sealed class Trainer : IDisposable
 
     private void Fill(ModelSource source)
     {
-        source.Require(_memory.Model.Parameters);
+        source.Require(ModelTensors.Of(_plan.Model));
         _memory.Fill(parameters => source.CopySomeTo(_backend, parameters));
     }
 

@@ -40,6 +40,12 @@ public sealed record TrainingPlan
     /// <summary>Gets how ranks share the state and these micro-batches.</summary>
     public required Sharding Sharding { get; init; }
 
+    /// <summary>Gets the micro-batches of a rank in a step: those of all ranks that have one model between them are the same.</summary>
+    public int MicroBatchesOfRank => AccumulationSteps / Sharding.DataRanks;
+
+    /// <summary>Gets the share of a step's time in which a stage of a pipeline waits for the others, (P - 1) / (M + P - 1).</summary>
+    public double PipelineWaiting => (Sharding.Pipeline - 1.0) / (MicroBatchesOfRank + Sharding.Pipeline - 1);
+
     /// <summary>Gets the sequences of a step.</summary>
     public long SequencesPerStep => (long)SequencesPerMicroBatch * AccumulationSteps;
 
@@ -78,7 +84,7 @@ public sealed record TrainingPlan
             (float)Recipe.Optimizer.WeightDecay, (float)Recipe.Optimizer.Clip),
         Recipe.Optimizer.Decay,
         new RateFactors((float)Recipe.Optimizer.EmbeddingFactor, (float)Recipe.Optimizer.HeadFactor), Recipe.PackedWeights, Sharding,
-        SavesAsynchronously || Sharding is { Stage: 3, Shards: > 1 });
+        SavesAsynchronously || Sharding.ShardsWeights || Sharding.ModelRanks > 1);
 
     /// <summary>Gets what is allowed and most likely a mistake, a sentence each.</summary>
     public required IReadOnlyList<string> Warnings { get; init; }
@@ -128,7 +134,9 @@ public sealed record TrainingPlan
         long tokensPerStep = (long)recipe.Batch.MicroSequences * context * accumulation;
         long steps = CountSteps(recipe, context, tokensPerStep, sequencesPerEpoch, problems);
         LearningRateSchedule schedule = Anneal(recipe, steps, tokensPerStep, problems, warnings);
-        Sharding sharding = Share(recipe, ranks, neighbours, accumulation, problems);
+        string[] indivisible = [.. WhyNoSplit(recipe, model, ranks)];
+        problems.AddRange(indivisible);
+        Sharding sharding = indivisible.Length > 0 ? Sharding.None : Share(recipe, ranks, neighbours, accumulation, problems);
         if (problems.Count > 0)
         {
             throw new UserErrorException(string.Join('\n', problems));
@@ -335,16 +343,70 @@ public sealed record TrainingPlan
         return new LearningRateSchedule(schedule.Kind, peak, minimum, schedule.Warmup, end, schedule.DecayShare);
     }
 
+    // What keeps ranks from having one model between them.
+    private static IEnumerable<string> WhyNoSplit(Recipe recipe, ModelConfig model, int ranks)
+    {
+        DistributionSettings distribution = recipe.Distribution;
+        (int tensor, int pipeline) = (distribution.Tensor, distribution.Pipeline);
+        string Of(string key) => recipe.Origins.Describe("distribution." + key);
+        if (tensor == 1 && pipeline == 1)
+        {
+            yield break;
+        }
+
+        string both = Invariant($"distribution.tensor {tensor:N0} × distribution.pipeline {pipeline:N0}");
+        if (ranks % ((long)tensor * pipeline) != 0)
+        {
+            yield return Invariant($"{both} = {(long)tensor * pipeline:N0} ranks have a model between them: start that many, or a multiple, not {ranks:N0}");
+        }
+
+        if (!BitOperations.IsPow2(tensor))
+        {
+            yield return Invariant($"{Of("tensor")} {tensor:N0} is not a power of two");
+        }
+
+        foreach ((string key, int value) in new[] { ("heads", model.Heads), ("key_value_heads", model.KeyValueHeads), ("hidden", model.Hidden) })
+        {
+            if (value % tensor != 0)
+            {
+                yield return Invariant($"{Of("tensor")} {tensor:N0} does not divide model.{key} {value:N0}");
+            }
+        }
+
+        if (pipeline > model.Layers)
+        {
+            yield return Invariant($"{Of("pipeline")} {pipeline:N0} is more than model.layers {model.Layers:N0}: every stage has a layer or more");
+        }
+
+        if (pipeline > 1 && model.TiedEmbeddings)
+        {
+            yield return $"{Of("pipeline")} parts the embedding from the head, and model.tied_embeddings makes them one; use distribution.tensor";
+        }
+
+        if (pipeline > 1 && recipe.Samples.EverySteps > 0)
+        {
+            yield return $"{recipe.Origins.Describe("samples.every_steps")} wants text of a model that no stage of distribution.pipeline has whole; set it to 0";
+        }
+
+        if (distribution.Zero > 1 || distribution.Shard > 1)
+        {
+            yield return $"{Of(distribution.Zero > 1 ? "zero" : "shard")} shards a state that {both} divides already; leave it out";
+        }
+    }
+
     private static Sharding Share(Recipe recipe, int ranks, int neighbours, int microBatches, List<string> problems)
     {
         DistributionSettings distribution = recipe.Distribution;
         string Of(string key) => recipe.Origins.Describe("distribution." + key);
+        (int tensor, int pipeline) = (distribution.Tensor, distribution.Pipeline);
+        int world = ranks;
+        ranks /= tensor * pipeline;
         bool eachMicroBatch = distribution.Zero > 1;
         int lanes = distribution.ReductionLanes > 0 ? distribution.ReductionLanes : eachMicroBatch && ranks > 1 ? microBatches : ranks;
-        int shards = distribution.Shard > 0 ? Math.Min(distribution.Shard, ranks) : neighbours > 1 ? neighbours : ranks;
+        int shards = tensor * pipeline > 1 ? 1 : distribution.Shard > 0 ? Math.Min(distribution.Shard, ranks) : neighbours > 1 ? neighbours : ranks;
         if (!BitOperations.IsPow2(ranks))
         {
-            problems.Add(Invariant($"{ranks:N0} ranks cannot share a step in equal parts of one tree; use {1 << BitOperations.Log2((uint)ranks):N0}"));
+            problems.Add(Invariant($"{ranks:N0} {(world > ranks ? "groups of " : "")}ranks cannot share a step in equal parts of one tree; use {1 << BitOperations.Log2((uint)ranks):N0}"));
         }
         else if (!BitOperations.IsPow2(lanes) || microBatches % lanes != 0)
         {
@@ -368,7 +430,7 @@ public sealed record TrainingPlan
         }
         else
         {
-            return new Sharding(ranks, shards, distribution.Zero, lanes, distribution.Wire);
+            return new Sharding(world, shards, distribution.Zero, lanes, distribution.Wire, tensor, pipeline);
         }
 
         return Sharding.None;

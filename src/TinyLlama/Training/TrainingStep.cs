@@ -23,19 +23,24 @@ public readonly record struct RankReport(double Seconds, long Signals);
 /// <summary>One optimizer update from one global batch. Allocates no managed memory.</summary>
 public sealed class TrainingStep
 {
-    // What a rank tells of itself before its losses: the sum of its squares, then a RankReport.
-    private const int Told = 3;
+    // What a rank tells of itself before its squares and its losses: a RankReport.
+    private const int Told = 2;
 
     private readonly TrainingMemory _memory;
     private readonly Backend _backend;
     private readonly Sharding _sharding;
+    private readonly PipelineStep? _pipeline;
     private readonly Action _accumulate;
+    private readonly Action<MicroBatch, int> _fill;
     private readonly double[] _own;
     private readonly double[] _all;
     private readonly double[] _squares;
     private readonly double[] _losses;
     private readonly RankReport[] _reports;
+    private readonly int _units;
+    private (TokenLoader Loader, long FirstSample, DocumentAttention Documents) _samples;
     private long _targets;
+    private int _perLane;
     private int _turn;
 
     /// <summary>A step over given memory.</summary>
@@ -44,8 +49,10 @@ public sealed class TrainingStep
     public TrainingStep(TrainingMemory memory, Backend backend)
     {
         ArgumentNullException.ThrowIfNull(memory);
-        (_memory, _backend, _sharding, _accumulate) = (memory, backend, memory.Sharding, AccumulateOperations);
-        _own = new double[Told + _sharding.LanesOfRank];
+        (_memory, _backend, _sharding, _accumulate, _fill) = (memory, backend, memory.Sharding, AccumulateOperations, Fill);
+        _pipeline = memory.Model.Stages is { } stages ? new PipelineStep(stages, memory.UnderWay, Forward, BackwardInTurn) : null;
+        _units = memory.WholeUnits;
+        _own = new double[Told + _units + _sharding.LanesOfRank];
         _all = new double[_own.Length * _sharding.Ranks];
         _squares = new double[_sharding.Shards];
         _losses = new double[_sharding.Lanes];
@@ -78,17 +85,8 @@ public sealed class TrainingStep
         }
 
         Begin(targets);
-        int perLane = accumulation / _sharding.Lanes;
-        for (int turn = 0; turn < _sharding.LanesOfRank; turn++)
-        {
-            int first = _sharding.LaneOf(Rank, turn) * perLane;
-            for (int micro = 0; micro < perLane; micro++)
-            {
-                _memory.Batch.Fill(_backend, loader, firstSample + ((long)(first + micro) * sequences), documents);
-                Accumulate(turn, endsLane: micro == perLane - 1);
-            }
-        }
-
+        _samples = (loader, firstSample, documents);
+        Accumulate(accumulation / _sharding.Lanes, _fill);
         TimeSpan computed = Stopwatch.GetElapsedTime(start) - ((_memory.Mesh?.World.Progress.Waited ?? default) - waited);
         return End(step, learningRate, new RankReport(computed.TotalSeconds, signals));
     }
@@ -103,18 +101,38 @@ public sealed class TrainingStep
         _backend.Zero(_memory.LossSums);
     }
 
-    /// <summary>Forward and backward of the micro-batch that <see cref="TrainingMemory.Batch"/> holds.</summary>
+    /// <summary>Forward and backward of all micro-batches of this rank, lane after lane.</summary>
+    /// <param name="perLane">Micro-batches of a lane.</param>
+    /// <param name="fill">Loads the tokens of one, by its number among these: alike on ranks that have one model between them.</param>
+    public void Accumulate(int perLane, Action<MicroBatch, int> fill)
+    {
+        ArgumentNullException.ThrowIfNull(fill);
+        _perLane = perLane;
+        int microBatches = perLane * _sharding.LanesOfRank;
+        if (_pipeline is not null)
+        {
+            _pipeline.Run(microBatches, fill);
+            return;
+        }
+
+        for (int micro = 0; micro < microBatches; micro++)
+        {
+            fill(_memory.Batch, micro);
+            Accumulate(micro / perLane, EndsLane(micro));
+        }
+    }
+
+    /// <summary>Forward and backward of the micro-batch that <see cref="TrainingMemory.Batch"/> holds, for a rank with a whole model.</summary>
     /// <param name="turn">Which of the rank's lanes it adds to.</param>
     /// <param name="endsLane">Whether it is the last of the lane.</param>
     public void Accumulate(int turn = 0, bool endsLane = true)
     {
-        _turn = turn;
-        _memory.Parameters?.BeginMicroBatch(turn, endsLane);
+        BeginTurn(turn, endsLane);
 
         // With one segment a sequence, the launches are those of every such micro-batch, unless other ranks take part in some.
-        if (_memory.Parameters is null && _memory.Batch.Layout.SegmentCount == _memory.Batch.Sequences)
+        if (_memory.Parameters is null && _memory.Mesh is null && _memory.Batch.Layout.SegmentCount == _memory.Batch.Sequences)
         {
-            _backend.Repeat(_memory.MicroStep, _accumulate);
+            _backend.Repeat(_memory.Recording, _accumulate);
         }
         else
         {
@@ -129,8 +147,9 @@ public sealed class TrainingStep
     public StepResult End(long step, double learningRate, RankReport report = default)
     {
         _memory.Parameters?.EndStep();
-        _backend.Read(_own.AsSpan(Told), _memory.LossSums);
-        (_own[0], _own[1], _own[2]) = (_memory.Optimizer.SumOfSquares(), report.Seconds, report.Signals);
+        (_own[0], _own[1]) = (report.Seconds, report.Signals);
+        _memory.Optimizer.SumOfSquares(_own.AsSpan(Told + _memory.FirstUnit));
+        _backend.Read(_own.AsSpan(Told + _units), _memory.LossSums);
         if (_memory.Mesh is { } mesh)
         {
             mesh.World.AllGather<double>(_all, _own);
@@ -142,22 +161,12 @@ public sealed class TrainingStep
 
         for (int rank = 0; rank < _sharding.Ranks; rank++)
         {
-            ReadOnlySpan<double> told = _all.AsSpan(rank * _own.Length, _own.Length);
-            _reports[rank] = new RankReport(told[1], (long)told[2]);
-            for (int turn = 0; turn < _sharding.LanesOfRank; turn++)
-            {
-                _losses[_sharding.LaneOf(rank, turn)] = told[Told + turn];
-            }
-
-            // The first group owns everything once; the others own the same again.
-            if (rank < _sharding.Shards)
-            {
-                _squares[rank] = told[0];
-            }
+            ReadOnlySpan<double> told = ToldBy(rank);
+            _reports[rank] = new RankReport(told[0], (long)told[1]);
         }
 
-        double squares = Sharding.Tree(_squares);
-        var result = new StepResult(Sharding.Tree(_losses) / _targets, Math.Sqrt(squares), _targets);
+        double squares = SumOfSquares();
+        var result = new StepResult(SumOfLosses() / _targets, Math.Sqrt(squares), _targets);
         if (result.IsFinite)
         {
             _memory.Optimizer.Update(step, learningRate, squares);
@@ -174,11 +183,76 @@ public sealed class TrainingStep
         return result;
     }
 
+    // The first ranks own everything once, the others the same again. A rank tells zero of the units of other stages.
+    private double SumOfSquares()
+    {
+        double sum = 0;
+        for (int unit = 0; unit < _units; unit++)
+        {
+            Array.Clear(_squares);
+            for (int rank = 0; rank < _sharding.Shards * _sharding.ModelRanks; rank++)
+            {
+                _squares[rank / _sharding.ModelRanks] += ToldBy(rank)[Told + unit];
+            }
+
+            sum += Sharding.Tree(_squares);
+        }
+
+        return sum;
+    }
+
+    // Of the ranks that have one model between them the last has the head.
+    private double SumOfLosses()
+    {
+        for (int rank = _sharding.ModelRanks - 1; rank < _sharding.Ranks; rank += _sharding.ModelRanks)
+        {
+            for (int turn = 0; turn < _sharding.LanesOfRank; turn++)
+            {
+                _losses[_sharding.LaneOf(rank, turn)] = ToldBy(rank)[Told + _units + turn];
+            }
+        }
+
+        return Sharding.Tree(_losses);
+    }
+
+    private ReadOnlySpan<double> ToldBy(int rank) => _all.AsSpan(rank * _own.Length, _own.Length);
+
+    private void Fill(MicroBatch batch, int micro)
+    {
+        long first = ((long)_sharding.LaneOf(Rank, micro / _perLane) * _perLane) + (micro % _perLane);
+        batch.Fill(_backend, _samples.Loader, _samples.FirstSample + (first * batch.Sequences), _samples.Documents);
+    }
+
     private void AccumulateOperations()
     {
-        MicroBatch batch = _memory.Batch;
-        _memory.Model.Forward(_memory.Workspace, batch.Tokens, batch.Layout, KeyValueSource.Batch);
-        _memory.Model.Backward(_memory.Workspace, batch.Tokens, batch.Targets, _memory.Scale, batch.Layout);
-        _backend.Sum(_memory.LossSums.ColumnRange(_turn, 1), _memory.Workspace.Losses(batch.Targets.Rows));
+        Forward(_memory.UnderWay[0]);
+        Backward(_memory.UnderWay[0]);
     }
+
+    private void Forward(MicroStep step) =>
+        _memory.Model.Forward(step.Workspace, step.Batch.Tokens, step.Batch.Layout, KeyValueSource.Batch);
+
+    private void Backward(MicroStep step)
+    {
+        MicroBatch batch = step.Batch;
+        _memory.Model.Backward(step.Workspace, batch.Tokens, batch.Targets, _memory.Scale, batch.Layout);
+        if (_memory.Model.Config.HasHead)
+        {
+            _backend.Sum(_memory.LossSums.ColumnRange(_turn, 1), step.Workspace.Losses(batch.Targets.Rows));
+        }
+    }
+
+    private void BackwardInTurn(MicroStep step, int micro)
+    {
+        BeginTurn(micro / _perLane, EndsLane(micro));
+        Backward(step);
+    }
+
+    private void BeginTurn(int turn, bool endsLane)
+    {
+        _turn = turn;
+        _memory.Parameters?.BeginMicroBatch(turn, endsLane);
+    }
+
+    private bool EndsLane(int micro) => micro % _perLane == _perLane - 1;
 }

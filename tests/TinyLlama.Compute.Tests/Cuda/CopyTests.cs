@@ -33,5 +33,9 @@ public sealed class CopyTests : CudaTests
         Tensor destination = Put(rows, columns, sum, DType.F32);
         Cuda.Add(destination, Put(rows, columns, addend, DType.F32));
         Assert.Equal(sum.Zip(addend, static (a, b) => a + b), Get(destination));
+
+        Tensor rounded = Put(rows, columns, sum, DType.BF16);
+        Cuda.Add(rounded, Put(rows, columns, addend, DType.BF16));
+        Assert.Equal(sum.Zip(addend, static (a, b) => Rounded(Rounded(a) + Rounded(b))), Get(rounded));
     }
 }

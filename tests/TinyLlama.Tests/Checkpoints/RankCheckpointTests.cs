@@ -230,7 +230,8 @@ public sealed class RankCheckpointTests : IDisposable
     public void Training_goes_on_while_a_snapshot_of_the_step_is_written()
     {
         using var world = new SingleCollective();
-        CheckpointPart part = _ranks.Part(_ranks.Cut(1, 0), 0);
+        MomentPiece[][] owned = _ranks.Cut(1, 0);
+        CheckpointPart part = _ranks.Part(owned, 0);
         using Arena memory = _ranks.Backend.Allocate("checkpoint snapshot", 1 << 20);
         using var writer = new CheckpointWriter(_run.Path, world, _ranks.Backend, part, part.Snapshot(memory));
         using var trained = new ManualResetEventSlim();
@@ -239,7 +240,7 @@ public sealed class RankCheckpointTests : IDisposable
         float before = parameter.Values.HostSpan<float>()[0];
 
         writer.Begin(1);
-        writer.Copy(_ranks.Parameters);
+        _ranks.CopyTo(writer, owned[0]);
         writer.Write(folder =>
         {
             trained.Wait();
@@ -273,7 +274,7 @@ public sealed class RankCheckpointTests : IDisposable
             using var writer = new CheckpointWriter(_run.Path, world, _ranks.Backend, part, asynchronous ? part.Snapshot(memory) : null);
             writer.Begin(1);
             long met = worlds[0].Progress.Done;
-            writer.Copy(_ranks.Parameters);
+            _ranks.CopyTo(writer, owned[world.Rank]);
             writer.Write(folder =>
             {
                 Assert.True(SpinWait.SpinUntil(() => worlds[0].Progress.Done >= met + 3, TimeSpan.FromSeconds(30)), "no rank met another");

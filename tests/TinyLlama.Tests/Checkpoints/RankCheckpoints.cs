@@ -83,7 +83,7 @@ internal sealed class RankCheckpoints : IDisposable
             using var writer = new CheckpointWriter(run, world, Backend, part, asynchronous ? part.Snapshot(memory) : null);
             writer.Begin(step);
             begun?.Invoke(world.Rank);
-            writer.Copy(Parameters);
+            CopyTo(writer, owned[world.Rank]);
             writer.Write(Describe);
             CheckpointOutcome outcome = writer.Finish();
             Assert.Equal(CheckpointState.Idle, writer.State);
@@ -91,6 +91,21 @@ internal sealed class RankCheckpoints : IDisposable
         });
         Assert.All(outcomes, outcome => Assert.Equal(outcomes[0], outcome));
         return outcomes[0];
+    }
+
+    /// <summary>Copies all parameters and a rank's moments to its snapshot.</summary>
+    public void CopyTo(CheckpointWriter writer, MomentPiece[] owned)
+    {
+        foreach (Parameter parameter in Parameters)
+        {
+            writer.Copy(parameter.Name, 0, parameter.Values);
+        }
+
+        foreach (MomentPiece piece in owned)
+        {
+            writer.Copy(piece.Name + ".first", piece.Offset, piece.First);
+            writer.Copy(piece.Name + ".second", piece.Offset, piece.Second);
+        }
     }
 
     public CheckpointPart Part(MomentPiece[][] owned, int rank) =>

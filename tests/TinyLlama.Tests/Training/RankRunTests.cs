@@ -17,6 +17,9 @@ public sealed class RankRunTests : IDisposable
 {
     private const int Steps = 6;
 
+    /// <summary>How far the weights of a run with split blocks may be from those of one rank: as vectors, of their length.</summary>
+    private const double SplitTolerance = 2e-4;
+
     private readonly TemporaryFolder _folder = new();
     private readonly ConcurrentQueue<string> _warnings = [];
 
@@ -49,6 +52,63 @@ public sealed class RankRunTests : IDisposable
         Assert.Empty(_warnings);
     }
 
+    [Theory]
+    [InlineData(2, "distribution.pipeline=2")]
+    [InlineData(4, "distribution.pipeline=4")]
+    [InlineData(4, "distribution.pipeline=2")]
+    [InlineData(2, "distribution.pipeline=2", "distribution.reduction_lanes=1", "recompute=blocks")]
+    public void A_run_in_stages_has_the_files_and_the_losses_of_one_rank(int ranks, params string[] settings)
+    {
+        string[] lanes = [.. settings.Where(static setting => setting.Contains("lanes", StringComparison.Ordinal))];
+        Assert.Equal(Train("whole", 1, Steps, lanes), Train("stages", ranks, Steps, settings));
+        Assert.Equal(Losses("whole"), Losses("stages"));
+        Assert.Equal(
+            File.ReadAllBytes(Path.Combine(TrainingCheckpoint.PathOf(_folder["whole"], Steps), TrainingCheckpoint.ModelName)),
+            File.ReadAllBytes(Path.Combine(TrainingCheckpoint.PathOf(_folder["stages"], Steps), TrainingCheckpoint.ModelName)));
+        Assert.Empty(_warnings);
+    }
+
+    [Fact]
+    public void A_run_goes_on_with_other_stages_to_the_same_bits()
+    {
+        string whole = Train("whole", 1);
+        Train("parts", 2, 1, "distribution.pipeline=2");
+        Train("parts", 1, 2);
+        Train("parts", 4, 3, "distribution.pipeline=2");
+        Train("parts", 4, 4, "distribution.zero=3");
+        Assert.Equal(whole, Train("parts", 3, Steps, "distribution.pipeline=3"));
+        Assert.Empty(_warnings);
+    }
+
+    [Theory]
+    [InlineData(2, "distribution.tensor=2")]
+    [InlineData(4, "distribution.tensor=4")]
+    [InlineData(4, "distribution.tensor=2", "distribution.pipeline=2")]
+    [InlineData(4, "distribution.tensor=2", "samples.every_steps=3", "samples.max_tokens=4")]
+    public void A_run_of_split_blocks_has_the_weights_and_the_losses_of_one_rank_but_for_rounding(int ranks, params string[] settings)
+    {
+        Train("whole", 1);
+        Train("split", ranks, Steps, settings);
+        RequireClose("whole", "split");
+        bool samples = settings.Any(static setting => setting.StartsWith("samples", StringComparison.Ordinal));
+        Assert.Equal(samples ? 3 : 0, MetricsLog.Read(Path.Combine(_folder["split"], MetricsLog.FileName)).OfType<SampleMetrics>().Count());
+        Assert.Empty(_warnings);
+    }
+
+    [Fact]
+    public void A_run_goes_on_with_other_parts_of_blocks_but_for_rounding()
+    {
+        Train("whole", 1);
+        Train("parts", 2, 1, "distribution.tensor=2");
+        Train("parts", 4, 2, "distribution.tensor=2", "distribution.pipeline=2");
+        Train("parts", 2, 3, "distribution.pipeline=2");
+        Train("parts", 4, 4, "distribution.tensor=4");
+        Train("parts", 4, 5, "distribution.tensor=2");
+        Train("parts", 1);
+        RequireClose("whole", "parts");
+        Assert.Empty(_warnings);
+    }
+
     [Fact]
     public void When_a_rank_s_file_is_damaged_all_ranks_go_on_from_the_checkpoint_before()
     {
@@ -70,7 +130,7 @@ public sealed class RankRunTests : IDisposable
     [InlineData("checkpoints.asynchronous=false")]
     public void A_full_disk_costs_checkpoints_but_neither_the_run_nor_what_was_saved(string when)
     {
-        using SmallDisk disk = SmallDisk.Mount(_folder["small"], 500);
+        using SmallDisk disk = SmallDisk.Mount(_folder["small"], 830);
         Train("small/run", 2, Steps, when);
         Assert.Contains(_warnings, static warning => warning.Contains("rank ", StringComparison.Ordinal) && warning.Contains("No space left", StringComparison.Ordinal));
         Assert.InRange(TrainingCheckpoint.FindNewestValid(_folder["small/run"], Assert.Fail)!.Step, 1, Steps - 1);
@@ -105,6 +165,32 @@ public sealed class RankRunTests : IDisposable
         return $"{step} {Hash(TrainingCheckpoint.Open(path))}";
     }
 
+    private double[] Losses(string run) =>
+    [
+        .. MetricsLog.Read(Path.Combine(_folder[run], MetricsLog.FileName)).Select(static metrics => metrics switch
+        {
+            StepMetrics step => step.Loss,
+            ValidationMetrics validation => validation.Loss,
+            _ => 0,
+        }).Where(static loss => loss > 0),
+    ];
+
+    private void RequireClose(string expected, string actual)
+    {
+        double[] losses = Losses(expected);
+        Assert.Equal(Steps + 3, losses.Length);
+        Assert.All(losses.Zip(Losses(actual)), static pair => Assert.Equal(1, pair.Second / pair.First, 1e-5));
+        using ModelSource before = ModelSource.Open(_folder[expected], Assert.Fail), after = ModelSource.Open(_folder[actual], Assert.Fail);
+        foreach (ModelTensor tensor in before.Tensors)
+        {
+            float[] wanted = new float[tensor.Count], got = new float[tensor.Count];
+            before.Read(wanted, tensor.Name, 0);
+            after.Read(got, tensor.Name, 0);
+            double difference = Math.Sqrt(wanted.Zip(got, static (w, g) => Math.Pow(w - g, 2)).Sum() / wanted.Sum(static w => Math.Pow(w, 2)));
+            Assert.True(difference <= SplitTolerance, $"{tensor.Name}: {difference:e2}");
+        }
+    }
+
     private static string Hash(TrainingCheckpoint checkpoint)
     {
         using ModelSource source = ModelSource.Open(checkpoint.Path, Assert.Fail);
@@ -125,7 +211,7 @@ public sealed class RankRunTests : IDisposable
 
     private Recipe TinyRecipe(string[] settings) => RecipeFile.Parse(
         $$"""
-        model: { vocabulary: 258, context: 32, layers: 2, heads: 4, key_value_heads: 2, channels: 32, hidden: 80 }
+        model: { vocabulary: 258, context: 32, layers: 4, heads: 8, key_value_heads: 4, channels: 32, hidden: 80 }
         threads: 1
         data: { path: '{{_folder["data"]}}' }
         batch: { global_tokens: 128, micro_sequences: 1 }

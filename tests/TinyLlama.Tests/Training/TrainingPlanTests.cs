@@ -65,6 +65,34 @@ public sealed class TrainingPlanTests
     public void Ranks_that_cannot_share_them_are_refused(int ranks, string setting, string expected) =>
         Assert.Equal(expected, Assert.Throws<UserErrorException>(() => EightMicroBatches(ranks, 1, setting)).Message);
 
+    [Theory]
+    [InlineData(2, "tensor=2", "2 1 1 1 2 1: 8")]
+    [InlineData(2, "pipeline=2", "2 1 1 1 1 2: 8")]
+    [InlineData(8, "tensor=2; pipeline=2", "8 1 1 2 2 2: 4")]
+    [InlineData(6, "pipeline=3; reduction_lanes=4; model.layers=3", "6 1 1 4 1 3: 4")]
+    public void Ranks_that_have_one_model_between_them_have_the_same_micro_batches(int ranks, string setting, string expected)
+    {
+        TrainingPlan plan = EightMicroBatches(ranks, ranks, setting);
+        Sharding sharding = plan.Sharding;
+        Assert.Equal(
+            expected,
+            $"{sharding.Ranks} {sharding.Shards} {sharding.Stage} {sharding.Lanes} {sharding.Tensor} {sharding.Pipeline}: {plan.MicroBatchesOfRank}");
+    }
+
+    [Theory]
+    [InlineData(2, "tensor=4", "distribution.tensor 4 × distribution.pipeline 1 = 4 ranks have a model between them: start that many, or a multiple, not 2\n--set distribution.tensor=4: distribution.tensor 4 does not divide model.key_value_heads 2")]
+    [InlineData(4, "tensor=2147483647; pipeline=2147483647", "distribution.tensor 2,147,483,647 × distribution.pipeline 2,147,483,647 = 4,611,686,014,132,420,609 ranks have a model between them: start that many, or a multiple, not 4")]
+    [InlineData(3, "tensor=3", "--set distribution.tensor=3: distribution.tensor 3 is not a power of two")]
+    [InlineData(2, "tensor=2; model.hidden=177", "--set distribution.tensor=2: distribution.tensor 2 does not divide model.hidden 177")]
+    [InlineData(4, "pipeline=4", "--set distribution.pipeline=4: distribution.pipeline 4 is more than model.layers 2: every stage has a layer or more")]
+    [InlineData(2, "pipeline=2; model.tied_embeddings=true", "--set distribution.pipeline=2: distribution.pipeline parts the embedding from the head, and model.tied_embeddings makes them one; use distribution.tensor")]
+    [InlineData(2, "pipeline=2; samples.every_steps=5", "--set samples.every_steps=5: samples.every_steps wants text of a model that no stage of distribution.pipeline has whole; set it to 0")]
+    [InlineData(2, "tensor=2; zero=2", "--set distribution.zero=2: distribution.zero shards a state that distribution.tensor 2 × distribution.pipeline 1 divides already; leave it out")]
+    [InlineData(4, "tensor=2; shard=2", "--set distribution.shard=2: distribution.shard shards a state that distribution.tensor 2 × distribution.pipeline 1 divides already; leave it out")]
+    [InlineData(6, "tensor=2", "3 groups of ranks cannot share a step in equal parts of one tree; use 2")]
+    public void Ranks_that_cannot_have_one_model_between_them_are_refused(int ranks, string setting, string expected) =>
+        Assert.StartsWith(expected, Assert.Throws<UserErrorException>(() => EightMicroBatches(ranks, 1, setting)).Message, StringComparison.Ordinal);
+
     [Fact]
     public void What_would_fit_can_be_shared_by_the_ranks()
     {
@@ -76,7 +104,7 @@ public sealed class TrainingPlanTests
     private static TrainingPlan EightMicroBatches(int ranks, int neighbours, string setting)
     {
         string[] settings = ["batch.micro_sequences=2", .. setting.Split("; ", StringSplitOptions.RemoveEmptyEntries).Select(
-            static s => s.StartsWith("distribution", StringComparison.Ordinal) ? s : "distribution." + s)];
+            static s => s.Contains('.', StringComparison.Ordinal) ? s : "distribution." + s)];
         return TrainingPlan.Create(RecipeFile.Parse(Least, "r", null, settings), ranks: ranks, neighbours: neighbours);
     }
 

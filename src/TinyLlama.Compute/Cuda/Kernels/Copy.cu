@@ -47,9 +47,14 @@ KERNEL(256) void copy_f16_bf16(f16* to, i64 to_stride, const bf16* from, i64 fro
     convert(to, to_stride, from, from_stride, rows, columns);
 }
 
-// to += from.
-KERNEL(256) void add(float* to, const float* from, i64 count) {
+// to += from, rounded.
+template<class T>
+__device__ __forceinline__ void add(T* to, const T* from, i64 count) {
     for (i64 i = (i64)blockIdx.x * 256 + threadIdx.x; i < count; i += (i64)gridDim.x * 256) {
-        to[i] += from[i];
+        store(to[i], to_float(to[i]) + to_float(from[i]));
     }
 }
+
+KERNEL(256) void add_f32(float* to, const float* from, i64 count) { add(to, from, count); }
+
+KERNEL(256) void add_bf16(bf16* to, const bf16* from, i64 count) { add(to, from, count); }
