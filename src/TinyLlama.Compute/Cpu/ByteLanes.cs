@@ -46,6 +46,15 @@ internal unsafe partial interface ILanes<TSelf>
     /// <summary>What stands for x then: it has the signs that <see cref="Magnitudes"/> takes from a.</summary>
     static abstract TSelf WithSigns(TSelf x, TSelf a);
 
+    /// <summary>The first and the third byte of each lane, signed, as its two int16.</summary>
+    static abstract TSelf EvenWords(TSelf a);
+
+    /// <summary>The second and the fourth.</summary>
+    static abstract TSelf OddWords(TSelf a);
+
+    /// <summary>Products of the int16 of a and x, those of each lane added.</summary>
+    static abstract TSelf DwordProducts(TSelf a, TSelf x);
+
     /// <summary>Sums of int16.</summary>
     static abstract TSelf AddWords(TSelf a, TSelf b);
 
@@ -110,6 +119,15 @@ internal unsafe partial struct Lanes512
         : x;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes512 EvenWords(Lanes512 a) => new(((a._value.AsInt16() << 8) >> 8).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes512 OddWords(Lanes512 a) => new((a._value.AsInt16() >> 8).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes512 DwordProducts(Lanes512 a, Lanes512 x) => new(Pairs(a._value.AsInt16(), x._value.AsInt16()).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 AddWords(Lanes512 a, Lanes512 b) => new((a._value.AsInt16() + b._value.AsInt16()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -138,6 +156,11 @@ internal unsafe partial struct Lanes512
     private static Vector512<int> Neighbours(Vector512<short> words) => Avx512BW.IsSupported
         ? Avx512BW.MultiplyAddAdjacent(words, Vector512<short>.One)
         : ((words.AsInt32() << 16) >> 16) + (words.AsInt32() >> 16);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static Vector512<int> Pairs(Vector512<short> a, Vector512<short> b) => Avx512BW.IsSupported
+        ? Avx512BW.MultiplyAddAdjacent(a, b)
+        : (((a.AsInt32() << 16) >> 16) * ((b.AsInt32() << 16) >> 16)) + ((a.AsInt32() >> 16) * (b.AsInt32() >> 16));
 
     // Bytes as int16: the even ones shifted out of and back into the low halves, the odd ones down.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -188,6 +211,15 @@ internal unsafe partial struct Lanes256
     public static Lanes256 WithSigns(Lanes256 x, Lanes256 a) => Avx2.IsSupported ? new(Avx2.Sign(x._value.AsSByte(), a._value.AsSByte()).AsSingle()) : x;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes256 EvenWords(Lanes256 a) => new(((a._value.AsInt16() << 8) >> 8).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes256 OddWords(Lanes256 a) => new((a._value.AsInt16() >> 8).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes256 DwordProducts(Lanes256 a, Lanes256 x) => new(Pairs(a._value.AsInt16(), x._value.AsInt16()).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 AddWords(Lanes256 a, Lanes256 b) => new((a._value.AsInt16() + b._value.AsInt16()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -216,6 +248,11 @@ internal unsafe partial struct Lanes256
     private static Vector256<int> Neighbours(Vector256<short> words) => Avx2.IsSupported
         ? Avx2.MultiplyAddAdjacent(words, Vector256<short>.One)
         : ((words.AsInt32() << 16) >> 16) + (words.AsInt32() >> 16);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static Vector256<int> Pairs(Vector256<short> a, Vector256<short> b) => Avx2.IsSupported
+        ? Avx2.MultiplyAddAdjacent(a, b)
+        : (((a.AsInt32() << 16) >> 16) * ((b.AsInt32() << 16) >> 16)) + ((a.AsInt32() >> 16) * (b.AsInt32() >> 16));
 
     // Bytes as int16: the even ones shifted out of and back into the low halves, the odd ones down.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -262,6 +299,15 @@ internal readonly unsafe partial struct Lanes128
     public static Lanes128 WithSigns(Lanes128 x, Lanes128 a) => Ssse3.IsSupported ? new(Ssse3.Sign(x._value.AsSByte(), a._value.AsSByte()).AsSingle()) : x;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes128 EvenWords(Lanes128 a) => new(((a._value.AsInt16() << 8) >> 8).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes128 OddWords(Lanes128 a) => new((a._value.AsInt16() >> 8).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Lanes128 DwordProducts(Lanes128 a, Lanes128 x) => new(Pairs(a._value.AsInt16(), x._value.AsInt16()).AsSingle());
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes128 AddWords(Lanes128 a, Lanes128 b) => new((a._value.AsInt16() + b._value.AsInt16()).AsSingle());
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -288,6 +334,11 @@ internal readonly unsafe partial struct Lanes128
     private static Vector128<int> Neighbours(Vector128<short> words) => Sse2.IsSupported
         ? Sse2.MultiplyAddAdjacent(words, Vector128<short>.One)
         : ((words.AsInt32() << 16) >> 16) + (words.AsInt32() >> 16);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static Vector128<int> Pairs(Vector128<short> a, Vector128<short> b) => Sse2.IsSupported
+        ? Sse2.MultiplyAddAdjacent(a, b)
+        : (((a.AsInt32() << 16) >> 16) * ((b.AsInt32() << 16) >> 16)) + ((a.AsInt32() >> 16) * (b.AsInt32() >> 16));
 
     // Bytes as int16: the even ones shifted out of and back into the low halves, the odd ones down.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -324,6 +375,17 @@ internal readonly unsafe partial struct Lanes1
     public static Lanes1 Magnitudes(Lanes1 a) => a;
 
     public static Lanes1 WithSigns(Lanes1 x, Lanes1 a) => x;
+
+    public static Lanes1 EvenWords(Lanes1 a)
+    {
+        (uint low, uint high) = ((ushort)(sbyte)Bits(a), (ushort)(sbyte)(Bits(a) >> 16));
+        return FromBits(low | (high << 16));
+    }
+
+    public static Lanes1 OddWords(Lanes1 a) => EvenWords(ShiftRight(a, 8));
+
+    public static Lanes1 DwordProducts(Lanes1 a, Lanes1 x) =>
+        FromBits((uint)(((short)Bits(a) * (short)Bits(x)) + (((int)Bits(a) >> 16) * ((int)Bits(x) >> 16))));
 
     public static Lanes1 AddWords(Lanes1 a, Lanes1 b) =>
         FromBits((ushort)(Bits(a) + Bits(b)) | (((Bits(a) >> 16) + (Bits(b) >> 16)) << 16));

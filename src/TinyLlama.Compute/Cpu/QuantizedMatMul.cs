@@ -1,4 +1,5 @@
 using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
 using System.Runtime.Intrinsics.X86;
 
 namespace TinyLlama.Compute.Cpu;
@@ -15,13 +16,18 @@ internal static unsafe class QuantizedMatMul
 {
     // Elements that share a scale in the rounded inputs; their bytes are followed by four floats.
     private const int Group = 32;
-    private const int GroupBytes = Group + (4 * sizeof(float));
+    private const int GroupBytes = Group + ScalesBytes;
+    private const int ScalesBytes = 4 * sizeof(float);
+
+    // The same in int16, as blocks of rows meet signed weights: even words of all dwords, odd words, the floats.
+    private const int WordsBytes = Group * sizeof(short);
+    private const int WordGroupBytes = WordsBytes + ScalesBytes;
 
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
     private const int MostRows = 32;
 
-    // The same where bytes of weights are signed: rows whose sums, integers and floats, fit the registers.
-    private const int SignedRows = 4;
+    // The same where bytes of weights are signed: rows whose sums of integers fit the registers.
+    private const int SignedRows = 8;
 
     // Bytes of panels of a task: they stay in the second cache while blocks of rows pass by.
     private const long TaskBytes = 96 << 10;
@@ -30,7 +36,7 @@ internal static unsafe class QuantizedMatMul
     private const int PrefetchBytes = 2048;
 
     /// <summary>Inputs that rounded rows may have in all, so that they fit <see cref="Scratch.Shared"/>.</summary>
-    private const int MaxElements = MatMul.SharedCount * sizeof(float) / GroupBytes * Group;
+    private const int MaxElements = MatMul.SharedCount * sizeof(float) / WordGroupBytes * Group;
 
     /// <summary>output (N, O) = or += input (N, I) · weightᵀ.</summary>
     public static void Forward<V>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Tensor panels, bool accumulate)
@@ -43,14 +49,6 @@ internal static unsafe class QuantizedMatMul
             int count = Math.Min(rowsAtOnce, input.Rows - row);
             Multiply<V>(team, (byte*)scratch.Shared, output.RowRange(row, count), input.RowRange(row, count), panels, accumulate);
         }
-    }
-
-    private static void Round<V>(ThreadTeam team, byte* rounded, Tensor input, int blockRows)
-        where V : struct, ILanes<V>
-    {
-        Rows rows = Rows.Of(input);
-        RoundWork<V> work = new() { Rounded = rounded, Input = input, Rows = rows, BlockRows = blockRows };
-        team.Run(ref work, rows.Tasks);
     }
 
     private static void Multiply<V>(ThreadTeam team, byte* rounded, Tensor output, Tensor input, Tensor panels, bool accumulate)
@@ -91,8 +89,9 @@ internal static unsafe class QuantizedMatMul
         where V : struct, ILanes<V>
         where F : struct, IBlockFormat<V>
     {
-        int blockRows = F.IsSigned ? SignedRows : MostRows;
-        Round<V>(team, rounded, input, blockRows);
+        Rows rows = Rows.Of(input);
+        RoundWork<V, F> round = new() { Rounded = rounded, Input = input, Rows = rows };
+        team.Run(ref round, rows.Tasks);
         long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
         int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes, 1, Math.Max(1, panelCount / 8));
@@ -105,44 +104,80 @@ internal static unsafe class QuantizedMatMul
             PanelCount = panelCount,
             PanelsPerTask = panelsPerTask,
             Groups = panels.Columns / Group,
-            BlockRows = blockRows,
             Accumulate = accumulate,
         };
         team.Run(ref work, (panelCount + panelsPerTask - 1) / panelsPerTask);
     }
 
-    // Rows in blocks; in a block, group after group, the bytes of all rows of it.
-    private static byte* RowBlock(byte* rounded, int row, int groups) => rounded + ((nint)row * groups * GroupBytes);
+    // Rows in blocks; in a block, group after group, what all rows of it have of the group.
+    private static byte* RowBlock(byte* rounded, int row, int groups) => rounded + ((nint)row * groups * WordGroupBytes);
 
-    private struct RoundWork<V> : IWork
+    // The rows of the block that begins at a row; for signed weights 8, then 4, then what is left.
+    private static int BlockRows(int first, int rows, bool isSigned) => (rows - first) switch
+    {
+        int left when !isSigned => Math.Min(MostRows, left),
+        >= SignedRows => SignedRows,
+        >= SignedRows / 2 => SignedRows / 2,
+        int left => left,
+    };
+
+    // The first row of the block that a row is in.
+    private static int FirstOfBlock(int row, int rows, bool isSigned) =>
+        !isSigned ? row - (row % MostRows)
+        : row < rows - (rows % SignedRows) ? row - (row % SignedRows)
+        : row - (row % (SignedRows / 2));
+
+    private struct RoundWork<V, F> : IWork
         where V : struct, ILanes<V>
+        where F : struct, IBlockFormat<V>
     {
         public byte* Rounded;
         public Tensor Input;
         public Rows Rows;
-        public int BlockRows;
 
         public readonly void Run(int task, int thread)
         {
             int groups = Input.Columns / Group;
             for (int row = Rows.First(task); row < Rows.End(task); row++)
             {
-                int inBlock = row % BlockRows;
-                int blockRows = Math.Min(BlockRows, Input.Rows - (row - inBlock));
-                byte* destination = RowBlock(Rounded, row - inBlock, groups) + (inBlock * GroupBytes);
+                int first = FirstOfBlock(row, Input.Rows, F.IsSigned);
+                int blockRows = BlockRows(first, Input.Rows, F.IsSigned);
+                bool inWords = F.IsSigned && blockRows >= SignedRows / 2;
+                int bytes = inWords ? WordGroupBytes : GroupBytes;
+                byte* destination = RowBlock(Rounded, first, groups) + ((row - first) * bytes);
                 float* source = Input.F32(row);
                 for (int group = 0; group < groups; group++)
                 {
-                    RoundGroup(destination, source);
+                    if (inWords)
+                    {
+                        RoundGroup(destination, destination + WordsBytes, source);
+                        Widen(destination);
+                    }
+                    else
+                    {
+                        RoundGroup(destination, destination + Group, source);
+                    }
+
                     source += Group;
-                    destination += blockRows * GroupBytes;
+                    destination += blockRows * bytes;
                 }
             }
         }
 
-        // 32 bytes, then their scale, the scaled sums of both halves and of all.
+        // 32 bytes become the even and the odd words of their dwords.
+        private static void Widen(byte* group)
+        {
+            for (int i = Group - Vector128<byte>.Count; i >= 0; i -= Vector128<byte>.Count)
+            {
+                Vector128<short> bytes = Vector128.Load((short*)(group + i));
+                ((bytes << 8) >> 8).Store((short*)(group + i));
+                (bytes >> 8).Store((short*)(group + Group + i));
+            }
+        }
+
+        // 32 bytes; their scale, the scaled sums of both halves and of all.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void RoundGroup(byte* destination, float* x)
+        private static void RoundGroup(byte* destination, byte* floats, float* x)
         {
             V largest = V.Create(0);
             V notFinite = V.Create(0);
@@ -175,7 +210,7 @@ internal static unsafe class QuantizedMatMul
 
             // What is not a number stays none: the scale carries it.
             scale += notFinite.Sum();
-            float* scales = (float*)(destination + Group);
+            float* scales = (float*)floats;
             scales[0] = scale;
             scales[1] = scale * first.Sum();
             scales[2] = scale * second.Sum();
@@ -194,7 +229,6 @@ internal static unsafe class QuantizedMatMul
         public int PanelCount;
         public int PanelsPerTask;
         public int Groups;
-        public int BlockRows;
         public bool Accumulate;
 
         public readonly void Run(int task, int thread)
@@ -202,9 +236,10 @@ internal static unsafe class QuantizedMatMul
             float* sums = stackalloc float[MostRows * V.Count];
             int first = task * PanelsPerTask;
             int end = Math.Min(PanelCount, first + PanelsPerTask);
-            for (int row = 0; row < Output.Rows; row += BlockRows)
+            int rows;
+            for (int row = 0; row < Output.Rows; row += rows)
             {
-                int rows = Math.Min(BlockRows, Output.Rows - row);
+                rows = BlockRows(row, Output.Rows, F.IsSigned);
                 byte* rounded = RowBlock(Rounded, row, Groups);
                 for (int panel = first; panel < end; panel++)
                 {
@@ -215,7 +250,11 @@ internal static unsafe class QuantizedMatMul
                     }
                     else if (F.IsSigned && rows == SignedRows)
                     {
-                        MultiplySignedRows(sums, weights, rounded, Groups);
+                        MultiplyWords<Eight>(sums, weights, rounded, Groups);
+                    }
+                    else if (F.IsSigned && rows == SignedRows / 2)
+                    {
+                        MultiplyWords<Four>(sums, weights, rounded, Groups);
                     }
                     else
                     {
@@ -299,40 +338,80 @@ internal static unsafe class QuantizedMatMul
             return sum;
         }
 
-        // SignedRows rows and one panel, all sums in registers: the bits of MultiplyRow.
+        // Eight or four rows and one panel of signed bytes, integers in registers: the bits of MultiplyRow.
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static void MultiplySignedRows(float* sums, byte* weights, byte* rounded, int groups)
+        private static void MultiplyWords<TRows>(float* sums, byte* weights, byte* rounded, int groups)
         {
-            V sum0 = V.Create(0), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+            nint lanes = V.Count;
+            int rows = typeof(TRows) == typeof(Eight) ? SignedRows : SignedRows / 2;
+            for (int r = 0; r < rows; r++)
+            {
+                V.Create(0).Store(sums + (r * lanes));
+            }
+
             for (int group = 0; group < groups; group++)
             {
-                V a0 = default, a1 = default, a2 = default, a3 = default;
+                V a0 = default, a1 = default, a2 = default, a3 = default, a4 = default, a5 = default, a6 = default, a7 = default;
                 byte* x = rounded;
                 for (int i = 0; i < Group / 4; i++)
                 {
                     V w = F.Bytes(weights, 0, i);
-                    V u = V.Magnitudes(w);
-                    a0 = V.AddDwords(a0, V.AddNeighbours(V.WordProducts(u, V.WithSigns(Input(x), w))));
-                    a1 = V.AddDwords(a1, V.AddNeighbours(V.WordProducts(u, V.WithSigns(Input(x + GroupBytes), w))));
-                    a2 = V.AddDwords(a2, V.AddNeighbours(V.WordProducts(u, V.WithSigns(Input(x + (2 * GroupBytes)), w))));
-                    a3 = V.AddDwords(a3, V.AddNeighbours(V.WordProducts(u, V.WithSigns(Input(x + (3 * GroupBytes)), w))));
+                    V even = V.EvenWords(w);
+                    a0 = V.AddDwords(a0, V.DwordProducts(even, Input(x)));
+                    a1 = V.AddDwords(a1, V.DwordProducts(even, Input(x + WordGroupBytes)));
+                    a2 = V.AddDwords(a2, V.DwordProducts(even, Input(x + (2 * WordGroupBytes))));
+                    a3 = V.AddDwords(a3, V.DwordProducts(even, Input(x + (3 * WordGroupBytes))));
+                    if (typeof(TRows) == typeof(Eight))
+                    {
+                        a4 = V.AddDwords(a4, V.DwordProducts(even, Input(x + (4 * WordGroupBytes))));
+                        a5 = V.AddDwords(a5, V.DwordProducts(even, Input(x + (5 * WordGroupBytes))));
+                        a6 = V.AddDwords(a6, V.DwordProducts(even, Input(x + (6 * WordGroupBytes))));
+                        a7 = V.AddDwords(a7, V.DwordProducts(even, Input(x + (7 * WordGroupBytes))));
+                    }
+
+                    V odd = V.OddWords(w);
+                    a0 = V.AddDwords(a0, V.DwordProducts(odd, Input(x + Group)));
+                    a1 = V.AddDwords(a1, V.DwordProducts(odd, Input(x + Group + WordGroupBytes)));
+                    a2 = V.AddDwords(a2, V.DwordProducts(odd, Input(x + Group + (2 * WordGroupBytes))));
+                    a3 = V.AddDwords(a3, V.DwordProducts(odd, Input(x + Group + (3 * WordGroupBytes))));
+                    if (typeof(TRows) == typeof(Eight))
+                    {
+                        a4 = V.AddDwords(a4, V.DwordProducts(odd, Input(x + Group + (4 * WordGroupBytes))));
+                        a5 = V.AddDwords(a5, V.DwordProducts(odd, Input(x + Group + (5 * WordGroupBytes))));
+                        a6 = V.AddDwords(a6, V.DwordProducts(odd, Input(x + Group + (6 * WordGroupBytes))));
+                        a7 = V.AddDwords(a7, V.DwordProducts(odd, Input(x + Group + (7 * WordGroupBytes))));
+                    }
+
                     x += 4;
                 }
 
-                // The scales follow the bytes.
                 F.Units(weights, null, out V scale, out _);
-                sum0 = V.Fma(V.FromInt32(a0), scale * V.Create(*(float*)(x)), sum0);
-                sum1 = V.Fma(V.FromInt32(a1), scale * V.Create(*(float*)(x + GroupBytes)), sum1);
-                sum2 = V.Fma(V.FromInt32(a2), scale * V.Create(*(float*)(x + (2 * GroupBytes))), sum2);
-                sum3 = V.Fma(V.FromInt32(a3), scale * V.Create(*(float*)(x + (3 * GroupBytes))), sum3);
-                weights += F.BlockBytes * V.Count;
-                rounded += SignedRows * GroupBytes;
-            }
+                float* sum = sums;
+                x = rounded + WordsBytes;
+                AddScaled(ref sum, a0, scale, ref x);
+                AddScaled(ref sum, a1, scale, ref x);
+                AddScaled(ref sum, a2, scale, ref x);
+                AddScaled(ref sum, a3, scale, ref x);
+                if (typeof(TRows) == typeof(Eight))
+                {
+                    AddScaled(ref sum, a4, scale, ref x);
+                    AddScaled(ref sum, a5, scale, ref x);
+                    AddScaled(ref sum, a6, scale, ref x);
+                    AddScaled(ref sum, a7, scale, ref x);
+                }
 
-            sum0.Store(sums);
-            sum1.Store(sums + V.Count);
-            sum2.Store(sums + (2 * V.Count));
-            sum3.Store(sums + (3 * V.Count));
+                weights += F.BlockBytes * lanes;
+                rounded += rows * WordGroupBytes;
+            }
+        }
+
+        // The next row's sum += scale · products.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static void AddScaled(ref float* sum, V products, V scale, ref byte* rowScale)
+        {
+            V.Fma(V.FromInt32(products), scale * V.Create(*(float*)rowScale), V.Load(sum)).Store(sum);
+            sum += V.Count;
+            rowScale += WordGroupBytes;
         }
 
         // Some rows and one panel. Small enough for the JIT to inline all that it calls.
@@ -419,6 +498,11 @@ internal static unsafe class QuantizedMatMul
 
             return V.Fma(V.FromInt32(F.FitsWords ? V.AddNeighbours(products) : products), scale * V.Create(scales[0]), sum);
         }
+
+        // What MultiplyWords is compiled for.
+        private readonly struct Four;
+
+        private readonly struct Eight;
 
         // The lines of a group.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
