@@ -1,11 +1,13 @@
 using System.CommandLine;
 using System.Globalization;
 using System.Text.Json.Nodes;
+using TinyLlama.Compute.Collectives;
 using TinyLlama.Compute.Native;
 using TinyLlama.Data;
 using TinyLlama.Data.Documents;
 using TinyLlama.Data.Shards;
 using TinyLlama.Data.Tokenizers;
+using TinyLlama.Training;
 
 namespace TinyLlama.Cli;
 
@@ -60,13 +62,26 @@ internal static class DataCommand
         Option<bool> noEos = new("--no-eos") { Description = "Put no EOS after a document" };
         Option<ulong?> seed = CommonOptions.Seed();
         Option<int?> threads = CommonOptions.Threads();
+        Option<int?> ranks = RankCommand.Ranks("Start this many processes here, which divide files and shards between them");
         Option<bool> json = CommonOptions.Json();
         Command command = new("prepare", "Encode text into shuffled token shards; run again, it continues where it was")
         {
-            text, sdk, tokenizer, output, field, lines, separator, share, seed, deduplicate, noBos, noEos, maximumBad, threads, json,
+            text, sdk, tokenizer, output, field, lines, separator, share, seed, deduplicate, noBos, noEos, maximumBad, threads, ranks, json,
         };
-        command.SetAction((parse, stop) =>
+        command.SetAction(async (parse, stop) =>
         {
+            string folder = parse.GetRequiredValue(output)!;
+            string[] paths = parse.GetValue(text) ?? [];
+            if (paths.Length > 0 == parse.GetValue(sdk))
+            {
+                throw new UserErrorException("name the text: either --text with files or folders, or --sdk-documentation");
+            }
+
+            if (parse.GetValue(ranks) is int size)
+            {
+                return await Supervise(folder, size, RankCommand.Arguments(parse, size, parse.GetValue(threads) is not null, ranks), stop);
+            }
+
             string tokenizerPath = parse.GetRequiredValue(tokenizer);
             PreparationOptions options = new()
             {
@@ -79,26 +94,29 @@ internal static class DataCommand
                 Threads = parse.GetValue(threads) ?? Environment.ProcessorCount,
                 TokenizerFiles = TokenizerFiles(tokenizerPath),
             };
-            string[] paths = parse.GetValue(text) ?? [];
-            if (paths.Length > 0 == parse.GetValue(sdk))
-            {
-                throw new UserErrorException("name the text: either --text with files or folders, or --sdk-documentation");
-            }
+            using Collective world = Collective.Join();
+            return world.Size == 1 ? Prepare() : OnRank(world, Prepare, stop);
 
-            IDocumentSource source = parse.GetValue(sdk)
-                ? SdkDocumentation.Find(options.Threads) ?? throw new UserErrorException("no SDK with XML documentation was found here (looked beside the running runtime, in DOTNET_ROOT and at dotnet on PATH); name other text with --text")
-                : TextFiles.Find(paths, new TextFileOptions
+            int Prepare()
+            {
+                IDocumentSource source = parse.GetValue(sdk)
+                    ? SdkDocumentation.Find(options.Threads) ?? throw new UserErrorException("no SDK with XML documentation was found here (looked beside the running runtime, in DOTNET_ROOT and at dotnet on PATH); name other text with --text")
+                    : TextFiles.Find(paths, new TextFileOptions
+                    {
+                        Field = parse.GetRequiredValue(field),
+                        Lines = parse.GetValue(lines),
+                        Separator = parse.GetValue(separator),
+                        OpenZstandard = compressed => new ZstdStream(compressed),
+                    });
+                ITokenizer opened = tokenizerPath == ByteTokenizerName ? new ByteTokenizer() : Tokenizer.Load(tokenizerPath);
+                Manifest manifest = Run(folder, source, opened, options, world.Size == 1 ? null : new PreparationRanks(world), stop);
+                if (world.Rank == 0)
                 {
-                    Field = parse.GetRequiredValue(field),
-                    Lines = parse.GetValue(lines),
-                    Separator = parse.GetValue(separator),
-                    OpenZstandard = compressed => new ZstdStream(compressed),
-                });
-            ITokenizer opened = tokenizerPath == ByteTokenizerName ? new ByteTokenizer() : Tokenizer.Load(tokenizerPath);
-            string folder = parse.GetRequiredValue(output)!;
-            Manifest manifest = Run(folder, source, opened, options, stop);
-            Report(parse.InvocationConfiguration.Output, folder, manifest, source, parse.GetValue(json));
-            return Task.FromResult(ExitCode.Success);
+                    Report(parse.InvocationConfiguration.Output, folder, manifest, source, parse.GetValue(json));
+                }
+
+                return ExitCode.Success;
+            }
         });
         return command;
     }
@@ -121,8 +139,42 @@ internal static class DataCommand
         return command;
     }
 
-    /// <summary>Prepares a folder and shows how far it is.</summary>
-    internal static Manifest Run(string folder, IDocumentSource source, ITokenizer tokenizer, PreparationOptions options, CancellationToken stop)
+    private static async Task<int> Supervise(string folder, int ranks, string[] arguments, CancellationToken stop)
+    {
+        int code = await RankCommand.Supervise(
+            ranks, restarts: 0, folder, Manifest.FileName, arguments, () => File.Exists(Path.Combine(folder, Manifest.FileName)), stop);
+        string logs = Path.Combine(folder, Heartbeat.FolderName);
+        if (code == ExitCode.Success && Directory.Exists(logs))
+        {
+            Directory.Delete(logs, recursive: true);
+        }
+
+        return code;
+    }
+
+    /// <summary>Does the work of one rank; where that fails, all ranks end.</summary>
+    private static int OnRank(Collective world, Func<int> prepare, CancellationToken stop)
+    {
+        try
+        {
+            return prepare();
+        }
+        catch (OperationCanceledException)
+        {
+            // The stop may have been another rank's.
+            Console.Error.WriteLine("stopped");
+            return ExitCode.Stopped;
+        }
+        catch (Exception e)
+        {
+            RankCommand.End(e, world, reason => Console.Error.WriteLine(RankProcess.IsSupervised ? reason : $"{reason} (rank {world.Rank})"), stop);
+            throw;
+        }
+    }
+
+    /// <summary>Prepares a folder and shows how far it is, or, with several ranks, how far the first one is.</summary>
+    internal static Manifest Run(
+        string folder, IDocumentSource source, ITokenizer tokenizer, PreparationOptions options, IPreparationRanks? ranks, CancellationToken stop)
     {
         ProgressDisplay? display = null;
         string? stage = null;
@@ -133,7 +185,7 @@ internal static class DataCommand
                 source,
                 tokenizer,
                 options,
-                progress =>
+                ranks is { Rank: > 0 } ? null : progress =>
                 {
                     if (progress.Stage != stage)
                     {
@@ -143,6 +195,7 @@ internal static class DataCommand
 
                     display!.Report(progress.Done, string.Create(CultureInfo.InvariantCulture, $"{progress.Documents:N0} documents"));
                 },
+                ranks,
                 stop);
         }
         finally

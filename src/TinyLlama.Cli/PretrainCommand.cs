@@ -1,5 +1,4 @@
 using System.CommandLine;
-using System.CommandLine.Parsing;
 using System.Diagnostics;
 using System.Globalization;
 using System.Text.Json.Nodes;
@@ -15,9 +14,6 @@ namespace TinyLlama.Cli;
 /// <summary><c>tinyllama pretrain</c>: trains what a recipe says, or goes on with a run.</summary>
 internal static class PretrainCommand
 {
-    /// <summary>What launchers set in the environment of every rank.</summary>
-    private static readonly string[] s_worlds = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"];
-
     /// <summary>The verb.</summary>
     public static Command Create()
     {
@@ -30,8 +26,7 @@ internal static class PretrainCommand
         var device = CommonOptions.Device();
         var deviceMemory = DeviceMemory();
         var maxSteps = CommonOptions.MaxSteps();
-        var ranks = CommonOptions.AtLeast(
-            new Option<int?>("--ranks") { Description = "Start this many processes here, which train together", HelpName = "N" }, 1);
+        var ranks = RankCommand.Ranks("Start this many processes here, which train together");
         var restarts = CommonOptions.AtLeast(
             new Option<int?>("--restarts") { Description = "With --ranks: start them again this often when one is lost [default: 0]", HelpName = "N" }, 0);
         var json = CommonOptions.Json();
@@ -54,11 +49,6 @@ internal static class PretrainCommand
             if (result.GetResult(restarts) is not null && result.GetResult(ranks) is null)
             {
                 result.AddError("--restarts is for --ranks");
-            }
-
-            if (result.GetResult(ranks) is not null && s_worlds.FirstOrDefault(name => Environment.GetEnvironmentVariable(name) is not null) is string world)
-            {
-                result.AddError($"--ranks starts the ranks, but {world} is set: this process is a rank already; leave --ranks out");
             }
 
             if (result.GetResult(deviceMemory) is not null && result.GetValue(device) is { Kind: DeviceKind.Cpu })
@@ -99,7 +89,7 @@ internal static class PretrainCommand
 
             if (parse.GetValue(ranks) is int size)
             {
-                string[] arguments = WithoutOptions(parse, ranks, restarts);
+                string[] arguments = RankCommand.Arguments(parse, size, resolved.Threads > 0, ranks, restarts);
                 return await Supervise(resolved, folder, size, parse.GetValue(restarts) ?? 0, arguments, lastStep, stop);
             }
 
@@ -156,43 +146,11 @@ internal static class PretrainCommand
         Recipe recipe, string folder, int ranks, int restarts, string[] arguments, long lastStep, CancellationToken stop)
     {
         long steps = TrainingRun.PlanOf(recipe, Warn, ranks).Steps;
-        if (recipe.Threads == 0)
-        {
-            arguments = [.. arguments, "--threads", Math.Max(1, Environment.ProcessorCount / ranks).ToString(CultureInfo.InvariantCulture)];
-        }
-
-        var supervisor = new RankSupervisor(ranks, restarts, folder, () => RankProcess.Command(arguments), IsDone, Console.Error);
-        int code = await supervisor.RunAsync(stop);
-        if (!Console.IsErrorRedirected && !Console.IsOutputRedirected)
-        {
-            // A rank that was ended while it drew its progress has left it hidden.
-            Console.CursorVisible = true;
-        }
-
-        return code;
+        return await RankCommand.Supervise(ranks, restarts, folder, EndRecord.FileName, arguments, IsDone, stop);
 
         bool IsDone() => lastStep < steps
             ? TrainingCheckpoint.FindNewest(folder, static _ => { })?.Step >= lastStep
             : EndRecord.Find(folder)?.Step == steps;
-    }
-
-    /// <summary>The words of the command without some options and their values.</summary>
-    private static string[] WithoutOptions(ParseResult parse, params Option[] left)
-    {
-        var words = new List<string>();
-        for (int i = 0; i < parse.Tokens.Count; i++)
-        {
-            if (parse.Tokens[i] is { Type: TokenType.Option } token && left.Any(option => option.Name == token.Value))
-            {
-                i++;
-            }
-            else
-            {
-                words.Add(parse.Tokens[i].Value);
-            }
-        }
-
-        return [.. words];
     }
 
     /// <returns>Whether everything asked for is done, and it was not stopped before.</returns>
@@ -212,21 +170,17 @@ internal static class PretrainCommand
         {
             return Train(recipe, folder, ranks, terminal, log, writer, json, lastStep, stop);
         }
-        catch (Exception e) when (EndRank(e, ranks, log, stop))
+        catch (Exception e) when (EndRank(e))
         {
             throw;
         }
-    }
 
-    /// <summary>Ends the process. As an exception filter it does so before anything is disposed of, which would wait for ranks that do not come.</summary>
-    private static bool EndRank(Exception reason, Collective ranks, RankLog log, CancellationToken stop)
-    {
-        using var lines = new StringWriter();
-        int code = CommandLine.Report(reason, lines, stop);
-        string text = lines.ToString().TrimEnd();
-        log.End(text);
-        RankEnd.Now(ranks, text, code);
-        return false;
+        // As an exception filter it ends the process before the run is disposed of.
+        bool EndRank(Exception reason)
+        {
+            RankCommand.End(reason, ranks, log.End, stop);
+            return false;
+        }
     }
 
     private static bool Train(

@@ -168,7 +168,7 @@ internal static class QuickstartCommand
                 Threads = threads,
                 TokenizerFiles = [.. Directory.GetFiles(_tokenizerFolder).Order(StringComparer.Ordinal)],
             };
-            Manifest manifest = DataCommand.Run(_dataFolder, source, tokenizer, options, stop);
+            Manifest manifest = DataCommand.Run(_dataFolder, source, tokenizer, options, ranks: null, stop);
             double bytesPerToken = (double)manifest.Train.TextBytes / manifest.Train.Tokens;
             Say($"3. data: {manifest.Train.Documents:N0} documents, {manifest.Train.Tokens:N0} tokens to train on, {manifest.Validation.Tokens:N0} to validate on, {bytesPerToken:0.00} bytes a token, in {_dataFolder}");
             return manifest;

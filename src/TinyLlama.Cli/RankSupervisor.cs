@@ -8,24 +8,25 @@ using TinyLlama.Training;
 namespace TinyLlama.Cli;
 
 /// <summary>
-/// Starts the ranks of one run as processes of this machine. When one fails it ends the others, says which one it was, and
-/// starts all of them again as often as allowed: the run goes on from its newest checkpoint. Success is what the run's folder
-/// proves, not what the ranks report.
+/// Starts the ranks of one run, or of one preparation of data, as processes of this machine. When one fails it ends the others,
+/// says which one it was, and starts all of them again as often as allowed: they go on from what is on the disk. Success is what
+/// the folder proves, not what the ranks report.
 /// </summary>
 /// <param name="ranks">The number of ranks.</param>
 /// <param name="restarts">How often all may be started again.</param>
-/// <param name="runFolder">The run; logs and heartbeats of the ranks are in there.</param>
+/// <param name="runFolder">What they work on; logs and heartbeats of the ranks are in there.</param>
+/// <param name="proof">The name of the file in there that proves that everything is done.</param>
 /// <param name="command">Makes the command of a rank.</param>
-/// <param name="isDone">Whether the run's folder proves that everything asked for is done.</param>
+/// <param name="isDone">Whether the folder proves that everything asked for is done.</param>
 /// <param name="terminal">Is told what happens to the ranks.</param>
 internal sealed class RankSupervisor(
-    int ranks, int restarts, string runFolder, Func<ProcessStartInfo> command, Func<bool> isDone, TextWriter terminal)
+    int ranks, int restarts, string runFolder, string proof, Func<ProcessStartInfo> command, Func<bool> isDone, TextWriter terminal)
 {
     /// <summary>Gets how long the ranks that are left have to say what they know and to end, once one has failed.</summary>
     public TimeSpan Grace { get; init; } = TimeSpan.FromSeconds(5);
 
     /// <summary>Runs the ranks to their end.</summary>
-    /// <param name="stop">Asks them to save a checkpoint and to end.</param>
+    /// <param name="stop">Asks them to save and to end.</param>
     /// <returns>One of <see cref="ExitCode"/>, or that of the rank that failed, 128 and a signal's number where one ended it.</returns>
     public async Task<int> RunAsync(CancellationToken stop)
     {
@@ -131,7 +132,7 @@ internal sealed class RankSupervisor(
         }
 
         terminal.WriteLine(
-            $"error: all ranks ended without an error, but {Path.Combine(runFolder, EndRecord.FileName)} does not prove the last step; the same command goes on from the newest checkpoint");
+            $"error: all ranks ended without an error, but {Path.Combine(runFolder, proof)} does not prove that all is done; the same command goes on from there");
         return ExitCode.Failure;
     }
 
@@ -152,11 +153,11 @@ internal sealed class RankSupervisor(
         }
 
         string who = Heartbeat.TryRead(runFolder, cause.Rank) is { } last && last.Pid == cause.Id
-            ? last.Describe()
-            : $"rank {cause.Rank} (host {Environment.MachineName}, pid {cause.Id}) was starting";
+            ? $"{last.Describe()};"
+            : $"rank {cause.Rank} (host {Environment.MachineName}, pid {cause.Id}):";
         string end = code > 128 ? $"signal {code - 128} ended it" : $"it ended with exit code {code}";
         string why = code < 128 && cause.LastLine is string line ? $": {line}" : "";
-        terminal.WriteLine($"{who}; {end}{why}{(cause.Rank > 0 ? $" ({log})" : "")}");
+        terminal.WriteLine($"{who} {end}{why}{(cause.Rank > 0 ? $" ({log})" : "")}");
     }
 
     private static bool Failed(RankProcess process) =>

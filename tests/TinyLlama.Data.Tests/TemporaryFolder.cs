@@ -14,27 +14,56 @@ internal sealed class TemporaryFolder : IDisposable
     /// <summary>Writes a folder of shards of given documents, all on one side, and opens it.</summary>
     public TokenShards Shards(Split split, IEnumerable<int[]> documents, int vocabularySize = 65_536, long tokensPerShard = 100)
     {
-        using TokenShardsWriter writer = new(Path, vocabularySize, tokensPerShard);
-        int line = 1;
-        foreach (int[] document in documents)
+        SplitEntry written = SplitEntry.Empty;
+        int bytesPerToken = ShardFile.BytesPerToken(vocabularySize);
+        long line = 1;
+        foreach (IEnumerable<int[]> shard in InShards(documents, tokensPerShard))
         {
-            writer.Add(split, document, file: 0, line++, textBytes: document.Length);
+            using ShardWriter writer = new(this[$"{(split == Split.Train ? "train" : "validation")}-{written.Shards.Count:D5}.tokens"], bytesPerToken);
+            foreach (int[] document in shard)
+            {
+                byte[] bytes = new byte[document.Length * bytesPerToken];
+                ShardWriter.Pack(bytes, document, bytesPerToken);
+                writer.Add(bytes, file: 0, line++);
+            }
+
+            ShardEntry entry = writer.Complete();
+            written += new SplitEntry(entry.Documents, entry.Tokens, entry.Tokens, [entry]);
         }
 
-        (SplitEntry train, SplitEntry validation) = writer.Complete();
         new Manifest(
             Manifest.FormatName,
             Manifest.FormatVersion,
             new string('0', 64),
             vocabularySize,
-            vocabularySize <= 65_536 ? 2 : 4,
+            bytesPerToken,
             Bos: null,
             Eos: null,
             new Dictionary<string, string>(StringComparer.Ordinal),
             new LeftOut(0, 0, 0),
-            train,
-            validation,
+            split == Split.Train ? written : SplitEntry.Empty,
+            split == Split.Validation ? written : SplitEntry.Empty,
             []).Write(Path);
         return TokenShards.Open(Path);
+    }
+
+    /// <summary>Runs of documents that have so many tokens or, the last one, fewer.</summary>
+    private static IEnumerable<IEnumerable<int[]>> InShards(IEnumerable<int[]> documents, long tokensPerShard)
+    {
+        List<int[]> shard = [];
+        foreach (int[] document in documents)
+        {
+            shard.Add(document);
+            if (shard.Sum(d => (long)d.Length) >= tokensPerShard)
+            {
+                yield return shard;
+                shard = [];
+            }
+        }
+
+        if (shard.Count > 0)
+        {
+            yield return shard;
+        }
     }
 }

@@ -27,6 +27,7 @@ public interface IDocumentSource
 
     /// <summary>Reads documents and bad records, in the same order each time. A file that fails as a whole is an error.</summary>
     /// <param name="firstFile">The file to begin with.</param>
+    /// <param name="endFile">The file to end before; all files are read where there are fewer.</param>
     /// <exception cref="UserErrorException">A file cannot be read or is beyond a limit.</exception>
-    IEnumerable<Document> Read(int firstFile);
+    IEnumerable<Document> Read(int firstFile, int endFile = int.MaxValue);
 }

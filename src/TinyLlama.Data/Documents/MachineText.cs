@@ -66,12 +66,12 @@ public sealed class MachineText : IDocumentSource
     }
 
     /// <inheritdoc/>
-    public IEnumerable<Document> Read(int firstFile)
+    public IEnumerable<Document> Read(int firstFile, int endFile = int.MaxValue)
     {
-        // Which paragraph is a repetition depends on all files before, so all are read wherever the reading begins.
+        // Which paragraph is a repetition depends on all files before, so those are read wherever the reading begins.
         Interlocked.Exchange(ref _bytesRead, 0);
         HashSet<string> seen = new(StringComparer.Ordinal);
-        for (int i = 0; i < Files.Count; i++)
+        for (int i = 0; i < Math.Min(endFile, Files.Count); i++)
         {
             foreach (Document document in Join(i, Paragraphs(Files[i]), seen))
             {

@@ -73,17 +73,18 @@ public sealed class SdkDocumentation : IDocumentSource
     }
 
     /// <inheritdoc/>
-    public IEnumerable<Document> Read(int firstFile)
+    public IEnumerable<Document> Read(int firstFile, int endFile = int.MaxValue)
     {
-        // Which text is a repetition depends on all files before, so all are read wherever the reading begins.
+        // Which text is a repetition depends on all files before, so those are read wherever the reading begins.
         Interlocked.Exchange(ref _bytesRead, 0);
         HashSet<string> seen = new(StringComparer.Ordinal);
         TaskScheduler threads = new ConcurrentExclusiveSchedulerPair(TaskScheduler.Default, Math.Max(1, _threads)).ConcurrentScheduler;
         Queue<Task<List<MemberProse>>> reading = new();
         int started = 0;
-        for (int file = 0; file < Files.Count; file++)
+        int end = Math.Min(endFile, Files.Count);
+        for (int file = 0; file < end; file++)
         {
-            while (started < Files.Count && started <= file + (2 * _threads))
+            while (started < end && started <= file + (2 * _threads))
             {
                 SourceFile next = Files[started++];
                 reading.Enqueue(Task.Factory.StartNew(() => ReadMembers(next), CancellationToken.None, TaskCreationOptions.None, threads));

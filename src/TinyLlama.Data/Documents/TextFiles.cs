@@ -127,10 +127,10 @@ public sealed class TextFiles : IDocumentSource
     }
 
     /// <inheritdoc/>
-    public IEnumerable<Document> Read(int firstFile)
+    public IEnumerable<Document> Read(int firstFile, int endFile = int.MaxValue)
     {
         Interlocked.Exchange(ref _bytesRead, Files.Take(firstFile).Sum(f => f.Bytes));
-        for (int i = firstFile; i < Files.Count; i++)
+        for (int i = firstFile; i < Math.Min(endFile, Files.Count); i++)
         {
             long before = BytesRead;
             using IEnumerator<Document> documents = ReadFile(i).GetEnumerator();

@@ -33,7 +33,15 @@ public sealed record ShardEntry(string File, long Tokens, long Documents, long B
 /// <param name="Tokens">Number of tokens, with BOS and EOS.</param>
 /// <param name="TextBytes">Bytes of UTF-8 text that the tokens stand for; bits per byte are counted against them.</param>
 /// <param name="Shards">The token files in order.</param>
-public sealed record SplitEntry(long Documents, long Tokens, long TextBytes, IReadOnlyList<ShardEntry> Shards);
+public sealed record SplitEntry(long Documents, long Tokens, long TextBytes, IReadOnlyList<ShardEntry> Shards)
+{
+    /// <summary>Gets a side without documents.</summary>
+    public static SplitEntry Empty { get; } = new(0, 0, 0, []);
+
+    /// <summary>The concatenation of two runs of shards.</summary>
+    public static SplitEntry operator +(SplitEntry first, SplitEntry second) =>
+        new(first.Documents + second.Documents, first.Tokens + second.Tokens, first.TextBytes + second.TextBytes, [.. first.Shards, .. second.Shards]);
+}
 
 /// <summary>What became of the records that are in no shard.</summary>
 /// <param name="Bad">Records that could not be read; they are in the quarantine file.</param>

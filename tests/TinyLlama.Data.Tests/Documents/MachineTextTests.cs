@@ -31,6 +31,7 @@ public sealed class MachineTextTests
         ];
         Assert.Equal(expected, source.Read(0));
         Assert.Equal(expected[2..], source.Read(2));
+        Assert.Equal(expected[1..2], source.Read(1, 2));
         Assert.Null(MachineText.FindIn(folder.Path, leastBytes: 1 << 20));
     }
 

@@ -48,6 +48,7 @@ public sealed class SdkDocumentationTests
             new(1, 1, "New.\n"),
         ];
         Assert.Equal(expected, source.Read(0));
+        Assert.Equal(expected[..2], source.Read(0, 1));
         Assert.Equal(expected[2..], source.Read(1));
         Assert.Equal(source.Files.Sum(f => f.Bytes), source.BytesRead);
     }

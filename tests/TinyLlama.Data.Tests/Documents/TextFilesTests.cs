@@ -23,6 +23,7 @@ public sealed class TextFilesTests
         string[] expected = ["B.txt", "a-1.txt", "a.txt", "a/b/c.jsonl", "a/z.txt", "b.txt", "é.txt"];
         Assert.Equal(expected, files.Files.Select(f => f.Name));
         Assert.Equal(expected, files.Read(0).Select(d => d.Text));
+        Assert.Equal(expected[2..4], files.Read(2, 4).Select(d => d.Text));
         Assert.Equal(expected[4..], files.Read(4).Select(d => d.Text));
         Assert.Equal(files.Files.Sum(f => f.Bytes), files.BytesRead);
         Assert.Equal([folder["readme.md"]], files.PassedOver);

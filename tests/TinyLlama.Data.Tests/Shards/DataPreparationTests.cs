@@ -77,7 +77,7 @@ public sealed class DataPreparationTests
             if (progress.Stage == "encode")
             {
                 // Whatever was written since the last state was written down is there, in part.
-                foreach (string file in Directory.GetFiles(copy, "bucket-*", SearchOption.AllDirectories).Append(Path.Combine(copy, "quarantine.jsonl")))
+                foreach (string file in Directory.GetFiles(copy, "*", SearchOption.AllDirectories).Where(f => Path.GetFileName(f) is "quarantine.jsonl" || Path.GetFileName(f).StartsWith("bucket-", StringComparison.Ordinal)))
                 {
                     File.AppendAllText(file, new string('?', 5000));
                 }
@@ -122,7 +122,7 @@ public sealed class DataPreparationTests
                             stop.Cancel();
                         }
                     },
-                    stop.Token);
+                    stop: stop.Token);
                 Assert.True(stopAt > 2);
                 break;
             }
@@ -202,14 +202,17 @@ public sealed class DataPreparationTests
         using TemporaryFolder shards = new();
         string[] lines = [.. Enumerable.Range(0, 300).Select(i => $"document {i % 100}")];
         File.WriteAllLines(text["a.txt"], lines);
+        File.WriteAllLines(text["b.txt"], lines[1..]);
         Manifest manifest = DataPreparation.Run(shards.Path, Source(text), s_tokenizer, s_options with { Deduplicate = true });
         List<(Split Split, string Text, string Origin)> documents = Documents(shards.Path);
         Assert.Equal(lines[..100].Order(StringComparer.Ordinal), documents.Select(d => d.Text).Order(StringComparer.Ordinal));
-        Assert.Equal(200, manifest.LeftOut.Duplicates);
-        Assert.All(documents, d => Assert.InRange(int.Parse(d.Origin.Split(':')[1]), 1, 100));
+        Assert.Equal(499, manifest.LeftOut.Duplicates);
+
+        // The first of them, though the second file has it on an earlier line.
+        Assert.Equal(Enumerable.Range(1, 100).Select(line => $"a.txt:{line}").Order(StringComparer.Ordinal), documents.Select(d => d.Origin).Order(StringComparer.Ordinal));
 
         using TemporaryFolder all = new();
-        Assert.Equal(300, DataPreparation.Run(all.Path, Source(text), s_tokenizer, s_options).Train.Documents + Documents(all.Path).Count(d => d.Split == Split.Validation));
+        Assert.Equal(599, DataPreparation.Run(all.Path, Source(text), s_tokenizer, s_options).Train.Documents + Documents(all.Path).Count(d => d.Split == Split.Validation));
         // Equal documents do not follow each other.
         string[] order = [.. Documents(all.Path).Select(d => d.Text)];
         Assert.InRange(order.Zip(order.Skip(1)).Count(pair => pair.First == pair.Second), 0, 15);
@@ -287,6 +290,19 @@ public sealed class DataPreparationTests
         Manifest manifest = DataPreparation.Run(shards.Path, Source(text), s_tokenizer, s_options with { TokenizerFiles = [text["tokenizer.model"]] });
         Assert.Contains(manifest.Files, f => f.File == "tokenizer.model" && f.Bytes == 6);
         Assert.Equal("pieces", File.ReadAllText(shards["tokenizer.model"]));
+    }
+
+    [Theory]
+    [InlineData(1, new[] { 0, 0, 0, 0, 0, 0 })]
+    [InlineData(2, new[] { 0, 0, 0, 1, 1, 1 })]
+    [InlineData(4, new[] { 0, 0, 1, 2, 3, 3 })]
+    [InlineData(100, new[] { 5, 15, 30, 70, 99, 99 })]
+    public void Ranks_read_runs_of_files_of_about_as_much_text(int ranks, int[] expected)
+    {
+        // 10, 10, 20, 60, 0 and 0 per cent of the text, since packed text is a quarter of what it holds.
+        SourceFile[] files = [.. new[] { ("a.txt", 40), ("b.jsonl.gz", 10), ("c.txt.zst", 20), ("d.txt", 240), ("e.txt", 0), ("f.txt", 0) }.Select(f => new SourceFile(f.Item1, f.Item1, f.Item2))];
+        Assert.Equal(expected, DataPreparation.Divide(files, ranks));
+        Assert.Equal(new int[6], DataPreparation.Divide([.. files.Select(f => f with { Bytes = 0 })], ranks));
     }
 
     private static TextFiles Source(TemporaryFolder text, TextFileOptions? options = null) => TextFiles.Find([text.Path], options ?? new TextFileOptions { Lines = true });

@@ -26,7 +26,7 @@ public sealed partial class RankSupervisorTests : IDisposable
         Assert.Matches(@"^[^\n]+: start 1, rank 1 of 2, host \S+, pid \d+\n1 of 2 at 127\.0\.0\.1:\d+, 1, dumb\n$", Log(1));
 
         Assert.Equal(ExitCode.Failure, await Run(2, 0, Script, isDone: false));
-        Assert.Contains("finished.json does not prove the last step", _terminal.ToString(), StringComparison.Ordinal);
+        Assert.Contains("finished.json does not prove that all is done", _terminal.ToString(), StringComparison.Ordinal);
     }
 
     [Fact(SkipUnless = nameof(HasShell), Skip = "a shell is needed")]
@@ -35,7 +35,7 @@ public sealed partial class RankSupervisorTests : IDisposable
         int code = await Run(3, 0, "if [ $RANK = 1 ]; then kill -9 $$; fi; if [ $RANK = 0 ]; then exit 3; fi; exec sleep 600", isDone: true);
 
         Assert.Equal(128 + 9, code);
-        Assert.Matches(@"^rank 1 \(host \S+, pid \d+\) was starting; signal 9 ended it \(\S+00001\.log\)\n$", _terminal.ToString());
+        Assert.Matches(@"^rank 1 \(host \S+, pid \d+\): signal 9 ended it \(\S+00001\.log\)\n$", _terminal.ToString());
         AssertGone(2);
     }
 
@@ -65,7 +65,7 @@ public sealed partial class RankSupervisorTests : IDisposable
     public async Task A_defect_of_a_rank_is_told_with_its_last_line()
     {
         Assert.Equal(70, await Run(2, 0, "if [ $RANK = 1 ]; then echo first >&2; echo last >&2; exit 70; fi; exit 3", isDone: false));
-        Assert.Matches(@"^rank 1 \(host \S+, pid \d+\) was starting; it ended with exit code 70: last \(\S+00001\.log\)\n$", _terminal.ToString());
+        Assert.Matches(@"^rank 1 \(host \S+, pid \d+\): it ended with exit code 70: last \(\S+00001\.log\)\n$", _terminal.ToString());
     }
 
     [Fact(SkipUnless = nameof(HasShell), Skip = "a shell is needed")]
@@ -148,7 +148,7 @@ public sealed partial class RankSupervisorTests : IDisposable
     private Task<int> Run(int ranks, int restarts, string script, bool isDone, CancellationToken stop = default)
     {
         string entry = $"echo $$ > '{_folder["pid"]}'$RANK; {script}";
-        var supervisor = new RankSupervisor(ranks, restarts, _folder["run"], () => new ProcessStartInfo("sh", ["-c", entry]), () => isDone, _terminal)
+        var supervisor = new RankSupervisor(ranks, restarts, _folder["run"], EndRecord.FileName, () => new ProcessStartInfo("sh", ["-c", entry]), () => isDone, _terminal)
         {
             Grace = TimeSpan.FromSeconds(1),
         };

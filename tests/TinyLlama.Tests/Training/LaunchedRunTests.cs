@@ -28,23 +28,13 @@ public sealed class LaunchedRunTests : IDisposable
     [InlineData("", 2, 3)]
     public void Weights_are_those_of_one_rank(string launcher, int ranks, int zero)
     {
-        if (launcher.Length > 0)
-        {
-            Programs.Require(launcher);
-        }
-
+        string[] launch = TinyRun.Launcher(launcher, ranks);
         TinyRun.Prepare(_folder, Steps);
         End(TinyRun.Start(_folder, "one", s_lanes));
 
         string[] stage = ["--set", $"distribution.zero={zero}"];
-        End(launcher switch
-        {
-            "mpirun.openmpi" => TinyRun.Launch(
-                [launcher, "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1", "-n", $"{ranks}"],
-                _folder, "many", [.. s_lanes, .. stage]),
-            "mpirun.mpich" => TinyRun.Launch([launcher, "-n", $"{ranks}"], _folder, "many", [.. s_lanes, .. stage]),
-            _ => TinyRun.Start(_folder, "many", [.. s_lanes, .. stage, "--ranks", $"{ranks}"]),
-        });
+        string[] own = launcher.Length == 0 ? ["--ranks", $"{ranks}"] : [];
+        End(TinyRun.Launch(launch, _folder, "many", [.. s_lanes, .. stage, .. own]));
 
         Assert.Equal(Weights("one"), Weights("many"));
         Assert.Equal(ranks, Directory.GetFiles(Path.Combine(_folder["many"], "ranks"), "*.json").Length);
@@ -79,17 +69,8 @@ public sealed class LaunchedRunTests : IDisposable
 
     private static void End(Process process, int exitCode = ExitCode.Success)
     {
-        using (process)
-        {
-            Task<string> output = process.StandardOutput.ReadToEndAsync(), error = process.StandardError.ReadToEndAsync();
-            if (!process.WaitForExit(Deadline))
-            {
-                process.Kill(entireProcessTree: true);
-                Assert.Fail("it hangs");
-            }
-
-            Assert.True(process.ExitCode == exitCode, $"exit code {process.ExitCode}: {error.Result} {output.Result}");
-        }
+        (int code, string said) = TinyRun.End(process);
+        Assert.True(code == exitCode, $"exit code {code}: {said}");
     }
 
     private byte[] Weights(string run) => File.ReadAllBytes(Path.Combine(TrainingCheckpoint.PathOf(_folder[run], Steps), TrainingCheckpoint.ModelName));

@@ -5,12 +5,16 @@ using TinyLlama.Data.Documents;
 using TinyLlama.Data.Shards;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Tests.Checkpoints;
+using TinyLlama.Tests.Common;
 
 namespace TinyLlama.Tests.Training;
 
 /// <summary>Text, its shards and a recipe of a model of seconds, for tests that start the program.</summary>
 internal static class TinyRun
 {
+    /// <summary>Longer than anything takes here on a busy machine, in milliseconds.</summary>
+    private const int Deadline = 120_000;
+
     /// <summary>Writes them to a folder.</summary>
     /// <param name="folder">The folder; shards go to <c>data</c>.</param>
     /// <param name="steps">Steps of the run, with a checkpoint every 20.</param>
@@ -48,19 +52,23 @@ internal static class TinyRun
     /// <returns>The process; whoever starts it reads what it writes.</returns>
     public static Process Start(TemporaryFolder folder, string run, params string[] options) => Launch([], folder, run, options);
 
-    /// <summary>Starts something that starts the program.</summary>
+    /// <summary>Starts something that starts the program on the recipe.</summary>
     /// <param name="launcher">Its command, to which the program's is added.</param>
     /// <param name="folder">The folder.</param>
     /// <param name="run">The run in there.</param>
     /// <param name="options">More words of the program's command.</param>
     /// <returns>The process; whoever starts it reads what it writes.</returns>
-    public static Process Launch(IReadOnlyList<string> launcher, TemporaryFolder folder, string run, params string[] options)
+    public static Process Launch(IReadOnlyList<string> launcher, TemporaryFolder folder, string run, params string[] options) =>
+        Launch(launcher, ["pretrain", "--recipe", folder["tiny.yaml"], "--out", folder[run], .. options]);
+
+    /// <summary>Starts something that starts the program.</summary>
+    /// <param name="launcher">Its command; empty where the program is started itself.</param>
+    /// <param name="command">The words of the program's command.</param>
+    /// <returns>The process; whoever starts it reads what it writes.</returns>
+    public static Process Launch(IReadOnlyList<string> launcher, IReadOnlyList<string> command)
     {
         string program = Environment.ProcessPath is { } host && Path.GetFileNameWithoutExtension(host) == "dotnet" ? host : "dotnet";
-        string[] words =
-        [
-            .. launcher, program, typeof(CommandLine).Assembly.Location, "pretrain", "--recipe", folder["tiny.yaml"], "--out", folder[run], .. options,
-        ];
+        string[] words = [.. launcher, program, typeof(CommandLine).Assembly.Location, .. command];
         return Process.Start(new ProcessStartInfo(words[0], words.Skip(1))
         {
             UseShellExecute = false,
@@ -68,6 +76,39 @@ internal static class TinyRun
             RedirectStandardError = true,
             RedirectStandardOutput = true,
         })!;
+    }
+
+    /// <summary>The command of a launcher of ranks; the test is skipped where it is not installed.</summary>
+    /// <param name="name"><c>mpirun.openmpi</c>, <c>mpirun.mpich</c>, or nothing for the program, which starts its ranks itself.</param>
+    /// <param name="ranks">The number of ranks.</param>
+    public static string[] Launcher(string name, int ranks)
+    {
+        if (name.Length == 0)
+        {
+            return [];
+        }
+
+        Programs.Require(name);
+        return name == "mpirun.openmpi"
+            ? [name, "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1", "-n", $"{ranks}"]
+            : [name, "-n", $"{ranks}"];
+    }
+
+    /// <summary>Waits for a process that must not hang, and disposes of it.</summary>
+    /// <returns>Its exit code and what it wrote.</returns>
+    public static (int Code, string Said) End(Process process)
+    {
+        using (process)
+        {
+            Task<string> output = process.StandardOutput.ReadToEndAsync(), error = process.StandardError.ReadToEndAsync();
+            if (!process.WaitForExit(Deadline))
+            {
+                process.Kill(entireProcessTree: true);
+                Assert.Fail("it hangs");
+            }
+
+            return (process.ExitCode, $"{error.Result}{output.Result}");
+        }
     }
 
     /// <summary>A number that the environment may change.</summary>

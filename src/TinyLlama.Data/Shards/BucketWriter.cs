@@ -1,5 +1,4 @@
 using System.Buffers.Binary;
-using Microsoft.Win32.SafeHandles;
 using TinyLlama.Data.Batches;
 
 namespace TinyLlama.Data.Shards;
@@ -28,6 +27,10 @@ internal readonly record struct BucketEntry(UInt128 Hash, int File, long Line, l
         return duplicatesMeet ? key : Permutation.Mix(Permutation.Mix(key ^ (ulong)File) ^ (ulong)Line);
     }
 
+    /// <summary>Cuts the keys into parts of equal width, in order.</summary>
+    /// <returns>The part of a key, 0 … <paramref name="parts"/>-1.</returns>
+    public static int Part(ulong key, int parts) => (int)Math.BigMul(key, (ulong)parts, out _);
+
     public void Write(Span<byte> header)
     {
         BinaryPrimitives.WriteUInt128LittleEndian(header, Hash);
@@ -50,14 +53,14 @@ internal readonly record struct BucketEntry(UInt128 Hash, int File, long Line, l
 /// be sorted in memory. The first half of the buckets is the training split, the second the validation split; bucket by
 /// bucket, each sorted, is the order of the keys, however many buckets there are.
 /// </summary>
-internal sealed class Buckets : IDisposable
+internal sealed class BucketWriter : IDisposable
 {
     private readonly string _folder;
     private readonly FileStream?[] _files;
 
     /// <summary>Opens the buckets of a folder, and cuts off what is behind a length that was written down.</summary>
     /// <exception cref="UserErrorException">A bucket is shorter than was written down.</exception>
-    public Buckets(string folder, long[] bytes)
+    public BucketWriter(string folder, long[] bytes)
     {
         _folder = folder;
         _files = new FileStream?[bytes.Length];
@@ -82,9 +85,8 @@ internal sealed class Buckets : IDisposable
     /// <summary>Gets the length of each bucket.</summary>
     public long[] Bytes { get; }
 
-    /// <summary>The bucket of a key.</summary>
-    public static int Of(ulong key, Split split, int bucketsPerSplit) =>
-        ((int)split * bucketsPerSplit) + (int)Math.BigMul(key, (ulong)bucketsPerSplit, out _);
+    /// <summary>The file of a bucket.</summary>
+    public static string PathOf(string folder, int bucket) => Path.Combine(folder, $"bucket-{bucket:D4}");
 
     public void Append(int bucket, ReadOnlySpan<byte> document)
     {
@@ -102,45 +104,6 @@ internal sealed class Buckets : IDisposable
         }
     }
 
-    /// <summary>The documents of a bucket in the order of their keys.</summary>
-    /// <param name="bucket">Its index.</param>
-    /// <param name="key">The key of a document.</param>
-    /// <exception cref="UserErrorException">The bucket is damaged.</exception>
-    public List<(BucketEntry Entry, long Offset)> Sorted(int bucket, Func<BucketEntry, ulong> key)
-    {
-        List<(ulong Key, BucketEntry Entry, long Offset)> entries = [];
-        if (Bytes[bucket] > 0)
-        {
-            using FileStream file = new(PathOf(bucket), FileMode.Open, FileAccess.Read, FileShare.ReadWrite, bufferSize: 1 << 16);
-            Span<byte> header = stackalloc byte[BucketEntry.HeaderBytes];
-            for (long offset = 0; offset < Bytes[bucket];)
-            {
-                BucketEntry entry = file.ReadAtLeast(header, header.Length, throwOnEndOfStream: false) == header.Length ? BucketEntry.Read(header) : default;
-                offset += header.Length;
-                if (entry.TokenBytes <= 0 || entry.TokenBytes > Bytes[bucket] - offset)
-                {
-                    throw new UserErrorException($"{PathOf(bucket)} is damaged at byte {offset}; delete {_folder} to begin again");
-                }
-
-                entries.Add((key(entry), entry, offset));
-                offset += entry.TokenBytes;
-                file.Seek(entry.TokenBytes, SeekOrigin.Current);
-            }
-        }
-
-        entries.Sort((a, b) =>
-        {
-            int order = a.Key.CompareTo(b.Key);
-            order = order != 0 ? order : a.Entry.Hash.CompareTo(b.Entry.Hash);
-            order = order != 0 ? order : a.Entry.File.CompareTo(b.Entry.File);
-            return order != 0 ? order : a.Entry.Line.CompareTo(b.Entry.Line);
-        });
-        return entries.ConvertAll(e => (e.Entry, e.Offset));
-    }
-
-    /// <summary>Opens a bucket to read tokens at the offsets of its entries.</summary>
-    public SafeFileHandle OpenTokens(int bucket) => File.OpenHandle(PathOf(bucket), share: FileShare.ReadWrite);
-
     public void Dispose()
     {
         foreach (FileStream? file in _files)
@@ -149,5 +112,5 @@ internal sealed class Buckets : IDisposable
         }
     }
 
-    private string PathOf(int bucket) => Path.Combine(_folder, $"bucket-{bucket:D4}");
+    private string PathOf(int bucket) => PathOf(_folder, bucket);
 }
