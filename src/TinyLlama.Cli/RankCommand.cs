@@ -6,7 +6,7 @@ using TinyLlama.Training;
 
 namespace TinyLlama.Cli;
 
-/// <summary>What the verbs share that run in several processes at once: as <c>--ranks</c>, or whatever else, starts them.</summary>
+/// <summary>What the verbs that run as several ranks share: how the ranks are started here, and how one ends.</summary>
 internal static class RankCommand
 {
     /// <summary>What launchers set in the environment of every rank.</summary>

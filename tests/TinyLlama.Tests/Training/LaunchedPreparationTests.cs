@@ -5,6 +5,7 @@ using TinyLlama.Data.Documents;
 using TinyLlama.Data.Shards;
 using TinyLlama.Data.Tokenizers;
 using TinyLlama.Tests.Checkpoints;
+using TinyLlama.Tests.Common;
 using TinyLlama.Training;
 
 namespace TinyLlama.Tests.Training;
@@ -29,6 +30,17 @@ public sealed partial class LaunchedPreparationTests : IDisposable
         (int code, string said) = TinyRun.End(TinyRun.Launch(launch, [.. Command(), .. Own(launcher, ranks)]));
         Assert.True(code == ExitCode.Success, said);
         Assert.Single(Regex.Matches(said, "^train ", RegexOptions.Multiline | RegexOptions.ExplicitCapture, TimeSpan.FromSeconds(1)));
+        AssertSame();
+    }
+
+    [Fact]
+    public void The_folder_is_that_of_one_process_under_slurm()
+    {
+        Programs.Require("mpirun.mpich");
+        using var cluster = SlurmCluster.Require();
+        Prepare(lines: 50);
+        (int code, string said) = TinyRun.End(TinyRun.Launch(cluster.Run(2, "pmi2"), Command()));
+        Assert.True(code == ExitCode.Success, said);
         AssertSame();
     }
 
