@@ -62,6 +62,12 @@ public abstract class Backend : IDisposable
     /// </summary>
     public abstract Tensor TakePacked(Arena arena, int outputs, int inputs, DType type);
 
+    /// <summary>
+    /// Whether <see cref="MatMul"/> and <see cref="Embedding"/> read rows of that type where a mapped file has them, without a
+    /// copy (<see cref="Weight.InPlace"/>).
+    /// </summary>
+    public abstract bool ReadsInPlace(DType type, StoredRows rows);
+
     /// <summary>Fills rows of a frozen weight (<see cref="Weight.Frozen"/>) with what a file stores. The host memory is free on return.</summary>
     /// <param name="weight">The weight.</param>
     /// <param name="firstRow">A multiple of <see cref="PackedRows"/>.</param>

@@ -30,7 +30,13 @@ public sealed class Weight(Tensor values, Tensor gradient = default)
     /// <summary>Gets the gradient, (O, I), or an empty tensor.</summary>
     public Tensor Gradient { get; } = gradient;
 
-    /// <summary>Gets the form that <see cref="Backend.MatMul"/> reads, or an empty tensor.</summary>
+    /// <summary>Gets where the rows of a frozen weight lie, for products that read them as files keep them (<see cref="Backend.ReadsInPlace"/>).</summary>
+    public StoredRows[] Rows { get; private init; } = [];
+
+    /// <summary>Gets a value indicating whether the rows lie in memory of others, which nothing writes to.</summary>
+    public bool IsInPlace { get; private init; }
+
+    /// <summary>Gets the form that <see cref="Backend.MatMul"/> reads, as one tensor where it is one; or an empty tensor.</summary>
     public Tensor PackedForward { get; private set; }
 
     /// <summary>Gets the form that <see cref="Backend.MatMulBackwardInput"/> reads where the device has one (<see cref="Backend.HasBackwardForm"/>), or an empty tensor.</summary>
@@ -42,8 +48,23 @@ public sealed class Weight(Tensor values, Tensor gradient = default)
     /// <param name="outputs">O.</param>
     /// <param name="inputs">I.</param>
     /// <param name="type">What it is stored in: a floating-point type, or a quantized one.</param>
-    public static Weight Frozen(Arena arena, Backend backend, int outputs, int inputs, DType type) =>
-        new(outputs, inputs, type) { PackedForward = backend.TakePacked(arena, outputs, inputs, type) };
+    public static Weight Frozen(Arena arena, Backend backend, int outputs, int inputs, DType type)
+    {
+        Tensor packed = backend.TakePacked(arena, outputs, inputs, type);
+        return new Weight(outputs, inputs, type) { PackedForward = packed, Rows = [new StoredRows(packed.Address, outputs)] };
+    }
+
+    /// <summary>A frozen weight that stays where it is: rows of mapped files, each of which the device reads in place (<see cref="Backend.ReadsInPlace"/>).</summary>
+    /// <param name="rows">The rows, one after the other in the outputs. Their memory is their owner's, and outlives the weight.</param>
+    /// <param name="inputs">I.</param>
+    /// <param name="type">What they are stored in.</param>
+    public static Weight InPlace(StoredRows[] rows, int inputs, DType type) =>
+        new(rows.Sum(static range => range.Count), inputs, type)
+        {
+            Rows = rows,
+            IsInPlace = true,
+            PackedForward = rows is [{ HeadDim: 0 } all] ? new Tensor(all.Address, all.Count, inputs, inputs, type) : default,
+        };
 
     /// <summary>Gives the weight room for packed forms; <see cref="Backend.Pack"/> fills them.</summary>
     /// <param name="arena">Owner of the room.</param>

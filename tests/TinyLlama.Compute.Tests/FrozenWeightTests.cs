@@ -104,8 +104,11 @@ public sealed class FrozenWeightTests
         using CpuBackend three = CpuBackend.Create(3, path);
         const int Rows = 37;
         const int Outputs = 52;
-        using Operands together = new(three, type, Rows, Outputs, 512);
-        using Operands alone = new(one, type, Rows, Outputs, 512);
+
+        // More than the kernels turn at once.
+        int inputs = type == DType.Q8_0 ? 9_504 : 512;
+        using Operands together = new(three, type, Rows, Outputs, inputs);
+        using Operands alone = new(one, type, Rows, Outputs, inputs);
         three.MatMul(together.Output, together.Input, together.Weight);
         for (int n = 0; n < Rows; n++)
         {
@@ -113,6 +116,56 @@ public sealed class FrozenWeightTests
         }
 
         Assert.Equal(alone.Output.HostSpan<float>(), together.Output.HostSpan<float>());
+    }
+
+    // Rows of three tensors, of which the first two have the halves of a head next to each other.
+    [Theory]
+    [InlineData(CpuPath.Vector512)]
+    [InlineData(CpuPath.Vector256)]
+    [InlineData(CpuPath.Vector128)]
+    [InlineData(CpuPath.Scalar)]
+    public void Rows_that_are_read_in_place_give_the_bits_of_a_copy(CpuPath path)
+    {
+        using CpuBackend backend = CpuBackend.Create(2, path);
+        const int Inputs = 96;
+        using Operands copied = new(backend, DType.Q8_0, 13, 176, Inputs);
+        int rowBytes = (int)DType.Q8_0.RowBytes(Inputs);
+        (int First, int Count, int HeadDim)[] parts = [(0, 64, 32), (64, 64, 64), (128, 48, 0)];
+        byte[] stored = new byte[copied.Bytes.Length];
+        foreach ((int first, int count, int headDim) in parts)
+        {
+            for (int row = 0; row < count; row++)
+            {
+                int half = headDim / 2;
+                int place = headDim == 0 ? row : (row / headDim * headDim) + (row % headDim < half ? 2 * (row % headDim) : (2 * (row % headDim % half)) + 1);
+                copied.Bytes.AsSpan((first + row) * rowBytes, rowBytes).CopyTo(stored.AsSpan((first + place) * rowBytes));
+            }
+        }
+
+        using Arena arena = backend.Allocate("test", 1 << 20);
+        Tensor memory = arena.Take(176, Inputs, DType.Q8_0);
+        Marshal.Copy(stored, 0, memory.Address, stored.Length);
+        StoredRows[] rows = [.. parts.Select(part => new StoredRows(memory.Address + (part.First * rowBytes), part.Count, part.HeadDim))];
+        Assert.All(rows, range => Assert.True(backend.ReadsInPlace(DType.Q8_0, range)));
+        var weight = Weight.InPlace(rows, Inputs, DType.Q8_0);
+        Tensor output = arena.Take(13, 176);
+        for (int n = 1; n <= 13; n += 4)
+        {
+            backend.MatMul(copied.Output.RowRange(0, n), copied.Input.RowRange(0, n), copied.Weight);
+            backend.MatMul(output.RowRange(0, n), copied.Input.RowRange(0, n), weight);
+            Assert.Equal(copied.Output.RowRange(0, n).HostSpan<float>(), output.RowRange(0, n).HostSpan<float>());
+        }
+    }
+
+    [Fact]
+    public void Only_rows_that_fill_registers_evenly_are_read_in_place()
+    {
+        using CpuBackend backend = CpuBackend.Create(1, CpuPath.Vector256);
+        Assert.True(backend.ReadsInPlace(DType.Q8_0, new StoredRows(64, 40)));
+        Assert.False(backend.ReadsInPlace(DType.Q8_0, new StoredRows(64, 44)));
+        Assert.True(backend.ReadsInPlace(DType.Q8_0, new StoredRows(64, 64, 16)));
+        Assert.False(backend.ReadsInPlace(DType.Q8_0, new StoredRows(64, 64, 8)));
+        Assert.False(backend.ReadsInPlace(DType.Q4_0, new StoredRows(64, 40)));
     }
 
     [Theory]
@@ -156,6 +209,7 @@ public sealed class FrozenWeightTests
     [InlineData(DType.F32)]
     [InlineData(DType.BF16)]
     [InlineData(DType.F16)]
+    [InlineData(DType.Q8_0)]
     [InlineData(DType.Q4_0)]
     [InlineData(DType.Q6_K)]
     public void An_embedding_is_the_decoded_row(DType type)

@@ -49,7 +49,7 @@ internal sealed record InferenceBench(
         bool together = device is CpuBackend;
         using var backend = new TimedBackend(device) { Times = together };
         using ModelSource source = ModelSource.Open(path, Console.Error.WriteLine);
-        using LlamaModel model = LlamaModel.AllocateFrozen(source.Config, backend, source.StorageOf);
+        using LlamaModel model = LlamaModel.AllocateFrozen(source.Config, backend, source.FrozenStorageOf);
         source.CopyTo(backend, model.Parameters);
         using var engine = new InferenceEngine(model, backend, round.Depth + round.Tokens + 1, round.Sequences, cacheType: round.CacheType);
         CachedSequence[] sequences = [.. Enumerable.Range(0, round.Sequences).Select(_ => engine.Begin())];

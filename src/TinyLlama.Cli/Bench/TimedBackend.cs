@@ -89,6 +89,9 @@ internal sealed class TimedBackend(Backend inner) : Backend
     public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => inner.TakePacked(arena, outputs, inputs, type);
 
     /// <inheritdoc/>
+    public override bool ReadsInPlace(DType type, StoredRows rows) => inner.ReadsInPlace(type, rows);
+
+    /// <inheritdoc/>
     public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows) => inner.WriteRows(weight, firstRow, rows);
 
     /// <inheritdoc/>

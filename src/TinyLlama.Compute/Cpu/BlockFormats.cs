@@ -4,7 +4,7 @@ namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
 /// How a kernel reads quantized weights from a panel (<see cref="WeightPanels"/>): groups of 32 elements of as many rows as
-/// a register has lanes, in dwords of four bytes, with value = scale · byte + offset.
+/// a register has lanes, in dwords of four bytes 0 … 63, with value = scale · byte + offset.
 /// </summary>
 /// <typeparam name="V">The register.</typeparam>
 internal unsafe interface IBlockFormat<V>
@@ -15,9 +15,6 @@ internal unsafe interface IBlockFormat<V>
 
     /// <summary>Gets the groups of a block.</summary>
     static abstract int Groups { get; }
-
-    /// <summary>Gets a value indicating whether bytes are signed; else they are 0 … 63.</summary>
-    static abstract bool IsSigned { get; }
 
     /// <summary>Gets a value indicating whether the products of a group add up in int16: bytes are 0 … 15.</summary>
     static abstract bool FitsWords { get; }
@@ -97,35 +94,6 @@ internal static unsafe class BlockFormat<V>
     }
 }
 
-/// <summary>A scale, then 32 signed bytes.</summary>
-/// <typeparam name="V">The register.</typeparam>
-internal readonly unsafe struct Q8Format<V> : IBlockFormat<V>
-    where V : struct, ILanes<V>
-{
-    public static int BlockBytes => 34;
-
-    public static int Groups => 1;
-
-    public static bool IsSigned => true;
-
-    public static bool FitsWords => false;
-
-    public static bool HasHalfScales => false;
-
-    public static bool HasOffsets => false;
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Plane(block, 2, i);
-
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
-        (scale, offset) = (Halves<V>.Load(block), default);
-
-    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
-    {
-    }
-}
-
 /// <summary>A scale, then 32 nibbles, each 8 too large.</summary>
 /// <typeparam name="V">The register.</typeparam>
 internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
@@ -134,8 +102,6 @@ internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
     public static int BlockBytes => 18;
 
     public static int Groups => 1;
-
-    public static bool IsSigned => false;
 
     public static bool FitsWords => true;
 
@@ -167,8 +133,6 @@ internal readonly unsafe struct Q41Format<V> : IBlockFormat<V>
 
     public static int Groups => 1;
 
-    public static bool IsSigned => false;
-
     public static bool FitsWords => true;
 
     public static bool HasHalfScales => false;
@@ -195,8 +159,6 @@ internal readonly unsafe struct Q5Format<V> : IBlockFormat<V>
     public static int BlockBytes => 22;
 
     public static int Groups => 1;
-
-    public static bool IsSigned => false;
 
     public static bool FitsWords => false;
 
@@ -229,8 +191,6 @@ internal readonly unsafe struct Q51Format<V> : IBlockFormat<V>
 
     public static int Groups => 1;
 
-    public static bool IsSigned => false;
-
     public static bool FitsWords => false;
 
     public static bool HasHalfScales => false;
@@ -258,8 +218,6 @@ internal readonly unsafe struct Q4KFormat<V> : IBlockFormat<V>
     public static int BlockBytes => 144;
 
     public static int Groups => 8;
-
-    public static bool IsSigned => false;
 
     public static bool FitsWords => true;
 
@@ -303,8 +261,6 @@ internal readonly unsafe struct Q5KFormat<V> : IBlockFormat<V>
 
     public static int Groups => 8;
 
-    public static bool IsSigned => false;
-
     public static bool FitsWords => false;
 
     public static bool HasHalfScales => false;
@@ -336,8 +292,6 @@ internal readonly unsafe struct Q6KFormat<V> : IBlockFormat<V>
     public static int BlockBytes => 210;
 
     public static int Groups => 8;
-
-    public static bool IsSigned => false;
 
     public static bool FitsWords => false;
 

@@ -123,12 +123,19 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
         : Cpu.MatMul.TakePacked<T>(arena, outputs, inputs);
 
     /// <inheritdoc/>
+    public override bool ReadsInPlace(DType type, StoredRows rows) => type == DType.Q8_0 && Q8MatMul.Reads<V>(rows);
+
+    /// <inheritdoc/>
     public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows)
     {
         Shape.Require(weight.Values.IsEmpty && firstRow % PackedRows == 0, "a frozen weight and a first row that packs begin with");
-        if (weight.Type.IsQuantized())
+        if (weight.Type == DType.Q8_0)
         {
-            WeightPanels.Write(Team, weight.PackedForward, V.Count, firstRow, rows);
+            Q8MatMul.Write(weight, firstRow, rows);
+        }
+        else if (weight.Type.IsQuantized())
+        {
+            WeightPanels.Write<V>(Team, weight.PackedForward, firstRow, rows);
         }
         else if (ArePairs(weight.Type, weight.Inputs))
         {
@@ -154,7 +161,11 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
             output.Rows == input.Rows && output.Columns == weight.Outputs && input.Columns == weight.Inputs,
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, output);
-        if (weight.Type.IsQuantized())
+        if (weight.Type == DType.Q8_0)
+        {
+            Q8MatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
+        }
+        else if (weight.Type.IsQuantized())
         {
             QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight.PackedForward, accumulate);
         }

@@ -18,7 +18,7 @@ internal static unsafe class Embedding
         team.Run(ref work, rows.Tasks);
     }
 
-    /// <summary>output row n = table row indices[n] as singles; the table is of a floating-point type, or in panels of so many lanes.</summary>
+    /// <summary>output row n = table row indices[n] as singles; the table is of a floating-point type or Q8_0, or in panels of so many lanes.</summary>
     public static void Widen(ThreadTeam team, Tensor output, Tensor table, Tensor indices, int lanes)
     {
         if (table.Type == DType.F32)
@@ -67,7 +67,11 @@ internal static unsafe class Embedding
             for (int n = rows.First(task); n < rows.End(task); n++)
             {
                 int row = *indices.I32(n);
-                if (table.Type.IsQuantized())
+                if (table.Type == DType.Q8_0)
+                {
+                    Q8MatMul.DecodeRow(output.F32(n), (byte*)table.Address + (row * table.Type.RowBytes(table.Columns)), table.Columns);
+                }
+                else if (table.Type.IsQuantized())
                 {
                     WeightPanels.DecodeRow(output.F32(n), table, lanes, row);
                 }

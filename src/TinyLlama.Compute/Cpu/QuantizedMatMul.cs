@@ -1,5 +1,4 @@
 using System.Runtime.CompilerServices;
-using System.Runtime.Intrinsics;
 using System.Runtime.Intrinsics.X86;
 
 namespace TinyLlama.Compute.Cpu;
@@ -14,20 +13,8 @@ namespace TinyLlama.Compute.Cpu;
 /// </remarks>
 internal static unsafe class QuantizedMatMul
 {
-    // Elements that share a scale in the rounded inputs; their bytes are followed by four floats.
-    private const int Group = 32;
-    private const int GroupBytes = Group + ScalesBytes;
-    private const int ScalesBytes = 4 * sizeof(float);
-
-    // The same in int16, as blocks of rows meet signed weights: even words of all dwords, odd words, the floats.
-    private const int WordsBytes = Group * sizeof(short);
-    private const int WordGroupBytes = WordsBytes + ScalesBytes;
-
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
     private const int MostRows = 32;
-
-    // The same where bytes of weights are signed: rows whose sums of integers fit the registers.
-    private const int SignedRows = 8;
 
     // Bytes of panels of a task: they stay in the second cache while blocks of rows pass by.
     private const long TaskBytes = 96 << 10;
@@ -35,15 +22,12 @@ internal static unsafe class QuantizedMatMul
     // How far ahead panels are fetched: some memory latency at the rate of a core.
     private const int PrefetchBytes = 2048;
 
-    /// <summary>Inputs that rounded rows may have in all, so that they fit <see cref="Scratch.Shared"/>.</summary>
-    private const int MaxElements = MatMul.SharedCount * sizeof(float) / WordGroupBytes * Group;
-
     /// <summary>output (N, O) = or += input (N, I) · weightᵀ.</summary>
     public static void Forward<V>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Tensor panels, bool accumulate)
         where V : struct, ILanes<V>
     {
-        Shape.Require(input.Columns <= MaxElements, "rows of inputs that fit the scratch");
-        int rowsAtOnce = MaxElements / input.Columns;
+        Shape.Require(input.Columns <= RoundedInputs.MaxElements, "rows of inputs that fit the scratch");
+        int rowsAtOnce = RoundedInputs.MaxElements / input.Columns;
         for (int row = 0; row < input.Rows; row += rowsAtOnce)
         {
             int count = Math.Min(rowsAtOnce, input.Rows - row);
@@ -56,9 +40,6 @@ internal static unsafe class QuantizedMatMul
     {
         switch (panels.Type)
         {
-            case DType.Q8_0:
-                Multiply<V, Q8Format<V>>(team, rounded, output, input, panels, accumulate);
-                break;
             case DType.Q4_0:
                 Multiply<V, Q4Format<V>>(team, rounded, output, input, panels, accumulate);
                 break;
@@ -89,9 +70,7 @@ internal static unsafe class QuantizedMatMul
         where V : struct, ILanes<V>
         where F : struct, IBlockFormat<V>
     {
-        Rows rows = Rows.Of(input);
-        RoundWork<V, F> round = new() { Rounded = rounded, Input = input, Rows = rows };
-        team.Run(ref round, rows.Tasks);
+        RoundedInputs.Round<V>(team, rounded, input, MostRows, inWords: false);
         long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
         int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes, 1, Math.Max(1, panelCount / 8));
@@ -103,119 +82,10 @@ internal static unsafe class QuantizedMatMul
             PanelBytes = (nint)panelBytes,
             PanelCount = panelCount,
             PanelsPerTask = panelsPerTask,
-            Groups = panels.Columns / Group,
+            Groups = panels.Columns / RoundedInputs.Group,
             Accumulate = accumulate,
         };
         team.Run(ref work, (panelCount + panelsPerTask - 1) / panelsPerTask);
-    }
-
-    // Rows in blocks; in a block, group after group, what all rows of it have of the group.
-    private static byte* RowBlock(byte* rounded, int row, int groups) => rounded + ((nint)row * groups * WordGroupBytes);
-
-    // The rows of the block that begins at a row; for signed weights 8, then 4, then what is left.
-    private static int BlockRows(int first, int rows, bool isSigned) => (rows - first) switch
-    {
-        int left when !isSigned => Math.Min(MostRows, left),
-        >= SignedRows => SignedRows,
-        >= SignedRows / 2 => SignedRows / 2,
-        int left => left,
-    };
-
-    // The first row of the block that a row is in.
-    private static int FirstOfBlock(int row, int rows, bool isSigned) =>
-        !isSigned ? row - (row % MostRows)
-        : row < rows - (rows % SignedRows) ? row - (row % SignedRows)
-        : row - (row % (SignedRows / 2));
-
-    private struct RoundWork<V, F> : IWork
-        where V : struct, ILanes<V>
-        where F : struct, IBlockFormat<V>
-    {
-        public byte* Rounded;
-        public Tensor Input;
-        public Rows Rows;
-
-        public readonly void Run(int task, int thread)
-        {
-            int groups = Input.Columns / Group;
-            for (int row = Rows.First(task); row < Rows.End(task); row++)
-            {
-                int first = FirstOfBlock(row, Input.Rows, F.IsSigned);
-                int blockRows = BlockRows(first, Input.Rows, F.IsSigned);
-                bool inWords = F.IsSigned && blockRows >= SignedRows / 2;
-                int bytes = inWords ? WordGroupBytes : GroupBytes;
-                byte* destination = RowBlock(Rounded, first, groups) + ((row - first) * bytes);
-                float* source = Input.F32(row);
-                for (int group = 0; group < groups; group++)
-                {
-                    if (inWords)
-                    {
-                        RoundGroup(destination, destination + WordsBytes, source);
-                        Widen(destination);
-                    }
-                    else
-                    {
-                        RoundGroup(destination, destination + Group, source);
-                    }
-
-                    source += Group;
-                    destination += blockRows * bytes;
-                }
-            }
-        }
-
-        // 32 bytes become the even and the odd words of their dwords.
-        private static void Widen(byte* group)
-        {
-            for (int i = Group - Vector128<byte>.Count; i >= 0; i -= Vector128<byte>.Count)
-            {
-                Vector128<short> bytes = Vector128.Load((short*)(group + i));
-                ((bytes << 8) >> 8).Store((short*)(group + i));
-                (bytes >> 8).Store((short*)(group + Group + i));
-            }
-        }
-
-        // 32 bytes; their scale, the scaled sums of both halves and of all.
-        [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void RoundGroup(byte* destination, byte* floats, float* x)
-        {
-            V largest = V.Create(0);
-            V notFinite = V.Create(0);
-            for (int i = 0; i < Group; i += V.Count)
-            {
-                V value = V.Load(x + i);
-                largest = V.Max(largest, V.Max(value, V.Create(0) - value));
-                notFinite += (value - value);
-            }
-
-            // Adding 1.5 · 2²³ rounds to the nearest whole number, ties to even, and leaves it in the low bits.
-            float scale = largest.Max() / 127;
-            V inverse = V.Create(scale > 0 ? 1 / scale : 0);
-            V shift = V.Create(12_582_912f);
-            V first = V.Create(0);
-            V second = V.Create(0);
-            for (int i = 0; i < Group; i += V.Count)
-            {
-                V shifted = V.Fma(V.Load(x + i), inverse, shift);
-                shifted.StoreLowBytes((sbyte*)destination + i);
-                if (i < Group / 2)
-                {
-                    first += shifted - shift;
-                }
-                else
-                {
-                    second += shifted - shift;
-                }
-            }
-
-            // What is not a number stays none: the scale carries it.
-            scale += notFinite.Sum();
-            float* scales = (float*)floats;
-            scales[0] = scale;
-            scales[1] = scale * first.Sum();
-            scales[2] = scale * second.Sum();
-            scales[3] = scale * (first.Sum() + second.Sum());
-        }
     }
 
     private struct MultiplyWork<V, F> : IWork
@@ -236,25 +106,16 @@ internal static unsafe class QuantizedMatMul
             float* sums = stackalloc float[MostRows * V.Count];
             int first = task * PanelsPerTask;
             int end = Math.Min(PanelCount, first + PanelsPerTask);
-            int rows;
-            for (int row = 0; row < Output.Rows; row += rows)
+            for (int row = 0; row < Output.Rows; row += MostRows)
             {
-                rows = BlockRows(row, Output.Rows, F.IsSigned);
-                byte* rounded = RowBlock(Rounded, row, Groups);
+                int rows = Math.Min(MostRows, Output.Rows - row);
+                byte* rounded = Rounded + ((nint)row * Groups * RoundedInputs.GroupBytes);
                 for (int panel = first; panel < end; panel++)
                 {
                     byte* weights = Panels + (panel * PanelBytes);
                     if (rows == 1)
                     {
                         MultiplyRow(weights, rounded, Groups).Store(sums);
-                    }
-                    else if (F.IsSigned && rows == SignedRows)
-                    {
-                        MultiplyWords<Eight>(sums, weights, rounded, Groups);
-                    }
-                    else if (F.IsSigned && rows == SignedRows / 2)
-                    {
-                        MultiplyWords<Four>(sums, weights, rounded, Groups);
                     }
                     else
                     {
@@ -329,89 +190,13 @@ internal static unsafe class QuantizedMatMul
                     (V scale, V offset) = (unit, offsetUnit);
                     F.Scale(weights, scales, group, 1, ref scale, ref offset);
                     sum = AddScaled(sum, a, scale, offset, rounded, F.HasHalfScales ? 2 : 3);
-                    rounded += GroupBytes;
+                    rounded += RoundedInputs.GroupBytes;
                 }
 
                 weights += F.BlockBytes * V.Count;
             }
 
             return sum;
-        }
-
-        // Eight or four rows and one panel of signed bytes, integers in registers: the bits of MultiplyRow.
-        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static void MultiplyWords<TRows>(float* sums, byte* weights, byte* rounded, int groups)
-        {
-            nint lanes = V.Count;
-            int rows = typeof(TRows) == typeof(Eight) ? SignedRows : SignedRows / 2;
-            for (int r = 0; r < rows; r++)
-            {
-                V.Create(0).Store(sums + (r * lanes));
-            }
-
-            for (int group = 0; group < groups; group++)
-            {
-                V a0 = default, a1 = default, a2 = default, a3 = default, a4 = default, a5 = default, a6 = default, a7 = default;
-                byte* x = rounded;
-                for (int i = 0; i < Group / 4; i++)
-                {
-                    V w = F.Bytes(weights, 0, i);
-                    V even = V.EvenWords(w);
-                    a0 = V.AddDwords(a0, V.DwordProducts(even, Input(x)));
-                    a1 = V.AddDwords(a1, V.DwordProducts(even, Input(x + WordGroupBytes)));
-                    a2 = V.AddDwords(a2, V.DwordProducts(even, Input(x + (2 * WordGroupBytes))));
-                    a3 = V.AddDwords(a3, V.DwordProducts(even, Input(x + (3 * WordGroupBytes))));
-                    if (typeof(TRows) == typeof(Eight))
-                    {
-                        a4 = V.AddDwords(a4, V.DwordProducts(even, Input(x + (4 * WordGroupBytes))));
-                        a5 = V.AddDwords(a5, V.DwordProducts(even, Input(x + (5 * WordGroupBytes))));
-                        a6 = V.AddDwords(a6, V.DwordProducts(even, Input(x + (6 * WordGroupBytes))));
-                        a7 = V.AddDwords(a7, V.DwordProducts(even, Input(x + (7 * WordGroupBytes))));
-                    }
-
-                    V odd = V.OddWords(w);
-                    a0 = V.AddDwords(a0, V.DwordProducts(odd, Input(x + Group)));
-                    a1 = V.AddDwords(a1, V.DwordProducts(odd, Input(x + Group + WordGroupBytes)));
-                    a2 = V.AddDwords(a2, V.DwordProducts(odd, Input(x + Group + (2 * WordGroupBytes))));
-                    a3 = V.AddDwords(a3, V.DwordProducts(odd, Input(x + Group + (3 * WordGroupBytes))));
-                    if (typeof(TRows) == typeof(Eight))
-                    {
-                        a4 = V.AddDwords(a4, V.DwordProducts(odd, Input(x + Group + (4 * WordGroupBytes))));
-                        a5 = V.AddDwords(a5, V.DwordProducts(odd, Input(x + Group + (5 * WordGroupBytes))));
-                        a6 = V.AddDwords(a6, V.DwordProducts(odd, Input(x + Group + (6 * WordGroupBytes))));
-                        a7 = V.AddDwords(a7, V.DwordProducts(odd, Input(x + Group + (7 * WordGroupBytes))));
-                    }
-
-                    x += 4;
-                }
-
-                F.Units(weights, null, out V scale, out _);
-                float* sum = sums;
-                x = rounded + WordsBytes;
-                AddScaled(ref sum, a0, scale, ref x);
-                AddScaled(ref sum, a1, scale, ref x);
-                AddScaled(ref sum, a2, scale, ref x);
-                AddScaled(ref sum, a3, scale, ref x);
-                if (typeof(TRows) == typeof(Eight))
-                {
-                    AddScaled(ref sum, a4, scale, ref x);
-                    AddScaled(ref sum, a5, scale, ref x);
-                    AddScaled(ref sum, a6, scale, ref x);
-                    AddScaled(ref sum, a7, scale, ref x);
-                }
-
-                weights += F.BlockBytes * lanes;
-                rounded += rows * WordGroupBytes;
-            }
-        }
-
-        // The next row's sum += scale · products.
-        [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void AddScaled(ref float* sum, V products, V scale, ref byte* rowScale)
-        {
-            V.Fma(V.FromInt32(products), scale * V.Create(*(float*)rowScale), V.Load(sum)).Store(sum);
-            sum += V.Count;
-            rowScale += WordGroupBytes;
         }
 
         // Some rows and one panel. Small enough for the JIT to inline all that it calls.
@@ -459,7 +244,7 @@ internal static unsafe class QuantizedMatMul
 
                         products = Add(Add(products, w4, w5, rounded + 16), w6, w7, rounded + 24);
                         AddScaled(total, products, scale1, offset1, rounded, F.HasHalfScales ? 2 : 3).Store(sum);
-                        rounded += GroupBytes;
+                        rounded += RoundedInputs.GroupBytes;
                     }
                 }
 
@@ -472,12 +257,6 @@ internal static unsafe class QuantizedMatMul
         private static V Add(V a, V first, V second, byte* rounded)
         {
             (V x, V y) = (Input(rounded), Input(rounded + 4));
-            if (F.IsSigned)
-            {
-                V products = V.AddNeighbours(V.WordProducts(V.Magnitudes(first), V.WithSigns(x, first)));
-                return V.AddDwords(a, V.AddDwords(products, V.AddNeighbours(V.WordProducts(V.Magnitudes(second), V.WithSigns(y, second)))));
-            }
-
             V words = V.AddWords(V.WordProducts(first, x), V.WordProducts(second, y));
             return F.FitsWords ? V.AddWords(a, words) : V.AddDwords(a, V.AddNeighbours(words));
         }
@@ -490,7 +269,7 @@ internal static unsafe class QuantizedMatMul
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
         private static V AddScaled(V sum, V products, V scale, V offset, byte* rounded, int part)
         {
-            float* scales = (float*)(rounded + Group);
+            float* scales = (float*)(rounded + RoundedInputs.Group);
             if (F.HasOffsets)
             {
                 sum = V.Fma(offset, V.Create(scales[part]), sum);
@@ -498,11 +277,6 @@ internal static unsafe class QuantizedMatMul
 
             return V.Fma(V.FromInt32(F.FitsWords ? V.AddNeighbours(products) : products), scale * V.Create(scales[0]), sum);
         }
-
-        // What MultiplyWords is compiled for.
-        private readonly struct Four;
-
-        private readonly struct Eight;
 
         // The lines of a group.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]

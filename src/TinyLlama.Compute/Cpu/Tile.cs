@@ -101,15 +101,20 @@ internal readonly unsafe struct Tile<V> : IPackingTile
         }
 
         int j = 0;
-        nint done = step == 1 && Transpose.IsSupported ? depth & -4 : 0;
-        for (; done > 0 && j + 8 <= columns; j += 8)
+        nint done = step == 1 ? depth & -4 : 0;
+        for (; done > 0 && j + V.Count <= columns; j += V.Count)
         {
-            for (nint k = 0; k < done; k += 4)
+            float* destination = panel + j;
+            for (nint k = 0; k < done; k += 4, destination += 4 * Columns)
             {
-                Transpose.EightRows(panel + (k * Columns) + j, Columns, (byte*)(source + (j * column) + k), column * sizeof(float));
+                V.LoadTurned((byte*)(source + (j * column) + k), column * sizeof(float), out V w0, out V w1, out V w2, out V w3);
+                w0.Store(destination);
+                w1.Store(destination + Columns);
+                w2.Store(destination + (2 * Columns));
+                w3.Store(destination + (3 * Columns));
             }
 
-            Copy(panel + (done * Columns) + j, source + (j * column) + done, column, step, 8, depth - done);
+            Copy(panel + (done * Columns) + j, source + (j * column) + done, column, step, V.Count, depth - done);
         }
 
         Copy(panel + j, source + (j * column), column, step, columns - j, depth);

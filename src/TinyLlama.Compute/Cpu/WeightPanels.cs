@@ -3,7 +3,7 @@ using System.Runtime.CompilerServices;
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
-/// Quantized weights as kernels read them: panels of as many rows as a register has lanes, block after block along the
+/// Quantized weights of 4 to 6 bits as kernels read them: panels of as many rows as a register has lanes, block after block along the
 /// inputs. In a panel a block is the rows' blocks of the file turned: first the 16-bit word that is no part of a dword, if
 /// the type has one, of each row, then dword after dword of each row. So a lane is a row, and each byte of the file is
 /// there once.
@@ -20,10 +20,10 @@ internal static unsafe class WeightPanels
     /// <summary>Writes whole rows in the order of files to their places.</summary>
     /// <param name="team">The threads.</param>
     /// <param name="panels">All panels; its shape and type are the weight's.</param>
-    /// <param name="lanes">Rows of a panel.</param>
     /// <param name="firstRow">The first row.</param>
     /// <param name="rows">Their bytes.</param>
-    public static void Write(ThreadTeam team, Tensor panels, int lanes, int firstRow, ReadOnlySpan<byte> rows)
+    public static void Write<V>(ThreadTeam team, Tensor panels, int firstRow, ReadOnlySpan<byte> rows)
+        where V : struct, ILanes<V>
     {
         int rowBytes = checked((int)panels.Type.RowBytes(panels.Columns));
         int count = rows.Length / rowBytes;
@@ -35,12 +35,11 @@ internal static unsafe class WeightPanels
 
         fixed (byte* source = rows)
         {
-            int firstPanel = firstRow / lanes;
-            WriteWork work = new()
+            int firstPanel = firstRow / V.Count;
+            WriteWork<V> work = new()
             {
                 Panels = (byte*)panels.Address,
                 Source = source,
-                Lanes = lanes,
                 FirstRow = firstRow,
                 EndRow = firstRow + count,
                 FirstPanel = firstPanel,
@@ -48,7 +47,7 @@ internal static unsafe class WeightPanels
                 BlockBytes = panels.Type.BlockBytes(),
                 Word = Word(panels.Type),
             };
-            team.Run(ref work, ((firstRow + count - 1) / lanes) - firstPanel + 1);
+            team.Run(ref work, ((firstRow + count - 1) / V.Count) - firstPanel + 1);
         }
     }
 
@@ -83,16 +82,16 @@ internal static unsafe class WeightPanels
     // Where in a block the odd word lies: a scale. -1 where there is none.
     private static int Word(DType type) => type switch
     {
-        DType.Q8_0 or DType.Q4_0 or DType.Q5_0 => 0,
+        DType.Q4_0 or DType.Q5_0 => 0,
         DType.Q6_K => 208,
         _ => -1,
     };
 
-    private struct WriteWork : IWork
+    private struct WriteWork<V> : IWork
+        where V : struct, ILanes<V>
     {
         public byte* Panels;
         public byte* Source;
-        public int Lanes;
         public int FirstRow;
         public int EndRow;
         public int FirstPanel;
@@ -104,24 +103,26 @@ internal static unsafe class WeightPanels
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         public readonly void Run(int task, int thread)
         {
-            int panelRow = (FirstPanel + task) * Lanes;
+            int panelRow = (FirstPanel + task) * V.Count;
             byte* panel = Panels + ((nint)panelRow * RowBytes);
             int first = Math.Max(FirstRow, panelRow);
-            int end = Math.Min(EndRow, panelRow + Lanes);
+            int end = Math.Min(EndRow, panelRow + V.Count);
             int firstDword = Word == 0 ? sizeof(ushort) : 0;
             int dwords = BlockBytes / sizeof(uint);
             for (int offset = 0; offset < RowBytes; offset += BlockBytes)
             {
-                byte* block = panel + ((nint)offset * Lanes);
-                byte* planes = block + (Word >= 0 ? sizeof(ushort) * Lanes : 0);
-                int turned = Transpose.IsSupported && Lanes % 8 == 0 && end - first == Lanes ? dwords & -4 : 0;
-                for (int lane = 0; lane < Lanes && turned > 0; lane += 8)
+                byte* block = panel + ((nint)offset * V.Count);
+                byte* planes = block + (Word >= 0 ? sizeof(ushort) * V.Count : 0);
+                int turned = end - first == V.Count ? dwords & -4 : 0;
+                byte* rows = Source + ((nint)(first - FirstRow) * RowBytes) + offset + firstDword;
+                for (int i = 0; i < turned; i += 4)
                 {
-                    byte* rows = Source + ((nint)(first + lane - FirstRow) * RowBytes) + offset + firstDword;
-                    for (int i = 0; i < turned; i += 4)
-                    {
-                        Transpose.EightRows((float*)planes + (i * Lanes) + lane, Lanes, rows + (i * sizeof(uint)), RowBytes);
-                    }
+                    V.LoadTurned(rows + (i * sizeof(uint)), RowBytes, out V w0, out V w1, out V w2, out V w3);
+                    float* destination = (float*)planes + (i * V.Count);
+                    w0.Store(destination);
+                    w1.Store(destination + V.Count);
+                    w2.Store(destination + (2 * V.Count));
+                    w3.Store(destination + (3 * V.Count));
                 }
 
                 for (int row = first; row < end; row++)
@@ -137,7 +138,7 @@ internal static unsafe class WeightPanels
                     uint* dword = (uint*)(source + firstDword);
                     for (int i = turned; i < dwords; i++)
                     {
-                        plane[i * Lanes] = dword[i];
+                        plane[i * V.Count] = dword[i];
                     }
                 }
             }

@@ -57,13 +57,19 @@ public sealed unsafe class MappedFile : IDisposable
     /// <param name="offset">First byte.</param>
     /// <param name="count">Number of bytes.</param>
     /// <exception cref="ArgumentOutOfRangeException">The range is not inside the file.</exception>
-    public ReadOnlySpan<byte> Bytes(long offset, int count)
+    public ReadOnlySpan<byte> Bytes(long offset, int count) => new((void*)Address(offset, count), count);
+
+    /// <summary>The address of a range. Must not be used after <see cref="Dispose"/>.</summary>
+    /// <param name="offset">First byte.</param>
+    /// <param name="count">Number of bytes.</param>
+    /// <exception cref="ArgumentOutOfRangeException">The range is not inside the file.</exception>
+    public nint Address(long offset, long count)
     {
         ObjectDisposedException.ThrowIf(_first is null && Length > 0, this);
         ArgumentOutOfRangeException.ThrowIfNegative(offset);
         ArgumentOutOfRangeException.ThrowIfNegative(count);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(offset, Length - count);
-        return new ReadOnlySpan<byte>(_first + offset, count);
+        return (nint)_first + (nint)offset;
     }
 
     /// <summary>Drops what has been read from memory: a copy of it then takes its place, not more. It can be read again.</summary>

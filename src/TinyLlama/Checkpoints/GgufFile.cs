@@ -105,6 +105,9 @@ internal sealed class GgufFile : IDisposable
         return _file.Bytes(entry.Offset + first, count);
     }
 
+    /// <summary>Where a tensor lies in memory, until <see cref="Dispose"/>.</summary>
+    public nint Address(GgufEntry entry) => _file.Address(entry.Offset, entry.ByteCount);
+
     /// <summary>Drops what has been read from memory; it can be read again.</summary>
     public void DropPages() => _file.DropPages();
 

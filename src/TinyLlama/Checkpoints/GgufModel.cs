@@ -97,6 +97,13 @@ internal sealed class GgufModel : ModelSource
     }
 
     /// <inheritdoc/>
+    internal override StoredRows MappedTensor(string name)
+    {
+        (GgufFile file, GgufEntry entry) = _places[name];
+        return new StoredRows(file.Address(entry), checked((int)entry.Shape[0]), ModelTensors.IsInterleaved(name) ? Config.HeadDim : 0);
+    }
+
+    /// <inheritdoc/>
     internal override void DropPages() => _parts.DropPages();
 
     /// <inheritdoc/>

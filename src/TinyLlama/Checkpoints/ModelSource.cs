@@ -214,6 +214,10 @@ public abstract class ModelSource : IDisposable
     /// <param name="name">One of <see cref="Tensors"/>.</param>
     public virtual DType StorageOf(string name) => StoredType;
 
+    /// <summary>What a tensor is stored in, and where its rows lie if the file is mapped: as long as this source is open.</summary>
+    /// <param name="name">One of <see cref="Tensors"/>.</param>
+    public FrozenStorage FrozenStorageOf(string name) => new(StorageOf(name), MappedTensor(name));
+
     /// <summary>Reads whole rows of a tensor as they are stored.</summary>
     /// <param name="destination">What is filled: bytes of the type that <see cref="StorageOf"/> says.</param>
     /// <param name="tensor">One of <see cref="Tensors"/>.</param>
@@ -265,6 +269,10 @@ public abstract class ModelSource : IDisposable
     /// <param name="count">The number of rows.</param>
     internal virtual ReadOnlySpan<byte> MappedRows(ModelTensor tensor, int firstRow, int count) => default;
 
+    /// <summary>All rows of a tensor where a mapped file has them, in whatever order <see cref="StoredRows"/> can tell; none where it has not.</summary>
+    /// <param name="name">One of <see cref="Tensors"/>.</param>
+    internal virtual StoredRows MappedTensor(string name) => default;
+
     /// <summary>Drops what has been read of the files from memory.</summary>
     internal abstract void DropPages();
 
@@ -301,7 +309,7 @@ public abstract class ModelSource : IDisposable
 
     private void CopyRows(Backend backend, Parameter parameter)
     {
-        if (parameter.Frozen.Weight is not { } weight)
+        if (parameter.Frozen.Weight is not { IsInPlace: false } weight)
         {
             return;
         }

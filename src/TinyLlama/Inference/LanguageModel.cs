@@ -20,14 +20,16 @@ namespace TinyLlama.Inference;
 /// </example>
 public sealed class LanguageModel : IDisposable
 {
+    // Open as long as the model reads weights in its files.
+    private readonly ModelSource _source;
     private readonly Lazy<ChatTemplate?> _chatTemplate;
     private readonly PromptCache? _promptCache;
     private TextGenerator? _generator;
 
-    private LanguageModel(Backend backend, LlamaModel model, BpeTokenizer tokenizer, bool addsBos, Func<ChatTemplate?> chatTemplate, int contextLength,
-        PromptCache? promptCache)
+    private LanguageModel(ModelSource source, Backend backend, LlamaModel model, BpeTokenizer tokenizer, bool addsBos, Func<ChatTemplate?> chatTemplate,
+        int contextLength, PromptCache? promptCache)
     {
-        (Backend, Model, Tokenizer, AddsBos, ContextLength) = (backend, model, tokenizer, addsBos, contextLength);
+        (_source, Backend, Model, Tokenizer, AddsBos, ContextLength) = (source, backend, model, tokenizer, addsBos, contextLength);
         (_chatTemplate, _promptCache) = (new Lazy<ChatTemplate?>(chatTemplate), promptCache);
     }
 
@@ -74,17 +76,19 @@ public sealed class LanguageModel : IDisposable
         string? promptCache = null, DType? cacheType = null, Device device = default)
     {
         warn ??= static _ => { };
-        using ModelSource source = adapter is null ? ModelSource.Open(path, warn) : ModelSource.Open(path, adapter, warn);
-        BpeTokenizer tokenizer = source.LoadTokenizer()
-            ?? throw new UserErrorException($"{source.Path}: has no tokenizer; {source.TokenizerAdvice}");
-        Backend backend = device.Open(threads, warn: warn);
+        ModelSource source = adapter is null ? ModelSource.Open(path, warn) : ModelSource.Open(path, adapter, warn);
+        Backend? backend = null;
         LlamaModel? model = null;
         try
         {
-            model = LlamaModel.AllocateFrozen(source.Config, backend, source.StorageOf);
+            BpeTokenizer tokenizer = source.LoadTokenizer()
+                ?? throw new UserErrorException($"{source.Path}: has no tokenizer; {source.TokenizerAdvice}");
+            backend = device.Open(threads, warn: warn);
+            model = LlamaModel.AllocateFrozen(source.Config, backend, source.FrozenStorageOf);
             source.CopyTo(backend, model.Parameters);
             (string? template, string origin) = (source.ChatTemplate, source.Path);
             return new LanguageModel(
+                source,
                 backend,
                 model,
                 tokenizer,
@@ -99,7 +103,8 @@ public sealed class LanguageModel : IDisposable
         catch
         {
             model?.Dispose();
-            backend.Dispose();
+            backend?.Dispose();
+            source.Dispose();
             throw;
         }
     }
@@ -174,5 +179,6 @@ public sealed class LanguageModel : IDisposable
         _generator?.Dispose();
         Model.Dispose();
         Backend.Dispose();
+        _source.Dispose();
     }
 }

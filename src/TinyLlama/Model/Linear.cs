@@ -102,22 +102,33 @@ public sealed class Linear
         return Over(arenas, backend, values, gradient, parameters);
     }
 
-    // Neighbours of one type become one weight where rows that are packed together all belong to one of them.
+    // Neighbours of one type, in place or not, become one weight where rows that are packed together all belong to one of them.
     private static Linear Frozen(ModelArenas arenas, Backend backend, int inputs, ReadOnlySpan<RowGroup> groups)
     {
         var weights = new List<Weight>();
         var parameters = new List<Parameter>();
         for (int first = 0; first < groups.Length;)
         {
-            DType type = arenas.Storage!(groups[first].Name);
+            FrozenStorage stored = arenas.Storage!(groups[first].Name);
+            bool inPlace = stored.StaysInPlace(backend);
+            List<StoredRows> ranges = [stored.Rows];
             int rows = groups[first].Rows;
             int end = first + 1;
-            for (; end < groups.Length && arenas.Storage(groups[end].Name) == type && rows % Backend.PackedRows == 0; end++)
+            for (; end < groups.Length && rows % Backend.PackedRows == 0; end++)
             {
+                FrozenStorage next = arenas.Storage(groups[end].Name);
+                if (next.Type != stored.Type || next.StaysInPlace(backend) != inPlace)
+                {
+                    break;
+                }
+
+                ranges.Add(next.Rows);
                 rows += groups[end].Rows;
             }
 
-            var weight = Weight.Frozen(arenas.Weights, backend, rows, inputs, type);
+            Weight weight = inPlace
+                ? Weight.InPlace([.. ranges], inputs, stored.Type)
+                : Weight.Frozen(arenas.Weights, backend, rows, inputs, stored.Type);
             weights.Add(weight);
             for (int row = 0; first < end; row += groups[first++].Rows)
             {

@@ -98,8 +98,9 @@ public sealed class LlamaModel : IDisposable
     /// <summary>Gets or sets the stages that this model's blocks are one of; null for a whole model.</summary>
     public StageGroup? Stages { get; set; }
 
-    /// <summary>Gets the bytes that the parameters take in memory, their packed forms included; 0 where others own it.</summary>
-    public long ByteCount => (_own?.Weights.UsedBytes ?? 0) + (_own?.Packed?.UsedBytes ?? 0);
+    /// <summary>Gets the bytes that the parameters take in memory, their packed forms and mapped files included; 0 where others own it.</summary>
+    public long ByteCount => _own is null ? 0 : _own.Weights.UsedBytes + (_own.Packed?.UsedBytes ?? 0)
+        + Parameters.Where(static parameter => parameter.IsInPlace).Sum(static parameter => parameter.Rows * parameter.Frozen.Weight!.Type.RowBytes(parameter.Columns));
 
     /// <summary>Sets the ranks that have the blocks between them, where the shape is one rank's part.</summary>
     public void Join(TensorGroup group) => Array.ForEach(_blocks, block => block.Group = group);
@@ -120,9 +121,9 @@ public sealed class LlamaModel : IDisposable
     /// <summary>A frozen model in memory of its own: it only runs forward, and its weights stay in the types that they are stored in.</summary>
     /// <param name="config">The shape.</param>
     /// <param name="backend">The device; dispose of the model before it.</param>
-    /// <param name="storage">What the parameter of a name is stored in.</param>
+    /// <param name="storage">How the parameter of a name is stored; what the device reads in place is to outlive the model.</param>
     /// <exception cref="DeviceException">The device has not that much memory.</exception>
-    public static LlamaModel AllocateFrozen(ModelConfig config, Backend backend, Func<string, DType> storage)
+    public static LlamaModel AllocateFrozen(ModelConfig config, Backend backend, Func<string, FrozenStorage> storage)
     {
         ModelArenas plan = ModelArenas.PlanFrozen(storage);
         _ = new LlamaModel(config, backend, plan);
@@ -328,9 +329,14 @@ public sealed class LlamaModel : IDisposable
     private Parameter Embedding(ModelArenas arenas)
     {
         (int rows, int columns) = (Config.VocabularySize, Config.Channels);
-        if (arenas.Storage?.Invoke(EmbeddingName) is not { } type)
+        if (arenas.Storage?.Invoke(EmbeddingName) is not { Type: var type } stored)
         {
             return Matrix(EmbeddingName, arenas, rows, columns);
+        }
+
+        if (stored.StaysInPlace(_backend))
+        {
+            return new Parameter(EmbeddingName, default, default, new FrozenRows(Weight.InPlace([stored.Rows], columns, type), 0, rows));
         }
 
         Tensor values = type.IsQuantized() ? default : arenas.Weights.Take(rows, columns, type);

@@ -21,11 +21,11 @@ public enum PackedForms
 /// <param name="Gradients">Gradients of all parameters; null for a model that only runs forward.</param>
 /// <param name="Forms">Which packed forms are kept.</param>
 /// <param name="Storage">
-/// What a parameter of some name is stored in, for a frozen model: one that only runs forward and keeps nothing of its
+/// How the parameter of some name is stored, for a frozen model: one that only runs forward and keeps nothing of its
 /// matrices but what the device's products read. Null for one that can train.
 /// </param>
 public sealed record ModelArenas(
-    Arena Weights, Arena? Packed, Arena? Gradients, PackedForms Forms, Func<string, DType>? Storage = null) : IDisposable
+    Arena Weights, Arena? Packed, Arena? Gradients, PackedForms Forms, Func<string, FrozenStorage>? Storage = null) : IDisposable
 {
     /// <summary>Gets the number of equal parts, of whole rows, that every unit has.</summary>
     public int Subdivisions { get; init; } = 1;
@@ -64,8 +64,8 @@ public sealed record ModelArenas(
     };
 
     /// <summary>Arenas of a frozen model that only count.</summary>
-    /// <param name="storage">What the parameter of a name is stored in.</param>
-    public static ModelArenas PlanFrozen(Func<string, DType> storage) => new(Arena.Plan("weights"), null, null, PackedForms.None, storage);
+    /// <param name="storage">How the parameter of a name is stored.</param>
+    public static ModelArenas PlanFrozen(Func<string, FrozenStorage> storage) => new(Arena.Plan("weights"), null, null, PackedForms.None, storage);
 
     /// <summary>Allocates what a plan counted.</summary>
     public static ModelArenas Allocate(Backend backend, ModelArenas plan) =>

@@ -15,6 +15,9 @@ public sealed record Parameter(string Name, Tensor Values, Tensor Gradient, Froz
     /// <summary>Gets the number of columns.</summary>
     public int Columns => Values.IsEmpty ? Frozen.Weight!.Inputs : Values.Columns;
 
+    /// <summary>Gets a value indicating whether its values lie in a mapped file: nothing copies them.</summary>
+    public bool IsInPlace => Frozen.Weight is { IsInPlace: true };
+
     /// <summary>Gets a value indicating whether files keep it with one dimension: a norm's weight.</summary>
     public bool IsVector => Rows == 1;
 }

@@ -121,7 +121,7 @@ public sealed class ModelSourceTests : IDisposable
             Assert.Equal(expected, rows);
         }
 
-        using LlamaModel frozen = LlamaModel.AllocateFrozen(source.Config, _backend, source.StorageOf);
+        using LlamaModel frozen = LlamaModel.AllocateFrozen(source.Config, _backend, source.FrozenStorageOf);
         source.CopyTo(_backend, frozen.Parameters);
         byte[] table = new byte[2 * s_tiny.VocabularySize * s_tiny.Channels];
         source.ReadRows(table, source.Tensors.Single(static tensor => tensor.Name == LlamaModel.EmbeddingName), 0);

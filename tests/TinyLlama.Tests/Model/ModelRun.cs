@@ -17,13 +17,13 @@ internal sealed class ModelRun : IDisposable
 
     public ModelRun(
         ModelConfig config, int capacity, Keep keep, CpuPath? path = null, int threads = 1, DType products = DType.F32,
-        Func<string, DType>? storage = null)
+        Func<string, FrozenStorage>? storage = null)
         : this(CpuBackend.Create(threads, path, products), config, capacity, keep, storage)
     {
     }
 
     /// <summary>On a device, which it disposes of.</summary>
-    public ModelRun(Backend backend, ModelConfig config, int capacity, Keep keep, Func<string, DType>? storage = null)
+    public ModelRun(Backend backend, ModelConfig config, int capacity, Keep keep, Func<string, FrozenStorage>? storage = null)
     {
         Backend = backend;
         Model = storage is null

@@ -1,0 +1,129 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
+
+namespace TinyLlama.Compute.Cpu;
+
+/// <summary>
+/// Inputs of a product with a quantized weight, rounded to signed bytes: groups of 32 elements that share a scale. A group is
+/// its bytes, or the same as int16, then four floats: the scale, and the scaled sums of the first half, of the second, and of all.
+/// </summary>
+internal static unsafe class RoundedInputs
+{
+    /// <summary>Elements of a group.</summary>
+    public const int Group = 32;
+
+    /// <summary>Bytes of a group.</summary>
+    public const int GroupBytes = Group + FloatBytes;
+
+    /// <summary>Bytes of the int16 of a group: the even bytes of all dwords, then the odd ones.</summary>
+    public const int WordsBytes = Group * sizeof(short);
+
+    /// <summary>Bytes of a group in int16.</summary>
+    public const int WordGroupBytes = WordsBytes + FloatBytes;
+
+    /// <summary>Elements that rounded rows may have in all, so that they fit <see cref="Scratch.Shared"/>.</summary>
+    public const int MaxElements = MatMul.SharedCount * sizeof(float) / WordGroupBytes * Group;
+
+    private const int FloatBytes = 4 * sizeof(float);
+
+    /// <summary>Rounds rows; they lie in blocks of so many, in a block group after group of all its rows.</summary>
+    public static void Round<V>(ThreadTeam team, byte* rounded, Tensor input, int blockRows, bool inWords)
+        where V : struct, ILanes<V>
+    {
+        Rows rows = Rows.Of(input);
+        RoundWork<V> work = new() { Rounded = rounded, Input = input, Rows = rows, BlockRows = blockRows, InWords = inWords };
+        team.Run(ref work, rows.Tasks);
+    }
+
+    private struct RoundWork<V> : IWork
+        where V : struct, ILanes<V>
+    {
+        public byte* Rounded;
+        public Tensor Input;
+        public Rows Rows;
+        public int BlockRows;
+        public bool InWords;
+
+        public readonly void Run(int task, int thread)
+        {
+            int groups = Input.Columns / Group;
+            int bytes = InWords ? WordGroupBytes : GroupBytes;
+            for (int row = Rows.First(task); row < Rows.End(task); row++)
+            {
+                int inBlock = row % BlockRows;
+                int first = row - inBlock;
+                int blockRows = Math.Min(BlockRows, Input.Rows - first);
+                byte* destination = Rounded + ((((nint)first * groups) + inBlock) * bytes);
+                float* source = Input.F32(row);
+                for (int group = 0; group < groups; group++)
+                {
+                    if (InWords)
+                    {
+                        RoundGroup(destination, destination + WordsBytes, source);
+                        Widen(destination);
+                    }
+                    else
+                    {
+                        RoundGroup(destination, destination + Group, source);
+                    }
+
+                    source += Group;
+                    destination += blockRows * bytes;
+                }
+            }
+        }
+
+        // 32 bytes become the even and the odd words of their dwords.
+        private static void Widen(byte* group)
+        {
+            for (int i = Group - Vector128<byte>.Count; i >= 0; i -= Vector128<byte>.Count)
+            {
+                Vector128<short> bytes = Vector128.Load((short*)(group + i));
+                ((bytes << 8) >> 8).Store((short*)(group + i));
+                (bytes >> 8).Store((short*)(group + Group + i));
+            }
+        }
+
+        // 32 bytes; their scale, the scaled sums of both halves and of all.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static void RoundGroup(byte* destination, byte* floats, float* x)
+        {
+            V largest = V.Create(0);
+            V notFinite = V.Create(0);
+            for (int i = 0; i < Group; i += V.Count)
+            {
+                V value = V.Load(x + i);
+                largest = V.Max(largest, V.Max(value, V.Create(0) - value));
+                notFinite += (value - value);
+            }
+
+            // Adding 1.5 · 2²³ rounds to the nearest whole number, ties to even, and leaves it in the low bits.
+            float scale = largest.Max() / 127;
+            V inverse = V.Create(scale > 0 ? 1 / scale : 0);
+            V shift = V.Create(12_582_912f);
+            V first = V.Create(0);
+            V second = V.Create(0);
+            for (int i = 0; i < Group; i += V.Count)
+            {
+                V shifted = V.Fma(V.Load(x + i), inverse, shift);
+                shifted.StoreLowBytes((sbyte*)destination + i);
+                if (i < Group / 2)
+                {
+                    first += shifted - shift;
+                }
+                else
+                {
+                    second += shifted - shift;
+                }
+            }
+
+            // What is not a number stays none: the scale carries it.
+            scale += notFinite.Sum();
+            float* scales = (float*)floats;
+            scales[0] = scale;
+            scales[1] = scale * first.Sum();
+            scales[2] = scale * second.Sum();
+            scales[3] = scale * (first.Sum() + second.Sum());
+        }
+    }
+}
