@@ -59,8 +59,10 @@ internal static class PlanCommand
         });
         command.SetAction(parse =>
         {
+            Recipe read = RecipeFile.Read(parse.GetValue(recipe)!, [.. parse.GetValue(set)!]);
+            long ofOneModel = (long)read.Distribution.Tensor * read.Distribution.Pipeline;
             TrainingPlan plan = TrainingRun.PlanOf(
-                RecipeFile.Read(parse.GetValue(recipe)!, [.. parse.GetValue(set)!]), message => Console.Error.WriteLine($"warning: {message}"));
+                read, message => Console.Error.WriteLine($"warning: {message}"), (int)Math.Min(int.MaxValue, ofOneModel));
             int node = parse.GetValue(perNode) ?? 8;
             int[] sizes = parse.GetValue(nodes) is int number ? [checked(number * node)] : parse.GetValue(ranks)!;
             GpuModel gpu = GpuModel.All.Single(model => model.Name == parse.GetValue(device));
@@ -180,6 +182,8 @@ internal static class PlanCommand
         long bytes = memory.Sum(arena => arena.Bytes);
         return new JsonObject
         {
+            ["tensor"] = way.Tensor,
+            ["pipeline"] = way.Pipeline,
             ["zero"] = way.Stage,
             ["shard"] = way.Shards,
             ["reduction_lanes"] = way.Lanes,
@@ -208,7 +212,7 @@ internal static class PlanCommand
         };
     }
 
-    private static string Name(Sharding way) => FormattableString.Invariant(
+    private static string Name(Sharding way) => way.ModelRanks > 1 ? $"tensor {way.Tensor} × pipeline {way.Pipeline}" : FormattableString.Invariant(
         $"ZeRO-{way.Stage} over {(way.Replicas == 1 ? $"all {way.Shards}" : $"the {way.Shards} of a node")}");
 
     private static double Gib(long bytes) => bytes / (double)(1L << 30);

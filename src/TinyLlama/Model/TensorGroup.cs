@@ -18,12 +18,13 @@ public sealed class TensorGroup
     private readonly Backend _backend;
     private readonly int _size;
     private readonly int _tokens;
-    private readonly Tensor _parts;
-    private readonly Tensor _sums;
+    private readonly Tensor _padded;
+    private readonly Tensor _received;
+    private readonly Tensor _sum;
     private readonly Tensor _gathered;
     private readonly Tensor _whole;
 
-    /// <summary>Takes room for all ranks' parts of one sum, and for the largest parameter twice.</summary>
+    /// <summary>Takes room for one sum and for the largest parameter, each twice.</summary>
     /// <param name="ranks">The ranks, as many as <see cref="ModelConfig.TensorRanks"/>, a power of two; null to count the bytes.</param>
     /// <param name="backend">The device.</param>
     /// <param name="arena">Owner of the room.</param>
@@ -37,8 +38,9 @@ public sealed class TensorGroup
             throw new ArgumentException($"{ranks.Size} ranks for a shape of {_size}", nameof(ranks));
         }
 
-        _parts = arena.Take(checked(_size * tokens), model.Config.Channels, backend.ActivationType);
-        _sums = backend.ActivationType == DType.F32 ? _parts : arena.Take(_parts.Rows, _parts.Columns);
+        (int rows, int columns) = (RowsOfRank(tokens), model.Config.Channels);
+        (_padded, _received) = (arena.Take(_size * rows, columns, backend.ActivationType), arena.Take(_size * rows, columns, backend.ActivationType));
+        _sum = arena.Take(rows, columns);
         int most = model.Parameters.Where(static part => !IsShared(part.Name)).Max(static part => checked((int)part.Values.Count));
         (_gathered, _whole) = (arena.Take(_size, most), arena.Take(_size, most));
     }
@@ -114,23 +116,26 @@ public sealed class TensorGroup
 
     private void Sum(Tensor values)
     {
-        Tensor parts = _parts.RowRange(0, values.Rows * _size), sums = _sums.RowRange(0, parts.Rows);
-        _ranks!.AllGather(parts, values).Wait();
-        if (sums != parts)
+        // Each rank adds up its share of the rows, rounded up, and gives it to the others.
+        int rows = RowsOfRank(values.Rows);
+        bool divides = rows * _size == values.Rows;
+        Tensor all = divides ? values : _padded.RowRange(0, rows * _size);
+        Tensor sum = _sum.RowRange(0, rows), own = all.RowRange(_ranks!.Rank * rows, rows);
+        if (!divides)
         {
-            _backend.Copy(sums, parts);
+            _backend.Copy(all.RowRange(0, values.Rows), values);
         }
 
-        for (int distance = 1; distance < _size; distance *= 2)
+        _ranks.ReduceScatter(sum, all, _received.RowRange(0, rows * _size)).Wait();
+        _backend.Copy(own, sum);
+        _ranks.AllGather(all, own).Wait();
+        if (!divides)
         {
-            for (int i = 0; i < _size; i += 2 * distance)
-            {
-                _backend.Add(sums.RowRange(i * values.Rows, values.Rows), sums.RowRange((i + distance) * values.Rows, values.Rows));
-            }
+            _backend.Copy(values, all.RowRange(0, values.Rows));
         }
-
-        _backend.Copy(values, sums.RowRange(0, values.Rows));
     }
+
+    private int RowsOfRank(int rows) => (rows + _size - 1) / _size;
 
     private Tensor Whole(Parameter parameter) => IsSplitByColumns(parameter.Name)
         ? Shaped(_whole, parameter.Rows, _size * parameter.Columns)

@@ -1,7 +1,9 @@
+using System.Globalization;
 using System.Numerics;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cuda;
 using TinyLlama.Data;
+using TinyLlama.Model;
 
 namespace TinyLlama.Training;
 
@@ -17,7 +19,7 @@ public sealed record Cluster(GpuModel Gpu, int Ranks, int PerNode, double Share 
 /// <param name="Compute">Forward and backward of a rank's micro-batches, alone on its GPU.</param>
 /// <param name="Links">Communication inside nodes.</param>
 /// <param name="Network">Communication between nodes.</param>
-/// <param name="Exposed">Communication that computing does not hide.</param>
+/// <param name="Exposed">Communication that computing does not hide, and time in which stages of a pipeline wait for each other.</param>
 /// <param name="Slowdown">By how much communication that is hidden slows computing.</param>
 /// <param name="Optimizer">AdamW, at the rate of the memory.</param>
 public readonly record struct ClusterStep(double Compute, double Links, double Network, double Exposed, double Slowdown, double Optimizer)
@@ -70,14 +72,19 @@ public sealed class ClusterPlan
     /// <exception cref="UserErrorException">They cannot divide a step's sequences.</exception>
     public ClusterPlan(TrainingPlan plan, Cluster cluster)
     {
-        if (!BitOperations.IsPow2(cluster.Ranks) || !BitOperations.IsPow2(cluster.PerNode) || plan.SequencesPerStep % cluster.Ranks != 0)
+        Sharding split = plan.Sharding;
+        (int groups, int rest) = Math.DivRem(cluster.Ranks, split.ModelRanks);
+        if (rest != 0 || !BitOperations.IsPow2(groups) || !BitOperations.IsPow2(cluster.PerNode) || plan.SequencesPerStep % groups != 0)
         {
-            throw new UserErrorException(FormattableString.Invariant(
-                $"{cluster.Ranks:N0} GPUs, {cluster.PerNode:N0} a node: both must be powers of two and divide the {plan.SequencesPerStep:N0} sequences of a step; change them or {plan.Recipe.Origins.Describe("batch.global_tokens")}"));
+            string both = split.ModelRanks == 1
+                ? "both must be powers of two and divide"
+                : Invariant($"tensor {split.Tensor:N0} × pipeline {split.Pipeline:N0} of them have a model between them, and the number of such groups must be a power of two and divide");
+            throw new UserErrorException(Invariant(
+                $"{cluster.Ranks:N0} GPUs, {cluster.PerNode:N0} a node: {both} the {plan.SequencesPerStep:N0} sequences of a step; change them or {plan.Recipe.Origins.Describe("batch.global_tokens")}"));
         }
 
         (_plan, Cluster) = (plan, cluster with { PerNode = Math.Min(cluster.PerNode, cluster.Ranks) });
-        long sequences = plan.SequencesPerStep / cluster.Ranks;
+        long sequences = plan.SequencesPerStep / groups;
         Sequences = (int)BigInteger.GreatestCommonDivisor(plan.SequencesPerMicroBatch, sequences);
         MicroBatches = (int)(sequences / Sequences);
         using Backend backend = CudaBackend.Plan(cluster.Gpu.MemoryBytes);
@@ -96,7 +103,7 @@ public sealed class ClusterPlan
     /// <summary>Gets what recipes call the activations that stay.</summary>
     public string Recompute => RecipeKeys.Name(_plan.Recipe.Keep);
 
-    /// <summary>Gets the tokens of one rank in a step.</summary>
+    /// <summary>Gets the tokens of one rank in a step: of all that have one model between them the same.</summary>
     public long TokensPerRank => (long)MicroBatches * Sequences * _plan.ContextLength;
 
     /// <summary>Gets the tokens/s at which one GPU alone trains.</summary>
@@ -108,15 +115,12 @@ public sealed class ClusterPlan
     /// <summary>Gets the units that are gathered and reduced by themselves: the blocks, the embedding, the head with the last norm.</summary>
     public int Units => _plan.Model.Layers + (_plan.Model.TiedEmbeddings ? 1 : 2);
 
-    /// <summary>Gets the ways to divide: each stage inside nodes, and over all GPUs.</summary>
-    public IReadOnlyList<Sharding> Ways =>
-    [
-        .. from stage in Enumerable.Range(1, 3)
-           from shards in new[] { Cluster.PerNode, Cluster.Ranks }.Distinct()
-           select new Sharding(Cluster.Ranks, shards, stage, stage == 1 ? Cluster.Ranks : Cluster.Ranks * MicroBatches, Cluster.Wire),
-    ];
-
-    private double Parameters => _plan.Model.ParameterCount;
+    /// <summary>Gets the ways to divide: each stage of ZeRO inside nodes and over all GPUs, or the recipe's own where it splits the model.</summary>
+    public IReadOnlyList<Sharding> Ways => _plan.Sharding is { ModelRanks: > 1 } split
+        ? [split with { Ranks = Cluster.Ranks, Lanes = Cluster.Ranks / split.ModelRanks, Wire = Cluster.Wire }]
+        : [.. from stage in Enumerable.Range(1, 3)
+              from shards in new[] { Cluster.PerNode, Cluster.Ranks }.Distinct()
+              select new Sharding(Cluster.Ranks, shards, stage, stage == 1 ? Cluster.Ranks : Cluster.Ranks * MicroBatches, Cluster.Wire)];
 
     private double LinkRate => LinkShare * Cluster.Gpu.LinkRate;
 
@@ -132,30 +136,52 @@ public sealed class ClusterPlan
     /// <param name="networkRate">Bytes a second that one GPU's share of its node's network carries in one direction.</param>
     public ClusterStep Step(Sharding way, double networkRate)
     {
-        double compute = TokensPerRank / TokensPerSecond;
+        double compute = TokensPerRank / (way.ModelRanks * TokensPerSecond);
+        (double Links, double Network) between = BetweenParts(way, networkRate);
         (double Links, double Network) gather = Gather(way, networkRate);
         (double Links, double Network) reduce = Reduce(way, networkRate);
-        double replicas = SumReplicas(way, networkRate);
+        (double Links, double Network) replicas = SumReplicas(way, networkRate);
 
         // In each micro-batch, once beside the first forward, and once beside the last backward.
         double forward = way.Stage == 3 ? gather.Links + gather.Network : 0;
         double firstForward = way.Stage == 3 ? 0 : gather.Links + gather.Network;
         double backward = forward + (way.ReducesEachMicroBatch ? reduce.Links + reduce.Network : 0);
-        double lastBackward = (way.ReducesEachMicroBatch ? 0 : reduce.Links + reduce.Network) + replicas;
+        double lastBackward = (way.ReducesEachMicroBatch ? 0 : reduce.Links + reduce.Network) + replicas.Links + replicas.Network;
         double exposed = Exposed(forward, firstForward, compute / 3) + Exposed(backward, lastBackward, compute * 2 / 3);
         double total = (MicroBatches * (forward + backward)) + firstForward + lastBackward;
 
         int gathers = way.Stage == 3 ? 2 * MicroBatches : 1;
         int reductions = way.ReducesEachMicroBatch ? MicroBatches : 1;
+        double parts = between.Links + between.Network;
+        double waiting = (compute + parts) * (way.Pipeline - 1) / MicroBatches;
         return new ClusterStep(
-            compute, (gathers * gather.Links) + (reductions * reduce.Links), (gathers * gather.Network) + (reductions * reduce.Network) + replicas,
-            exposed, SlowdownShare * (total - exposed), Parameters / way.Shards * OptimizerBytes / (MemoryShare * Cluster.Gpu.MemoryRate));
+            compute, (gathers * gather.Links) + (reductions * reduce.Links) + between.Links + replicas.Links,
+            (gathers * gather.Network) + (reductions * reduce.Network) + between.Network + replicas.Network,
+            exposed + parts + waiting, SlowdownShare * (total - exposed),
+            ParametersOf(way) / way.Shards * OptimizerBytes / (MemoryShare * Cluster.Gpu.MemoryRate));
+    }
+
+    // The sums of split blocks and what passes between stages, in all micro-batches: computing waits for both.
+    private (double Links, double Network) BetweenParts(Sharding way, double networkRate)
+    {
+        double bytes = (double)Sequences * _plan.ContextLength * _plan.Model.Channels * DType.BF16.ByteCount();
+        int layers = (_plan.Model.Layers + way.Pipeline - 1) / way.Pipeline;
+
+        // A sum is a reduce-scatter and an all-gather, each of so many messages of a part of it.
+        int sums = 2 * (way.Tensor - 1) * layers * (_plan.Recipe.Keep == Keep.BlockInputs ? 5 : 4);
+        int passes = way.Pipeline > 1 ? 2 : 0;
+        double Inside(int messages, double size) => messages * ((size / LinkRate) + LinkLatency);
+        double Outside(int messages, double size) => messages * ((size / networkRate) + NetworkLatency);
+        bool splitInside = way.Tensor <= Cluster.PerNode, stagesInside = way.ModelRanks <= Cluster.PerNode;
+        return (
+            MicroBatches * ((splitInside ? Inside(sums, bytes / way.Tensor) : 0) + (stagesInside ? Inside(passes, bytes) : 0)),
+            MicroBatches * ((splitInside ? 0 : Outside(sums, bytes / way.Tensor)) + (stagesInside ? 0 : Outside(passes, bytes))));
     }
 
     // All weights of a copy, first between nodes, then inside each.
     private (double Links, double Network) Gather(Sharding way, double networkRate)
     {
-        double bytes = Parameters * sizeof(float);
+        double bytes = ParametersOf(way) * sizeof(float);
         int inside = Math.Min(way.Shards, Cluster.PerNode);
         int nodes = way.Shards / inside;
         return (Time(inside, bytes * (inside - 1) / inside, LinkRate, LinkLatency),
@@ -165,18 +191,28 @@ public sealed class ClusterPlan
     // An all-to-all of the gradients: what goes to another node goes through this rank's share of the network.
     private (double Links, double Network) Reduce(Sharding way, double networkRate)
     {
-        double bytes = Parameters * way.Wire.ByteCount();
+        double bytes = ParametersOf(way) * way.Wire.ByteCount();
         int inside = Math.Min(way.Shards, Cluster.PerNode);
         return (Time(inside, bytes * (inside - 1) / way.Shards, LinkRate, LinkLatency),
             Time(way.Shards / inside, bytes * (way.Shards - inside) / way.Shards, networkRate, NetworkLatency));
     }
 
     // A shard of the gradients is reduced over the replicas, and gathered again.
-    private double SumReplicas(Sharding way, double networkRate) =>
-        2 * Time(way.Replicas, Parameters * sizeof(float) / way.Shards * (way.Replicas - 1) / way.Replicas, networkRate, NetworkLatency);
+    private (double Links, double Network) SumReplicas(Sharding way, double networkRate)
+    {
+        double bytes = ParametersOf(way) * sizeof(float) / way.Shards * (way.Replicas - 1) / way.Replicas;
+        return Cluster.Ranks <= Cluster.PerNode
+            ? (2 * Time(way.Replicas, bytes, LinkRate, LinkLatency), 0)
+            : (0, 2 * Time(way.Replicas, bytes, networkRate, NetworkLatency));
+    }
+
+    // Those of a rank of the first stage, which has the embedding.
+    private double ParametersOf(Sharding way) => way.PartOf(_plan.Model, 0).ParameterCount;
 
     private double Time(int ranks, double bytes, double rate, double latency) =>
         ranks == 1 ? 0 : (bytes / rate) + (latency * Units * (ranks <= 8 ? ranks - 1 : 2 * Math.Sqrt(ranks)));
+
+    private static string Invariant(FormattableString text) => text.ToString(CultureInfo.InvariantCulture);
 
     // What is left of communication in all forwards, or all backwards, when each hides its own; the one with more hides no more.
     private double Exposed(double each, double once, double compute)

@@ -116,6 +116,46 @@ public sealed class ClusterPlanTests
     }
 
     [Fact]
+    public void Split_blocks_wait_for_four_sums_each()
+    {
+        ClusterPlan plan = Plan(16, 2_097_152, 8, tensor: 4);
+        ClusterStep step = plan.Step(Assert.Single(plan.Ways), 50e9);
+        Assert.Equal((32, 16_384 * 32), (plan.MicroBatches, plan.TokensPerRank));
+        Assert.Equal(16_384 * 32 / 4 / 24_000.0, step.Compute, 1e-9);
+
+        // 22 blocks, 4 sums of (N, C) in two bytes, a quarter from each of 3 others to be added, and a quarter from each added.
+        double sums = 32 * 22 * 4 * 6 * ((16_384 * 2048 * 2 / 4 / 200e9) + 10e-6);
+        Assert.Equal(sums, step.Links, 1e-9);
+        Assert.Equal(sums, step.Exposed, 1e-9);
+
+        // Four groups of a quarter of the matrices and all of the tables.
+        double parameters = ((Parameters - (2 * 32_000 * 2048) - (45 * 2048)) / 4) + (2 * 32_000 * 2048) + (45 * 2048);
+        Assert.Equal(2 * ((4 * parameters * 3 / 4 / 50e9) + (3 * NetworkMessage)), step.Network, 1e-9);
+    }
+
+    [Fact]
+    public void Stages_wait_for_each_other()
+    {
+        ClusterPlan plan = Plan(64, 2_097_152, 8, pipeline: 4);
+        ClusterStep step = plan.Step(Assert.Single(plan.Ways), 50e9);
+        double passes = 8 * 2 * ((16_384 * 2048 * 2 / 200e9) + 10e-6);
+        Assert.Equal(passes, step.Links, 1e-9);
+        Assert.Equal(passes + ((step.Compute + passes) * 3 / 8), step.Exposed, 1e-9);
+
+        // Sixteen stages are on two nodes: all passes as slow as the one between them.
+        ClusterPlan wide = Plan(64, 2_097_152, 8, pipeline: 16);
+        Assert.Equal(0, wide.Step(wide.Ways[0], 50e9).Links);
+    }
+
+    [Fact]
+    public void Groups_of_ranks_that_do_not_divide_a_step_are_refused()
+    {
+        string message = Assert.Throws<UserErrorException>(() => Plan(16, 2_097_152, 8, pipeline: 3)).Message;
+        Assert.Equal("16 GPUs, 8 a node: tensor 1 × pipeline 3 of them have a model between them, and the number of such groups must be a power of two and divide the 1,024 sequences of a step; change them or test.yaml:2:9: batch.global_tokens", message);
+        Assert.Equal(8, Plan(24, 2_097_152, 8, pipeline: 3).Ways[0].DataRanks);
+    }
+
+    [Fact]
     public void Ranks_that_do_not_divide_a_step_are_refused()
     {
         string message = Assert.Throws<UserErrorException>(() => Plan(48, 2_097_152, 8)).Message;
@@ -133,10 +173,10 @@ public sealed class ClusterPlanTests
     private static Sharding Way(ClusterPlan plan, int stage, int shards) =>
         plan.Ways.Single(way => way.Stage == stage && way.Shards == shards);
 
-    private static ClusterPlan Plan(int ranks, long tokens, int sequences, GpuModel? gpu = null, DType wire = DType.F32)
+    private static ClusterPlan Plan(int ranks, long tokens, int sequences, GpuModel? gpu = null, DType wire = DType.F32, int tensor = 1, int pipeline = 1)
     {
         TrainingPlan run = TrainingPlan.Create(RecipeFile.Parse(
-            $"model: tinyllama-1.1b\nbatch: {{global_tokens: {tokens}, micro_sequences: {sequences}}}\nbudget: {{steps: 10}}\npacked_weights: forward\n", "test.yaml"));
+            $"model: tinyllama-1.1b\nbatch: {{global_tokens: {tokens}, micro_sequences: {sequences}}}\nbudget: {{steps: 10}}\npacked_weights: forward\ndistribution: {{tensor: {tensor}, pipeline: {pipeline}}}\n", "test.yaml"), ranks: tensor * pipeline);
         return new ClusterPlan(run, new Cluster(gpu ?? s_gpu, ranks, 8, 24_000 * run.FlopsPerToken / s_gpu.PeakFlops, wire));
     }
 }
