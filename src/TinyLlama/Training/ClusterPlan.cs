@@ -117,7 +117,7 @@ public sealed class ClusterPlan
 
     /// <summary>Gets the ways to divide: each stage of ZeRO inside nodes and over all GPUs, or the recipe's own where it splits the model.</summary>
     public IReadOnlyList<Sharding> Ways => _plan.Sharding is { ModelRanks: > 1 } split
-        ? [split with { Ranks = Cluster.Ranks, Lanes = Cluster.Ranks / split.ModelRanks, Wire = Cluster.Wire }]
+        ? [split with { Ranks = Cluster.Ranks, Lanes = Cluster.Ranks / split.ModelRanks }]
         : [.. from stage in Enumerable.Range(1, 3)
               from shards in new[] { Cluster.PerNode, Cluster.Ranks }.Distinct()
               select new Sharding(Cluster.Ranks, shards, stage, stage == 1 ? Cluster.Ranks : Cluster.Ranks * MicroBatches, Cluster.Wire)];

@@ -388,9 +388,10 @@ public sealed record TrainingPlan
             yield return $"{recipe.Origins.Describe("samples.every_steps")} wants text of a model that no stage of distribution.pipeline has whole; set it to 0";
         }
 
-        if (distribution.Zero > 1 || distribution.Shard > 1)
+        if (distribution.Zero > 1 || distribution.Shard > 1 || distribution.Wire != DType.F32)
         {
-            yield return $"{Of(distribution.Zero > 1 ? "zero" : "shard")} shards a state that {both} divides already; leave it out";
+            string key = distribution.Zero > 1 ? "zero" : distribution.Shard > 1 ? "shard" : "wire";
+            yield return $"{Of(key)} is for ranks that shard a state, which {both} divides already; leave it out";
         }
     }
 

@@ -23,7 +23,7 @@ public readonly record struct RankReport(double Seconds, long Signals);
 /// <summary>One optimizer update from one global batch. Allocates no managed memory.</summary>
 public sealed class TrainingStep
 {
-    // What a rank tells of itself before its squares and its losses: a RankReport.
+    // A rank tells its RankReport, then a sum of squares for each unit of the whole model, then a loss for each of its lanes.
     private const int Told = 2;
 
     private readonly TrainingMemory _memory;
@@ -122,7 +122,7 @@ public sealed class TrainingStep
         }
     }
 
-    /// <summary>Forward and backward of the micro-batch that <see cref="TrainingMemory.Batch"/> holds, for a rank with a whole model.</summary>
+    /// <summary>Forward and backward of the micro-batch that <see cref="TrainingMemory.Batch"/> holds, on a rank that is no stage of a pipeline.</summary>
     /// <param name="turn">Which of the rank's lanes it adds to.</param>
     /// <param name="endsLane">Whether it is the last of the lane.</param>
     public void Accumulate(int turn = 0, bool endsLane = true)

@@ -21,18 +21,20 @@ public sealed class LaunchedRunTests : IDisposable
     public void Dispose() => _folder.Dispose();
 
     [Theory]
-    [InlineData("mpirun.openmpi", 2, 1)]
-    [InlineData("mpirun.openmpi", 4, 3)]
-    [InlineData("mpirun.mpich", 2, 2)]
-    [InlineData("", 4, 1)]
-    [InlineData("", 2, 3)]
-    public void Weights_are_those_of_one_rank(string launcher, int ranks, int zero)
+    [InlineData("mpirun.openmpi", 2, "zero=1")]
+    [InlineData("mpirun.openmpi", 4, "zero=3")]
+    [InlineData("mpirun.openmpi", 4, "pipeline=2")]
+    [InlineData("mpirun.mpich", 2, "zero=2")]
+    [InlineData("mpirun.mpich", 2, "pipeline=2")]
+    [InlineData("", 4, "zero=1")]
+    [InlineData("", 2, "zero=3")]
+    public void Weights_are_those_of_one_rank(string launcher, int ranks, string setting)
     {
         string[] launch = TinyRun.Launcher(launcher, ranks);
         TinyRun.Prepare(_folder, Steps);
         End(TinyRun.Start(_folder, "one", s_lanes));
 
-        string[] stage = ["--set", $"distribution.zero={zero}"];
+        string[] stage = ["--set", $"distribution.{setting}"];
         string[] own = launcher.Length == 0 ? ["--ranks", $"{ranks}"] : [];
         End(TinyRun.Launch(launch, _folder, "many", [.. s_lanes, .. stage, .. own]));
 

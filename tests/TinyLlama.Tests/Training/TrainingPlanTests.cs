@@ -87,8 +87,9 @@ public sealed class TrainingPlanTests
     [InlineData(4, "pipeline=4", "--set distribution.pipeline=4: distribution.pipeline 4 is more than model.layers 2: every stage has a layer or more")]
     [InlineData(2, "pipeline=2; model.tied_embeddings=true", "--set distribution.pipeline=2: distribution.pipeline parts the embedding from the head, and model.tied_embeddings makes them one; use distribution.tensor")]
     [InlineData(2, "pipeline=2; samples.every_steps=5", "--set samples.every_steps=5: samples.every_steps wants text of a model that no stage of distribution.pipeline has whole; set it to 0")]
-    [InlineData(2, "tensor=2; zero=2", "--set distribution.zero=2: distribution.zero shards a state that distribution.tensor 2 × distribution.pipeline 1 divides already; leave it out")]
-    [InlineData(4, "tensor=2; shard=2", "--set distribution.shard=2: distribution.shard shards a state that distribution.tensor 2 × distribution.pipeline 1 divides already; leave it out")]
+    [InlineData(2, "tensor=2; zero=2", "--set distribution.zero=2: distribution.zero is for ranks that shard a state, which distribution.tensor 2 × distribution.pipeline 1 divides already; leave it out")]
+    [InlineData(4, "tensor=2; shard=2", "--set distribution.shard=2: distribution.shard is for ranks that shard a state, which distribution.tensor 2 × distribution.pipeline 1 divides already; leave it out")]
+    [InlineData(2, "pipeline=2; wire=bf16", "--set distribution.wire=bf16: distribution.wire is for ranks that shard a state, which distribution.tensor 1 × distribution.pipeline 2 divides already; leave it out")]
     [InlineData(6, "tensor=2", "3 groups of ranks cannot share a step in equal parts of one tree; use 2")]
     public void Ranks_that_cannot_have_one_model_between_them_are_refused(int ranks, string setting, string expected) =>
         Assert.StartsWith(expected, Assert.Throws<UserErrorException>(() => EightMicroBatches(ranks, 1, setting)).Message, StringComparison.Ordinal);
