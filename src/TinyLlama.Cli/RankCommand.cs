@@ -83,7 +83,6 @@ internal static class RankCommand
         using var lines = new StringWriter();
         int code = CommandLine.Report(reason, lines, stop);
         string text = lines.ToString().TrimEnd();
-        say(text);
-        RankEnd.Now(ranks, text, code);
+        RankEnd.Now(ranks, say, text, code);
     }
 }

@@ -41,8 +41,10 @@ public sealed class CheckpointWriter : IDisposable
     private readonly Backend _backend;
     private readonly CheckpointPart _part;
     private readonly CheckpointPart? _snapshot;
+    private readonly TimeSpan _limit;
     private readonly byte[] _reports;
     private long _step;
+    private volatile FolderWriter? _folder;
     private Task<Report>? _write;
 
     /// <summary>Writes for one rank.</summary>
@@ -51,9 +53,10 @@ public sealed class CheckpointWriter : IDisposable
     /// <param name="backend">The device of the parameters.</param>
     /// <param name="part">What this rank writes.</param>
     /// <param name="snapshot">Room for a copy of it (<see cref="CheckpointPart.Snapshot"/>); null to write before training goes on.</param>
-    public CheckpointWriter(string runFolder, Collective world, Backend backend, CheckpointPart part, CheckpointPart? snapshot)
+    /// <param name="limit">How long others wait for this rank's disk while it takes nothing, or <see cref="Timeout.InfiniteTimeSpan"/>.</param>
+    public CheckpointWriter(string runFolder, Collective world, Backend backend, CheckpointPart part, CheckpointPart? snapshot, TimeSpan limit)
     {
-        (_runFolder, _world, _backend, _part, _snapshot) = (runFolder, world, backend, part, snapshot);
+        (_runFolder, _world, _backend, _part, _snapshot, _limit) = (runFolder, world, backend, part, snapshot, limit);
         _reports = new byte[ReportBytes * world.Size];
     }
 
@@ -70,7 +73,7 @@ public sealed class CheckpointWriter : IDisposable
             throw new InvalidOperationException($"the checkpoint of step {_step} is not finished");
         }
 
-        _step = step;
+        (_step, _folder) = (step, null);
         if (_world.Rank == 0)
         {
             // Where this fails, joining fails too, and says so.
@@ -97,9 +100,10 @@ public sealed class CheckpointWriter : IDisposable
     }
 
     /// <summary>Waits until this rank's part is written, then for the other ranks, and makes the checkpoint of all parts. All ranks call it.</summary>
+    /// <exception cref="CollectiveException">This rank's disk hangs, or another rank is lost.</exception>
     public CheckpointOutcome Finish()
     {
-        Report own = _world.Await(_write ?? throw new InvalidOperationException("no checkpoint was begun"));
+        Report own = _world.Await(Written(_write ?? throw new InvalidOperationException("no checkpoint was begun")));
         _write = null;
         Report[] reports = Exchange(own);
         string? failure = reports.Select((report, rank) => report.Failure is null || reports.Length == 1 ? report.Failure : $"rank {rank}: {report.Failure}")
@@ -127,12 +131,34 @@ public sealed class CheckpointWriter : IDisposable
         }
     }
 
+    private async Task<Report> Written(Task<Report> write)
+    {
+        while (true)
+        {
+            long before = _folder?.Written ?? 0;
+            try
+            {
+                return await write.WaitAsync(_limit).ConfigureAwait(false);
+            }
+            catch (TimeoutException) when ((_folder?.Written ?? 0) > before)
+            {
+                // Slow is no fault.
+            }
+            catch (TimeoutException e)
+            {
+                throw new CollectiveException(
+                    $"host {_world.Hosts[_world.Rank]}: the disk of {_runFolder} has taken nothing of the checkpoint of step {_step} for {_limit.TotalSeconds:0.#} s", e);
+            }
+        }
+    }
+
     private Report WritePart(CheckpointPart part, Action<FolderWriter> others)
     {
         IReadOnlyList<ListedFile> files = [];
         string? failure = Attempt(() =>
         {
             FolderWriter writer = TrainingCheckpoint.Join(_runFolder, _step);
+            _folder = writer;
             part.Write(writer);
             if (_world.Rank == 0)
             {

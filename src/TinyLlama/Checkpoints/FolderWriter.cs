@@ -21,11 +21,15 @@ public sealed class FolderWriter
 
     private readonly string _folder;
     private readonly List<ListedFile> _files = [];
+    private long _written;
 
     internal FolderWriter(string folder) => _folder = folder;
 
     /// <summary>Gets what has been written.</summary>
     public IReadOnlyList<ListedFile> Files => _files;
+
+    /// <summary>Gets the bytes that the disk has taken; any thread may ask.</summary>
+    internal long Written => Volatile.Read(ref _written);
 
     /// <summary>Writes the files of a Hugging Face folder for a model on a device: weights, configs and the tokenizer's.</summary>
     /// <param name="config">The shape.</param>
@@ -112,7 +116,7 @@ public sealed class FolderWriter
         ArgumentOutOfRangeException.ThrowIfNotEqual(Path.GetFileName(name), name);
         using var file = new NewFile(Path.Combine(_folder, name));
         using var hash = IncrementalHash.CreateHash(HashAlgorithmName.SHA256);
-        using (var hashing = new HashingStream(file, hash))
+        using (var hashing = new HashingStream(this, file, hash))
         {
             write(hashing);
         }
@@ -160,8 +164,8 @@ public sealed class FolderWriter
         _files.Add(new ListedFile(name, file.Length, hash));
     }
 
-    /// <summary>Passes bytes on and hashes them.</summary>
-    private sealed class HashingStream(Stream destination, IncrementalHash hash) : Stream
+    /// <summary>Passes bytes on, hashes and counts them.</summary>
+    private sealed class HashingStream(FolderWriter writer, Stream destination, IncrementalHash hash) : Stream
     {
         public override bool CanRead => false;
 
@@ -180,6 +184,7 @@ public sealed class FolderWriter
         public override void Write(ReadOnlySpan<byte> buffer)
         {
             destination.Write(buffer);
+            Volatile.Write(ref writer._written, writer._written + buffer.Length);
             hash.AppendData(buffer);
         }
 

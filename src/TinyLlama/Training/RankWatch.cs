@@ -8,7 +8,7 @@ namespace TinyLlama.Training;
 /// </summary>
 /// <remarks>
 /// One limit for every step, the first one included. It bounds how long the ranks wait for the slowest: what a rank does
-/// alone (a validation, a checkpoint on a slow disk) must fit.
+/// alone must fit.
 /// </remarks>
 public sealed class RankWatch : IDisposable
 {
@@ -39,11 +39,7 @@ public sealed class RankWatch : IDisposable
         watch._thread.Start();
         return watch;
 
-        void End(string line)
-        {
-            warn(line);
-            RankEnd.Now(collective, line, ExitCode);
-        }
+        void End(string line) => RankEnd.Now(collective, warn, line, ExitCode);
     }
 
     internal RankWatch(

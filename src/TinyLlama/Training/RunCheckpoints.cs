@@ -26,10 +26,12 @@ internal sealed class RunCheckpoints : IDisposable
     /// <param name="world">The ranks.</param>
     /// <param name="model">The model's shape.</param>
     /// <param name="tokenizer">The tokenizer; null for one without files.</param>
-    public RunCheckpoints(string folder, TrainingMemory memory, Backend backend, Collective world, ModelConfig model, BpeTokenizer? tokenizer)
+    /// <param name="limit">How long ranks wait for each other.</param>
+    public RunCheckpoints(
+        string folder, TrainingMemory memory, Backend backend, Collective world, ModelConfig model, BpeTokenizer? tokenizer, TimeSpan limit)
     {
         (_memory, _backend, _model, _tokenizer) = (memory, backend, model, tokenizer);
-        _writer = new CheckpointWriter(folder, world, backend, memory.Checkpoint, memory.Snapshot);
+        _writer = new CheckpointWriter(folder, world, backend, memory.Checkpoint, memory.Snapshot, world.Size > 1 ? limit : Timeout.InfiniteTimeSpan);
     }
 
     /// <summary>Gets how far this rank is with its part. Does not wait.</summary>

@@ -79,7 +79,8 @@ public sealed class Trainer : IDisposable
         _stragglers = world.Size > 1 ? new Stragglers(world.Size) : null;
         _memory = TrainingMemory.Allocate(plan.Shape, backend, _mesh);
         _step = new TrainingStep(_memory, backend);
-        _checkpoints = new RunCheckpoints(folder, _memory, backend, world, plan.Model, tokenizer as BpeTokenizer);
+        _checkpoints = new RunCheckpoints(
+            folder, _memory, backend, world, plan.Model, tokenizer as BpeTokenizer, TimeSpan.FromSeconds(plan.Recipe.Distribution.TimeoutSeconds));
         _state = new TrainingState(0, 0, 0, 0, shards.Sha256, backend.Arithmetic);
         try
         {

@@ -233,7 +233,7 @@ public sealed class RankCheckpointTests : IDisposable
         MomentPiece[][] owned = _ranks.Cut(1, 0);
         CheckpointPart part = _ranks.Part(owned, 0);
         using Arena memory = _ranks.Backend.Allocate("checkpoint snapshot", 1 << 20);
-        using var writer = new CheckpointWriter(_run.Path, world, _ranks.Backend, part, part.Snapshot(memory));
+        using var writer = new CheckpointWriter(_run.Path, world, _ranks.Backend, part, part.Snapshot(memory), Timeout.InfiniteTimeSpan);
         using var trained = new ManualResetEventSlim();
         Assert.Equal(CheckpointState.Idle, writer.State);
         Parameter parameter = _ranks.Parameters[1];
@@ -271,7 +271,7 @@ public sealed class RankCheckpointTests : IDisposable
             worlds[world.Rank] = world;
             CheckpointPart part = _ranks.Part(owned, world.Rank);
             using Arena memory = _ranks.Backend.Allocate("checkpoint snapshot", 1 << 20);
-            using var writer = new CheckpointWriter(_run.Path, world, _ranks.Backend, part, asynchronous ? part.Snapshot(memory) : null);
+            using var writer = new CheckpointWriter(_run.Path, world, _ranks.Backend, part, asynchronous ? part.Snapshot(memory) : null, Timeout.InfiniteTimeSpan);
             writer.Begin(1);
             long met = worlds[0].Progress.Done;
             _ranks.CopyTo(writer, owned[world.Rank]);
@@ -284,6 +284,33 @@ public sealed class RankCheckpointTests : IDisposable
         });
         Assert.All(failures, Assert.Null);
         Assert.Empty(TrainingCheckpoint.Verify(Saved(1).Path));
+    }
+
+    [Fact]
+    public void A_rank_whose_disk_hangs_says_so_and_the_others_do_not_wait_for_ever()
+    {
+        MomentPiece[][] owned = _ranks.Cut(2, 0);
+        using var hangs = new ManualResetEventSlim();
+        string[] errors = OnThreads.Run(2, world =>
+        {
+            CheckpointPart part = _ranks.Part(owned, world.Rank);
+            using Arena memory = _ranks.Backend.Allocate("checkpoint snapshot", 1 << 20);
+            using var writer = new CheckpointWriter(
+                _run.Path, world, _ranks.Backend, part, part.Snapshot(memory), world.Rank == 0 ? TimeSpan.FromMilliseconds(300) : Timeout.InfiniteTimeSpan);
+            writer.Begin(1);
+            writer.Write(_ => hangs.Wait());
+            try
+            {
+                return Assert.Throws<CollectiveException>(writer.Finish).Message;
+            }
+            finally
+            {
+                world.Abort("its disk hangs", 3);
+                hangs.Set();
+            }
+        });
+        Assert.Matches("^host .+: the disk of .+ has taken nothing of the checkpoint of step 1 for 0\\.3 s$", errors[0]);
+        Assert.Contains("its disk hangs", errors[1], StringComparison.Ordinal);
     }
 
     [Fact]

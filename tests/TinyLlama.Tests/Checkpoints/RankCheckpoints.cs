@@ -80,7 +80,7 @@ internal sealed class RankCheckpoints : IDisposable
             Arena plan = Arena.Plan("checkpoint snapshot");
             part.Snapshot(plan);
             using Arena memory = Backend.AllocateAs(plan);
-            using var writer = new CheckpointWriter(run, world, Backend, part, asynchronous ? part.Snapshot(memory) : null);
+            using var writer = new CheckpointWriter(run, world, Backend, part, asynchronous ? part.Snapshot(memory) : null, Timeout.InfiniteTimeSpan);
             writer.Begin(step);
             begun?.Invoke(world.Rank);
             CopyTo(writer, owned[world.Rank]);
