@@ -20,11 +20,11 @@ public sealed class StageGroup
     /// <param name="arena">Owner of the room.</param>
     public StageGroup(Collective? stages, Arena arena) => (_stages, _shown) = (stages, arena.Take(1, ShownElements));
 
-    /// <summary>Gets this rank's stage.</summary>
-    public int Stage => Stages.Rank;
+    private Collective Stages => _stages ?? throw new InvalidOperationException("only bytes are counted");
 
-    /// <summary>Gets the number of stages.</summary>
-    public int Count => Stages.Size;
+    private int Stage => Stages.Rank;
+
+    private bool IsLast => Stage == Stages.Size - 1;
 
     /// <summary>Waits for what the stage before leaves of n tokens. Nothing for the first.</summary>
     public void ReceiveInput(Workspace w, int n)
@@ -36,10 +36,10 @@ public sealed class StageGroup
     }
 
     /// <summary>Gives what this stage leaves of n tokens to the next. Nothing for the last.</summary>
-    public Ticket SendOutput(Workspace w, int n) => Stage < Count - 1 ? Stages.Send(w.Output(n), Stage + 1) : default;
+    public Ticket SendOutput(Workspace w, int n) => IsLast ? default : Stages.Send(w.Output(n), Stage + 1);
 
     /// <summary>Asks for the gradient of what this stage left of n tokens. Nothing for the last.</summary>
-    public Ticket ReceiveGradient(Workspace w, int n) => Stage < Count - 1 ? Stages.Receive(w.Gradient(n), Stage + 1) : default;
+    public Ticket ReceiveGradient(Workspace w, int n) => IsLast ? default : Stages.Receive(w.Gradient(n), Stage + 1);
 
     /// <summary>Gives the gradient of this stage's input to the one before. Nothing for the first.</summary>
     public void SendGradient(Workspace w, int n)
@@ -53,7 +53,7 @@ public sealed class StageGroup
     /// <summary>The value that the last stage has.</summary>
     public double OfLast(double value)
     {
-        double[] all = new double[Count];
+        double[] all = new double[Stages.Size];
         Stages.AllGather<double>(all, [value]);
         return all[^1];
     }
@@ -74,6 +74,4 @@ public sealed class StageGroup
             use(first, piece);
         }
     }
-
-    private Collective Stages => _stages ?? throw new InvalidOperationException("only bytes are counted");
 }

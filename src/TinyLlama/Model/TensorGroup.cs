@@ -9,8 +9,7 @@ namespace TinyLlama.Model;
 /// down give, and what flows back out of the others, are parts of sums: four sums a block, of (N, C) each.
 /// </summary>
 /// <remarks>
-/// The head is not split: it would save V · C / ranks elements of memory and as much of the time, and cost another exchange for
-/// the softmax. Sums are pairwise trees over the ranks, so they are the same for the same number of ranks, and close for others.
+/// The head is not split: each rank would have V / ranks of its rows, and the softmax would need two exchanges more. Sums are pairwise trees over the ranks, so they are the same for the same number of ranks, and close for others.
 /// </remarks>
 public sealed class TensorGroup
 {
@@ -47,20 +46,7 @@ public sealed class TensorGroup
 
     /// <summary>Whether every rank has all of a parameter, and the same gradient of it.</summary>
     /// <param name="name">The parameter's name.</param>
-    public static bool IsShared(string name) => !IsSplitByColumns(name) && !name.EndsWith("_proj.weight", StringComparison.Ordinal);
-
-    /// <summary>A rank's part of a whole parameter, or of what has its shape: a view of some of its rows or columns.</summary>
-    /// <param name="name">The parameter's name.</param>
-    /// <param name="whole">The whole.</param>
-    /// <param name="rank">The rank.</param>
-    /// <param name="ranks">Their number.</param>
-    public static Tensor PartOf(string name, Tensor whole, int rank, int ranks)
-    {
-        (int rows, int columns) = (whole.Rows / ranks, whole.Columns / ranks);
-        return IsShared(name) ? whole
-            : IsSplitByColumns(name) ? whole.ColumnRange(rank * columns, columns)
-            : whole.RowRange(rank * rows, rows);
-    }
+    public static bool IsShared(string name) => !name.EndsWith("_proj.weight", StringComparison.Ordinal);
 
     /// <summary>Lets a whole parameter be filled, or a moment of it, and keeps this rank's part.</summary>
     /// <param name="parameter">This rank's part of the parameter.</param>
@@ -140,6 +126,13 @@ public sealed class TensorGroup
     private Tensor Whole(Parameter parameter) => IsSplitByColumns(parameter.Name)
         ? Shaped(_whole, parameter.Rows, _size * parameter.Columns)
         : Shaped(_whole, _size * parameter.Rows, parameter.Columns);
+
+    // A rank's rows or columns of a whole parameter.
+    private static Tensor PartOf(string name, Tensor whole, int rank, int ranks)
+    {
+        (int rows, int columns) = (whole.Rows / ranks, whole.Columns / ranks);
+        return IsSplitByColumns(name) ? whole.ColumnRange(rank * columns, columns) : whole.RowRange(rank * rows, rows);
+    }
 
     private static bool IsSplitByColumns(string name) =>
         name.EndsWith("o_proj.weight", StringComparison.Ordinal) || name.EndsWith("down_proj.weight", StringComparison.Ordinal);

@@ -1,3 +1,5 @@
+using System.Runtime.InteropServices;
+using TinyLlama.Checkpoints;
 using TinyLlama.Compute.Collectives;
 using TinyLlama.Data;
 using TinyLlama.Tests.Checkpoints;
@@ -18,6 +20,35 @@ public sealed class GpuRunTests
         float[][] one = Assert.Single(OnThreads.Run(1, world => Train(recipe, folder["one"], world)));
         Assert.All(OnThreads.Run(2, world => Train(recipe, folder["two"], world)), two => Assert.Equal(one, two));
         Assert.Equal(2, EndRecord.Find(folder["two"])?.Step);
+    }
+
+    [Fact]
+    public void Two_GPUs_with_a_model_between_them_write_the_checkpoint_of_one()
+    {
+        CudaEmulator.RequireEmulated();
+        using var folder = new TemporaryFolder();
+        Recipe recipe = Prepare(folder, "cuda");
+        Run("one", 1, tensor: 1, pipeline: 1);
+        Run("stages", 2, tensor: 1, pipeline: 2);
+        Run("split", 2, tensor: 2, pipeline: 1);
+        Assert.Equal(Weights("one"), Weights("stages"));
+        float[] expected = MemoryMarshal.Cast<byte, float>(Weights("one")).ToArray(), split = MemoryMarshal.Cast<byte, float>(Weights("split")).ToArray();
+        // Two steps move weights by a hundredth of their length, and bf16 has 8 bits.
+        double difference = Math.Sqrt(expected.Zip(split, static (e, s) => Math.Pow(e - s, 2)).Sum() / expected.Sum(static e => Math.Pow(e, 2)));
+        Assert.InRange(difference, 0, 1e-3);
+
+        void Run(string run, int ranks, int tensor, int pipeline)
+        {
+            Recipe own = recipe with { Distribution = recipe.Distribution with { Tensor = tensor, Pipeline = pipeline } };
+            OnThreads.Run(ranks, world => Train(own, folder[run], world));
+        }
+
+        // The tensors of the file, whose header is as long in both.
+        byte[] Weights(string run)
+        {
+            byte[] file = File.ReadAllBytes(Path.Combine(TrainingCheckpoint.PathOf(folder[run], 2), TrainingCheckpoint.ModelName));
+            return file[(8 + (int)BitConverter.ToInt64(file))..];
+        }
     }
 
     [Fact]
