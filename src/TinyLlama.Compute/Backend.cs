@@ -66,7 +66,10 @@ public abstract class Backend : IDisposable
     /// Whether <see cref="MatMul"/> and <see cref="Embedding"/> read rows of that type where a mapped file has them, without a
     /// copy (<see cref="Weight.InPlace"/>).
     /// </summary>
-    public abstract bool ReadsInPlace(DType type, StoredRows rows);
+    public abstract bool ReadsInPlace(DType type, int inputs, StoredRows rows);
+
+    /// <summary>Whether products read rows of that type in place as fast as any packed form; else <see cref="Weight.AwaitPacking"/> makes later ones faster.</summary>
+    public abstract bool IsFastInPlace(DType type);
 
     /// <summary>Fills rows of a frozen weight (<see cref="Weight.Frozen"/>) with what a file stores. The host memory is free on return.</summary>
     /// <param name="weight">The weight.</param>
@@ -74,7 +77,7 @@ public abstract class Backend : IDisposable
     /// <param name="rows">Whole rows in the weight's type: a multiple of <see cref="PackedRows"/> of them, but for the last.</param>
     public abstract void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows);
 
-    /// <summary>Fills the packed forms that the weight has room for from its values.</summary>
+    /// <summary>Fills the packed forms that the weight has room for from its values, or from rows in place, which it then leaves. Bits of products stay.</summary>
     public abstract void Pack(Weight weight);
 
     /// <summary>Copies host elements to a contiguous tensor of the same count. The host memory is free on return.</summary>

@@ -31,10 +31,13 @@ public sealed class Weight(Tensor values, Tensor gradient = default)
     public Tensor Gradient { get; } = gradient;
 
     /// <summary>Gets where the rows of a frozen weight lie, for products that read them as files keep them (<see cref="Backend.ReadsInPlace"/>).</summary>
-    public StoredRows[] Rows { get; private init; } = [];
+    public StoredRows[] Rows { get; private set; } = [];
 
-    /// <summary>Gets a value indicating whether the rows lie in memory of others, which nothing writes to.</summary>
-    public bool IsInPlace { get; private init; }
+    /// <summary>Gets a value indicating whether products read the rows in mapped files, which nothing writes to.</summary>
+    public bool IsInPlace { get; private set; }
+
+    /// <summary>Gets a value indicating whether it is in place only until <see cref="Backend.Pack"/> fills its packed form.</summary>
+    public bool AwaitsPacking { get; private set; }
 
     /// <summary>Gets the form that <see cref="Backend.MatMul"/> reads, as one tensor where it is one; or an empty tensor.</summary>
     public Tensor PackedForward { get; private set; }
@@ -65,6 +68,15 @@ public sealed class Weight(Tensor values, Tensor gradient = default)
             IsInPlace = true,
             PackedForward = rows is [{ HeadDim: 0 } all] ? new Tensor(all.Address, all.Count, inputs, inputs, type) : default,
         };
+
+    /// <summary>Gives a weight in place room for the form that products read faster; until <see cref="Backend.Pack"/> fills it, they read the rows.</summary>
+    /// <param name="arena">Owner of the room.</param>
+    /// <param name="backend">The device, which says how large the form is.</param>
+    public void AwaitPacking(Arena arena, Backend backend) =>
+        (PackedForward, AwaitsPacking) = (backend.TakePacked(arena, Outputs, Inputs, Type), true);
+
+    /// <summary>Says that the packed form has been filled from the rows.</summary>
+    internal void LeaveRows() => (Rows, IsInPlace, AwaitsPacking) = ([], false, false);
 
     /// <summary>Gives the weight room for packed forms; <see cref="Backend.Pack"/> fills them.</summary>
     /// <param name="arena">Owner of the room.</param>

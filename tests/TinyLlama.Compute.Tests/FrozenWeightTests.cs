@@ -1,5 +1,6 @@
 using System.Runtime.InteropServices;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Compute.Tests;
 
@@ -16,6 +17,9 @@ public sealed class FrozenWeightTests
 
     public static TheoryData<CpuPath, DType> All =>
         [.. s_paths.SelectMany(path => s_quantized.Concat([DType.F32, DType.BF16, DType.F16]).Select(type => (path, type)))];
+
+    public static TheoryData<CpuPath, DType> ReadInPlace =>
+        [.. s_paths.SelectMany(path => new[] { DType.Q8_0, DType.BF16, DType.F16 }.Select(type => (path, type)))];
 
     [Theory]
     [MemberData(nameof(All))]
@@ -120,52 +124,72 @@ public sealed class FrozenWeightTests
 
     // Rows of three tensors, of which the first two have the halves of a head next to each other.
     [Theory]
-    [InlineData(CpuPath.Vector512)]
-    [InlineData(CpuPath.Vector256)]
-    [InlineData(CpuPath.Vector128)]
-    [InlineData(CpuPath.Scalar)]
-    public void Rows_that_are_read_in_place_give_the_bits_of_a_copy(CpuPath path)
+    [MemberData(nameof(ReadInPlace))]
+    public void Rows_that_are_read_in_place_give_the_bits_of_a_copy(CpuPath path, DType type)
     {
         using CpuBackend backend = CpuBackend.Create(2, path);
-        const int Inputs = 96;
-        using Operands copied = new(backend, DType.Q8_0, 13, 176, Inputs);
-        int rowBytes = (int)DType.Q8_0.RowBytes(Inputs);
-        (int First, int Count, int HeadDim)[] parts = [(0, 64, 32), (64, 64, 64), (128, 48, 0)];
+        const int Inputs = 1600;
+        const int Outputs = 192;
+        using Operands copied = new(backend, type, 13, Outputs, Inputs);
+        int rowBytes = (int)type.RowBytes(Inputs);
+        (int First, int Count, int HeadDim)[] parts = [(0, 64, 64), (64, 64, 64), (128, 64, 0)];
         byte[] stored = new byte[copied.Bytes.Length];
         foreach ((int first, int count, int headDim) in parts)
         {
             for (int row = 0; row < count; row++)
             {
                 int half = headDim / 2;
-                int place = headDim == 0 ? row : (row / headDim * headDim) + (row % headDim < half ? 2 * (row % headDim) : (2 * (row % headDim % half)) + 1);
+                int place = headDim == 0 ? row : row < half ? 2 * row : (2 * (row - half)) + 1;
                 copied.Bytes.AsSpan((first + row) * rowBytes, rowBytes).CopyTo(stored.AsSpan((first + place) * rowBytes));
             }
         }
 
-        using Arena arena = backend.Allocate("test", 1 << 20);
-        Tensor memory = arena.Take(176, Inputs, DType.Q8_0);
-        Marshal.Copy(stored, 0, memory.Address, stored.Length);
-        StoredRows[] rows = [.. parts.Select(part => new StoredRows(memory.Address + (part.First * rowBytes), part.Count, part.HeadDim))];
-        Assert.All(rows, range => Assert.True(backend.ReadsInPlace(DType.Q8_0, range)));
-        var weight = Weight.InPlace(rows, Inputs, DType.Q8_0);
-        Tensor output = arena.Take(13, 176);
-        for (int n = 1; n <= 13; n += 4)
+        string name = Path.GetTempFileName();
+        File.WriteAllBytes(name, stored);
+        using (MappedFile file = MappedFile.Open(name))
         {
-            backend.MatMul(copied.Output.RowRange(0, n), copied.Input.RowRange(0, n), copied.Weight);
-            backend.MatMul(output.RowRange(0, n), copied.Input.RowRange(0, n), weight);
-            Assert.Equal(copied.Output.RowRange(0, n).HostSpan<float>(), output.RowRange(0, n).HostSpan<float>());
+            using Arena arena = backend.Allocate("test", 1 << 20);
+            StoredRows[] rows = [.. parts.Select(part => new StoredRows(file.Address(part.First * rowBytes, part.Count * rowBytes), part.Count, part.HeadDim))];
+            Assert.All(rows, range => Assert.True(backend.ReadsInPlace(type, Inputs, range)));
+            var weight = Weight.InPlace(rows, Inputs, type);
+            Tensor output = arena.Take(13, Outputs);
+            Compare();
+            if (!backend.IsFastInPlace(type))
+            {
+                weight.AwaitPacking(arena, backend);
+                Compare();
+                backend.Pack(weight);
+                Assert.False(weight.IsInPlace);
+                Compare();
+            }
+
+            void Compare()
+            {
+                for (int n = 1; n <= 13; n += 4)
+                {
+                    backend.MatMul(copied.Output.RowRange(0, n), copied.Input.RowRange(0, n), copied.Weight);
+                    backend.MatMul(output.RowRange(0, n), copied.Input.RowRange(0, n), weight);
+                    Assert.Equal(copied.Output.RowRange(0, n).HostSpan<float>(), output.RowRange(0, n).HostSpan<float>());
+                }
+            }
         }
+
+        File.Delete(name);
     }
 
     [Fact]
     public void Only_rows_that_fill_registers_evenly_are_read_in_place()
     {
         using CpuBackend backend = CpuBackend.Create(1, CpuPath.Vector256);
-        Assert.True(backend.ReadsInPlace(DType.Q8_0, new StoredRows(64, 40)));
-        Assert.False(backend.ReadsInPlace(DType.Q8_0, new StoredRows(64, 44)));
-        Assert.True(backend.ReadsInPlace(DType.Q8_0, new StoredRows(64, 64, 16)));
-        Assert.False(backend.ReadsInPlace(DType.Q8_0, new StoredRows(64, 64, 8)));
-        Assert.False(backend.ReadsInPlace(DType.Q4_0, new StoredRows(64, 40)));
+        Assert.True(backend.ReadsInPlace(DType.Q8_0, 96, new StoredRows(64, 40)));
+        Assert.False(backend.ReadsInPlace(DType.Q8_0, 96, new StoredRows(64, 44)));
+        Assert.True(backend.ReadsInPlace(DType.Q8_0, 96, new StoredRows(64, 64, 16)));
+        Assert.False(backend.ReadsInPlace(DType.Q8_0, 96, new StoredRows(64, 64, 8)));
+        Assert.False(backend.ReadsInPlace(DType.Q4_0, 96, new StoredRows(64, 40)));
+        Assert.True(backend.ReadsInPlace(DType.BF16, 96, new StoredRows(64, 48)));
+        Assert.False(backend.ReadsInPlace(DType.BF16, 96, new StoredRows(64, 40)));
+        Assert.False(backend.ReadsInPlace(DType.BF16, 95, new StoredRows(64, 48)));
+        Assert.False(backend.ReadsInPlace(DType.F32, 96, new StoredRows(64, 48)));
     }
 
     [Theory]

@@ -89,7 +89,10 @@ internal sealed class TimedBackend(Backend inner) : Backend
     public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => inner.TakePacked(arena, outputs, inputs, type);
 
     /// <inheritdoc/>
-    public override bool ReadsInPlace(DType type, StoredRows rows) => inner.ReadsInPlace(type, rows);
+    public override bool ReadsInPlace(DType type, int inputs, StoredRows rows) => inner.ReadsInPlace(type, inputs, rows);
+
+    /// <inheritdoc/>
+    public override bool IsFastInPlace(DType type) => inner.IsFastInPlace(type);
 
     /// <inheritdoc/>
     public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows) => inner.WriteRows(weight, firstRow, rows);

@@ -123,7 +123,11 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
         : Cpu.MatMul.TakePacked<T>(arena, outputs, inputs);
 
     /// <inheritdoc/>
-    public override bool ReadsInPlace(DType type, StoredRows rows) => type == DType.Q8_0 && Q8MatMul.Reads<V>(rows);
+    public override bool ReadsInPlace(DType type, int inputs, StoredRows rows) =>
+        type == DType.Q8_0 ? Q8MatMul.Reads<V>(rows) : ArePairs(type, inputs) && Cpu.MatMul.ReadsPairs<V>(rows);
+
+    /// <inheritdoc/>
+    public override bool IsFastInPlace(DType type) => type == DType.Q8_0;
 
     /// <inheritdoc/>
     public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows)
@@ -150,6 +154,13 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
     /// <inheritdoc/>
     public override void Pack(Weight weight)
     {
+        if (weight.AwaitsPacking)
+        {
+            Cpu.MatMul.PackPairs<V>(Team, weight);
+            weight.LeaveRows();
+            return;
+        }
+
         RequireF32(weight.Values, weight.Values, weight.Values);
         Cpu.MatMul.Pack<T>(Team, weight);
     }

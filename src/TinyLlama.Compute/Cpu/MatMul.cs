@@ -1,5 +1,6 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
+using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Compute.Cpu;
 
@@ -23,8 +24,8 @@ internal static unsafe class MatMul
     /// <summary>Dwords of packed operands that <see cref="Scratch.Shared"/> must hold.</summary>
     public const int SharedCount = MaxPanels + MaxTiles;
 
-    /// <summary>Dwords of a block of the left operand that <see cref="Scratch.Of"/> must hold.</summary>
-    public const int ThreadCount = MaxBlockRows * ((2 * MaxBlockSteps) + RowPadding);
+    /// <summary>Dwords of a block of the left operand and of a panel that <see cref="Scratch.Of"/> must hold.</summary>
+    public const int ThreadCount = MaxBlock + (MaxBlockSteps * MaxColumns);
 
     // Dwords of each operand that are packed at once: 31 MiB and 1 MiB.
     private const int MaxPanels = 31 << 18;
@@ -38,7 +39,11 @@ internal static unsafe class MatMul
     // Steps that are packed together; blocks of steps are multiples of it.
     private const int StepUnit = 8;
 
-    // The largest tile of any width.
+    // Dwords of a block of the left operand.
+    private const int MaxBlock = MaxBlockRows * ((2 * MaxBlockSteps) + RowPadding);
+
+    // The widest panel, and the largest tile, of any width.
+    private const int MaxColumns = 32;
     private const int MaxTileCount = 8 * 32;
 
     // Rows of the copied block start at different places of the first cache.
@@ -123,6 +128,32 @@ internal static unsafe class MatMul
         }
     }
 
+    /// <summary>Whether <see cref="ForwardPairs"/> reads rows where they lie.</summary>
+    public static bool ReadsPairs<V>(StoredRows rows)
+        where V : struct, ILanes<V> => rows.IsRegular(Tile<V>.Columns);
+
+    /// <summary>Packs a weight of 16-bit floats in place for the forward, and drops its pages.</summary>
+    public static void PackPairs<V>(ThreadTeam team, Weight weight)
+        where V : struct, ILanes<V>
+    {
+        int pairs = weight.Inputs / 2;
+        int firstRow = 0;
+        foreach (StoredRows rows in weight.Rows)
+        {
+            // Rows that are equally far from each other: all, or half a head.
+            int together = rows.HeadDim == 0 ? rows.Count : rows.HeadDim / 2;
+            for (int row = 0; row < rows.Count; row += together)
+            {
+                Pack<Tile<V>>(
+                    team, Panels(weight.PackedForward), Matrix.Stored(rows, row, pairs), together, pairs, BlockSteps<Tile<V>>(pairs), tiles: false,
+                    firstRow + row, weight.Outputs);
+            }
+
+            PageMemory.DropFilePages(rows.Address, rows.Count * (long)pairs * sizeof(float));
+            firstRow += rows.Count;
+        }
+    }
+
     /// <summary>output (N, O) = or += input (N, I) · weightᵀ of a weight in pairs.</summary>
     public static void ForwardPairs<V, P>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
         where V : struct, ILanes<V>
@@ -132,7 +163,8 @@ internal static unsafe class MatMul
         {
             int blockSteps = BlockSteps<PairTile<V, P>>(input.Columns);
             Multiply<PairTile<V, P>>(
-                team, scratch, output, Matrix.Of(input), null, Panels(weight.PackedForward), input.Columns, blockSteps, accumulate);
+                team, scratch, output, Matrix.Of(input), null, Panels(weight.PackedForward), input.Columns, blockSteps, accumulate,
+                weight.IsInPlace ? weight.Rows : null, &Tile<V>.Pack);
         }
     }
 
@@ -272,7 +304,8 @@ internal static unsafe class MatMul
     }
 
     private static void Multiply<T>(
-        ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, float* tiles, float* panels, int depth, int blockSteps, bool accumulate)
+        ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, float* tiles, float* panels, int depth, int blockSteps, bool accumulate,
+        StoredRows[]? rows = null, delegate*<float*, float*, nint, nint, int, nint, void> pack = null)
         where T : struct, ITile
     {
         int tileRows = (sums.Rows + T.Rows - 1) / T.Rows;
@@ -307,6 +340,8 @@ internal static unsafe class MatMul
             ColumnBlocks = columnBlocks,
             TileRows = tileRows,
             PanelCount = panelCount,
+            StoredRows = rows,
+            Pack = pack,
         };
         team.Run(ref work, rowBlocks * columnBlocks);
     }
@@ -319,6 +354,13 @@ internal static unsafe class MatMul
         public readonly nint Column = column;
 
         public static Matrix Of(Tensor tensor) => new(tensor.F32(), tensor.Stride, 1);
+
+        // Rows in place of so many dwords, from a row on, as columns.
+        public static Matrix Stored(StoredRows rows, int row, int dwords)
+        {
+            (nint address, nint step) = rows.At(row, (nint)dwords * sizeof(float));
+            return new((float*)address, 1, step / sizeof(float));
+        }
 
         public static Matrix Transposed(Tensor tensor) => new(tensor.F32(), 1, tensor.Stride);
 
@@ -414,6 +456,10 @@ internal static unsafe class MatMul
         public int TileRows;
         public int PanelCount;
 
+        // In place of panels; Pack turns those of a panel.
+        public StoredRows[]? StoredRows;
+        public delegate*<float*, float*, nint, nint, int, nint, void> Pack;
+
         public readonly void Run(int task, int thread)
         {
             // Row blocks in turn, so that threads read the same panels at about the same time.
@@ -437,7 +483,7 @@ internal static unsafe class MatMul
                 else
                 {
                     CopyRows(block, firstRow, endRow, step, steps);
-                    if (Rows == 1)
+                    if (Rows == 1 && StoredRows is null)
                     {
                         MultiplyRow(block, step, steps, firstPanel, endPanel, accumulate);
                         continue;
@@ -455,13 +501,28 @@ internal static unsafe class MatMul
         private readonly float* Panel(int panel, int step, int steps) =>
             Panels + ((((nint)step * PanelCount) + ((nint)panel * steps)) * T.Columns);
 
+        // A panel of rows in place, behind the block of the left operand.
+        private readonly float* Turned(float* block, int panel, int step, int steps)
+        {
+            int row = panel * T.Columns;
+            int i = 0;
+            for (; row >= StoredRows![i].Count; i++)
+            {
+                row -= StoredRows[i].Count;
+            }
+
+            Matrix source = Matrix.Stored(StoredRows[i], row, Steps).From(step, 0);
+            Pack(block + MaxBlock, source.First, source.Column, source.Row, T.Columns, steps);
+            return block + MaxBlock;
+        }
+
         // All tiles of the task for one block of k. A tile of the left operand starts Tile.Rows · perRow elements after the one before.
         private readonly void Multiply(
             int firstRow, int endRow, int firstPanel, int endPanel, int step, int steps, float* block, nint leftRow, nint leftStep, nint perRow, bool accumulate)
         {
             for (int panel = firstPanel; panel < endPanel; panel++)
             {
-                float* right = Panel(panel, step, steps);
+                float* right = StoredRows is null ? Panel(panel, step, steps) : Turned(block, panel, step, steps);
                 int column = panel * T.Columns;
                 float* sums = Sums + (firstRow * SumsRow) + column;
                 float* left = block;

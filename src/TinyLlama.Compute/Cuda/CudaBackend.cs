@@ -92,7 +92,10 @@ public sealed unsafe class CudaBackend : Backend
     public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => Cuda.MatMul.TakePacked(arena, outputs, inputs, type);
 
     /// <inheritdoc/>
-    public override bool ReadsInPlace(DType type, StoredRows rows) => false;
+    public override bool ReadsInPlace(DType type, int inputs, StoredRows rows) => false;
+
+    /// <inheritdoc/>
+    public override bool IsFastInPlace(DType type) => false;
 
     /// <inheritdoc/>
     public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows) =>

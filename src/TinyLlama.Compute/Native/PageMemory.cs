@@ -55,15 +55,18 @@ internal static unsafe partial class PageMemory
         Interlocked.Add(ref s_bytes, -byteCount);
     }
 
-    /// <summary>Drops pages of a mapped file from memory where the system can; they are read again when they are touched.</summary>
-    /// <param name="address">The first byte of the mapping.</param>
-    /// <param name="byteCount">Its size.</param>
+    /// <summary>Drops whole pages of a mapped file from memory where the system can; they are read again when they are touched.</summary>
+    /// <param name="address">The first byte.</param>
+    /// <param name="byteCount">How many.</param>
     public static void DropFilePages(nint address, long byteCount)
     {
         if (OperatingSystem.IsLinux())
         {
             // Advice: what the system keeps, it keeps.
-            _ = Advise(address, (nuint)byteCount, AdviseNotNeeded);
+            nint page = Environment.SystemPageSize;
+            nint first = (address + page - 1) & -page;
+            nint end = (address + (nint)byteCount) & -page;
+            _ = first < end ? Advise(first, (nuint)(end - first), AdviseNotNeeded) : 0;
         }
     }
 

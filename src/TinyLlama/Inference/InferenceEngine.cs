@@ -33,6 +33,7 @@ public sealed class InferenceEngine : IDisposable
     private readonly Segment[] _segments;
     private int _openSequences;
     private int _parts;
+    private bool _hasRun;
 
     /// <summary>Allocates the cache and the activations of one forward.</summary>
     /// <param name="model">The model; it outlives the engine.</param>
@@ -142,6 +143,12 @@ public sealed class InferenceEngine : IDisposable
     /// <exception cref="InvalidOperationException">Too few blocks of the cache are free.</exception>
     public void Forward(params ReadOnlySpan<Continuation> parts)
     {
+        if (_hasRun)
+        {
+            _model.PackSome();
+        }
+
+        _hasRun = true;
         (int row, int table) = (0, 0);
         for (int p = 0; p < parts.Length; p++)
         {

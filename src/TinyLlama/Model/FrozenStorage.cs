@@ -8,5 +8,5 @@ namespace TinyLlama.Model;
 public readonly record struct FrozenStorage(DType Type, StoredRows Rows = default)
 {
     /// <summary>Whether a frozen model on that device leaves the rows where they lie.</summary>
-    public bool StaysInPlace(Backend backend) => !Rows.IsEmpty && backend.ReadsInPlace(Type, Rows);
+    public bool StaysInPlace(Backend backend, int inputs) => !Rows.IsEmpty && backend.ReadsInPlace(Type, inputs, Rows);
 }

@@ -110,14 +110,14 @@ public sealed class Linear
         for (int first = 0; first < groups.Length;)
         {
             FrozenStorage stored = arenas.Storage!(groups[first].Name);
-            bool inPlace = stored.StaysInPlace(backend);
+            bool inPlace = stored.StaysInPlace(backend, inputs);
             List<StoredRows> ranges = [stored.Rows];
             int rows = groups[first].Rows;
             int end = first + 1;
             for (; end < groups.Length && rows % Backend.PackedRows == 0; end++)
             {
                 FrozenStorage next = arenas.Storage(groups[end].Name);
-                if (next.Type != stored.Type || next.StaysInPlace(backend) != inPlace)
+                if (next.Type != stored.Type || next.StaysInPlace(backend, inputs) != inPlace)
                 {
                     break;
                 }
@@ -129,6 +129,11 @@ public sealed class Linear
             Weight weight = inPlace
                 ? Weight.InPlace([.. ranges], inputs, stored.Type)
                 : Weight.Frozen(arenas.Weights, backend, rows, inputs, stored.Type);
+            if (inPlace && !backend.IsFastInPlace(stored.Type))
+            {
+                weight.AwaitPacking(arenas.Weights, backend);
+            }
+
             weights.Add(weight);
             for (int row = 0; first < end; row += groups[first++].Rows)
             {

@@ -61,14 +61,17 @@ public sealed class GgufModelTests
         }
     }
 
-    // Half a head of 16 rows is too little for 16 lanes, and 44 tokens do not fill them evenly.
+    // Half a head of 16 rows is too little for 16 lanes, 44 tokens do not fill them evenly, nor 48 the panels of 16 bits.
     [Theory]
-    [InlineData(CpuPath.Vector512, 64, 48, true)]
-    [InlineData(CpuPath.Vector256, 64, 48, true)]
-    [InlineData(CpuPath.Vector512, 16, 48, false)]
-    [InlineData(CpuPath.Vector512, 64, 44, false)]
-    [InlineData(CpuPath.Vector128, 16, 44, true)]
-    public void Weights_that_stay_in_the_file_give_the_logits_of_a_copy(CpuPath path, int headDim, int vocabulary, bool allStay)
+    [InlineData("q8_0", CpuPath.Vector512, 64, 48, true)]
+    [InlineData("q8_0", CpuPath.Vector256, 64, 48, true)]
+    [InlineData("q8_0", CpuPath.Vector512, 16, 48, false)]
+    [InlineData("q8_0", CpuPath.Vector512, 64, 44, false)]
+    [InlineData("q8_0", CpuPath.Vector128, 16, 44, true)]
+    [InlineData("bf16", CpuPath.Vector512, 64, 48, false)]
+    [InlineData("bf16", CpuPath.Vector256, 64, 48, true)]
+    [InlineData("f16", CpuPath.Vector256, 64, 48, true)]
+    public void Weights_that_stay_in_the_file_give_the_logits_of_a_copy(string type, CpuPath path, int headDim, int vocabulary, bool allStay)
     {
         using var folder = new TemporaryFolder();
         var config = new ModelConfig
@@ -83,7 +86,7 @@ public sealed class GgufModelTests
         };
         using (ModelSource run = ModelSource.Open(SmallModel.Save(folder["run"], config, tokenizer: null), Assert.Fail))
         {
-            GgufExport.Write(folder["model.gguf"], run, GgufMix.Find("q8_0"), tokenizer: null);
+            GgufExport.Write(folder["model.gguf"], run, GgufMix.Find(type), tokenizer: null);
         }
 
         using ModelSource source = ModelSource.Open(folder["model.gguf"], Assert.Fail);
@@ -100,5 +103,15 @@ public sealed class GgufModelTests
         }
 
         Assert.Equal(copied.Logits(), inPlace.Logits());
+        bool packs = inPlace.Model.Parameters.Any(static parameter => parameter.Frozen.Weight is { AwaitsPacking: true });
+        Assert.Equal(type != "q8_0", packs);
+        for (int i = 0; packs; i++)
+        {
+            inPlace.Model.PackSome();
+            packs = inPlace.Model.Parameters.Any(static parameter => parameter.Frozen.Weight is { AwaitsPacking: true });
+            Assert.Equal(i < 3, packs);
+            inPlace.Forward([1, 5, 30, 7, 7], [2], [9, 11, 43]);
+            Assert.Equal(copied.Logits(), inPlace.Logits());
+        }
     }
 }
