@@ -61,6 +61,15 @@ internal sealed class HuggingFaceFolder : ModelSource
     }
 
     /// <inheritdoc/>
+    internal override StoredRows MappedTensor(string name)
+    {
+        (ITensorFile file, TensorEntry entry) = _places[name];
+        return entry.ElementType == StorageOf(name) && file.MappedAddress(name) is var address and not 0
+            ? new StoredRows(address, checked((int)entry.Shape[0]))
+            : default;
+    }
+
+    /// <inheritdoc/>
     internal override void DropPages()
     {
         foreach (ITensorFile file in Files(_places))

@@ -21,6 +21,10 @@ internal interface ITensorFile : IDisposable
     /// <param name="count">The number of bytes.</param>
     ReadOnlySpan<byte> MappedBytes(string name, long first, int count);
 
+    /// <summary>Where a tensor lies in memory in row-major order, until the end of the file; 0 where it does not.</summary>
+    /// <param name="name">The tensor.</param>
+    nint MappedAddress(string name);
+
     /// <summary>Drops what has been read from memory; it can be read again.</summary>
     void DropPages();
 }

@@ -145,6 +145,11 @@ internal sealed class PyTorchFile : ITensorFile
     public ReadOnlySpan<byte> MappedBytes(string name, long first, int count) =>
         _entries[name] is { IsContiguous: true } entry ? _file.Bytes(entry.Offset + first, count) : default;
 
+    /// <inheritdoc/>
+    public nint MappedAddress(string name) => _entries[name] is { IsContiguous: true } entry
+        ? _file.Address(entry.Offset, entry.Shape.Aggregate((long)entry.ElementBytes, static (bytes, dimension) => bytes * dimension))
+        : 0;
+
     /// <summary>Reads elements as they are stored, in row-major order.</summary>
     /// <param name="destination">What is filled.</param>
     /// <param name="entry">One of <see cref="Entries"/>.</param>

@@ -124,6 +124,9 @@ public sealed class SafetensorsFile : ITensorFile
     /// <inheritdoc/>
     public ReadOnlySpan<byte> MappedBytes(string name, long first, int count) => Bytes(Entry(name), first, count);
 
+    /// <inheritdoc/>
+    public nint MappedAddress(string name) => _file.Address(Entry(name).Offset, Entry(name).ByteCount);
+
     /// <summary>Copies a tensor to a device, piece by piece, converting between floating-point types.</summary>
     /// <param name="backend">The device.</param>
     /// <param name="destination">Contiguous; (R, C) for the shape [R, C], (1, C) also for [C].</param>

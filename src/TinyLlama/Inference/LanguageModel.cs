@@ -20,7 +20,7 @@ namespace TinyLlama.Inference;
 /// </example>
 public sealed class LanguageModel : IDisposable
 {
-    // Open as long as the model reads weights in its files.
+    // Open only where the model reads weights in its files.
     private readonly ModelSource _source;
     private readonly Lazy<ChatTemplate?> _chatTemplate;
     private readonly PromptCache? _promptCache;
@@ -87,7 +87,7 @@ public sealed class LanguageModel : IDisposable
             model = LlamaModel.AllocateFrozen(source.Config, backend, source.FrozenStorageOf);
             source.CopyTo(backend, model.Parameters);
             (string? template, string origin) = (source.ChatTemplate, source.Path);
-            return new LanguageModel(
+            var loaded = new LanguageModel(
                 source,
                 backend,
                 model,
@@ -99,6 +99,12 @@ public sealed class LanguageModel : IDisposable
             {
                 CacheType = cacheType ?? backend.CacheType,
             };
+            if (!model.Parameters.Any(static parameter => parameter.IsInPlace))
+            {
+                source.Dispose();
+            }
+
+            return loaded;
         }
         catch
         {

@@ -7,6 +7,7 @@ using TinyLlama.Compute.Cpu;
 using TinyLlama.Data;
 using TinyLlama.Model;
 using TinyLlama.Tests.Common;
+using TinyLlama.Tests.Model;
 
 namespace TinyLlama.Tests.Checkpoints;
 
@@ -126,6 +127,25 @@ public sealed class ModelSourceTests : IDisposable
         byte[] table = new byte[2 * s_tiny.VocabularySize * s_tiny.Channels];
         source.ReadRows(table, source.Tensors.Single(static tensor => tensor.Name == LlamaModel.EmbeddingName), 0);
         Assert.Equal(table, MemoryMarshal.AsBytes(frozen.Parameters[0].Values.HostSpan<ushort>()).ToArray());
+    }
+
+    [Fact]
+    public void Weights_of_16_bits_that_stay_in_safetensors_give_the_logits_of_a_copy()
+    {
+        ModelConfig config = s_tiny with { VocabularySize = 32, Channels = 128, Hidden = 96 };
+        using LlamaModel model = Random(config);
+        WriteSharded(model, DType.F16, DType.BF16);
+        using ModelSource source = ModelSource.Open(_folder.Path, Fail);
+        using var inPlace = new ModelRun(config, 3, Keep.Nothing, CpuPath.Vector512, storage: source.FrozenStorageOf);
+        using var copied = new ModelRun(config, 3, Keep.Nothing, CpuPath.Vector512, storage: name => new FrozenStorage(source.StorageOf(name)));
+        Assert.All(inPlace.Model.Parameters, static parameter => Assert.True(parameter.IsVector || parameter.IsInPlace));
+        foreach (ModelRun run in (ModelRun[])[inPlace, copied])
+        {
+            source.CopyTo(run.Backend, run.Model.Parameters);
+            run.Forward([1, 5, 30]);
+        }
+
+        Assert.Equal(copied.Logits(), inPlace.Logits());
     }
 
     [Theory]
