@@ -129,11 +129,6 @@ public sealed class Linear
             Weight weight = inPlace
                 ? Weight.InPlace([.. ranges], inputs, stored.Type)
                 : Weight.Frozen(arenas.Weights, backend, rows, inputs, stored.Type);
-            if (inPlace && !backend.IsFastInPlace(stored.Type))
-            {
-                weight.AwaitPacking(arenas.Weights, backend);
-            }
-
             weights.Add(weight);
             for (int row = 0; first < end; row += groups[first++].Rows)
             {

@@ -85,7 +85,14 @@ public sealed class LlamaModel : IDisposable
             .. new[] { _embedding }.OfType<Parameter>(), .. _blocks.SelectMany(block => block.Parameters),
             .. new[] { _norm }.OfType<Parameter>(), .. _head?.Parameters ?? [],
         ];
-        _awaitPacking = [.. Parameters.Select(static parameter => parameter.Frozen.Weight).OfType<Weight>().Where(static weight => weight.AwaitsPacking).Distinct()];
+
+        // Behind everything else, so that no page of theirs is touched before they are packed. A table is never packed.
+        _awaitPacking =
+        [
+            .. Parameters.Where(parameter => parameter.IsInPlace && parameter != _embedding).Select(static parameter => parameter.Frozen.Weight!)
+                .Where(weight => !backend.IsFastInPlace(weight.Type)).Distinct(),
+        ];
+        Array.ForEach(_awaitPacking, weight => weight.AwaitPacking(arenas.Weights, backend));
     }
 
     /// <summary>Gets the shape.</summary>
