@@ -24,8 +24,8 @@ internal static unsafe class MatMul
     /// <summary>Dwords of packed operands that <see cref="Scratch.Shared"/> must hold.</summary>
     public const int SharedCount = MaxPanels + MaxTiles;
 
-    /// <summary>Dwords of a block of the left operand and of a panel that <see cref="Scratch.Of"/> must hold.</summary>
-    public const int ThreadCount = MaxBlock + (MaxBlockSteps * MaxColumns);
+    /// <summary>Dwords of a block of the left operand and of panels that <see cref="Scratch.Of"/> must hold.</summary>
+    public const int ThreadCount = MaxBlock + (PanelsTogether * MaxBlockSteps * MaxColumns);
 
     // Dwords of each operand that are packed at once: 31 MiB and 1 MiB.
     private const int MaxPanels = 31 << 18;
@@ -41,6 +41,9 @@ internal static unsafe class MatMul
 
     // Dwords of a block of the left operand.
     private const int MaxBlock = MaxBlockRows * ((2 * MaxBlockSteps) + RowPadding);
+
+    // Panels that one row is multiplied by together.
+    private const int PanelsTogether = 4;
 
     // The widest panel, and the largest tile, of any width.
     private const int MaxColumns = 32;
@@ -483,7 +486,7 @@ internal static unsafe class MatMul
                 else
                 {
                     CopyRows(block, firstRow, endRow, step, steps);
-                    if (Rows == 1 && StoredRows is null)
+                    if (Rows == 1)
                     {
                         MultiplyRow(block, step, steps, firstPanel, endPanel, accumulate);
                         continue;
@@ -501,18 +504,28 @@ internal static unsafe class MatMul
         private readonly float* Panel(int panel, int step, int steps) =>
             Panels + ((((nint)step * PanelCount) + ((nint)panel * steps)) * T.Columns);
 
-        // A panel of rows in place, behind the block of the left operand.
-        private readonly float* Turned(float* block, int panel, int step, int steps)
+        // Some panels, one after the other: those of rows in place are turned behind the block of the left operand.
+        private readonly float* PanelsFrom(float* block, int panel, int count, int step, int steps)
         {
-            int row = panel * T.Columns;
-            int i = 0;
-            for (; row >= StoredRows![i].Count; i++)
+            if (StoredRows is null)
             {
-                row -= StoredRows[i].Count;
+                return Panel(panel, step, steps);
             }
 
-            Matrix source = Matrix.Stored(StoredRows[i], row, Steps).From(step, 0);
-            Pack(block + MaxBlock, source.First, source.Column, source.Row, T.Columns, steps);
+            float* turned = block + MaxBlock;
+            for (int p = 0; p < count; p++, turned += (nint)steps * T.Columns)
+            {
+                int row = (panel + p) * T.Columns;
+                int i = 0;
+                for (; row >= StoredRows[i].Count; i++)
+                {
+                    row -= StoredRows[i].Count;
+                }
+
+                Matrix source = Matrix.Stored(StoredRows[i], row, Steps).From(step, 0);
+                Pack(turned, source.First, source.Column, source.Row, T.Columns, steps);
+            }
+
             return block + MaxBlock;
         }
 
@@ -522,7 +535,7 @@ internal static unsafe class MatMul
         {
             for (int panel = firstPanel; panel < endPanel; panel++)
             {
-                float* right = StoredRows is null ? Panel(panel, step, steps) : Turned(block, panel, step, steps);
+                float* right = PanelsFrom(block, panel, 1, step, steps);
                 int column = panel * T.Columns;
                 float* sums = Sums + (firstRow * SumsRow) + column;
                 float* left = block;
@@ -566,16 +579,15 @@ internal static unsafe class MatMul
         [SkipLocalsInit]
         private readonly void MultiplyRow(float* left, int step, int steps, int firstPanel, int endPanel, bool accumulate)
         {
-            const int Together = 4;
             nint nextPanel = (nint)steps * T.Columns;
-            float* right = Panel(firstPanel, step, steps);
             float* edge = stackalloc float[MaxTileCount];
-            for (int panel = firstPanel; panel < endPanel; panel += Together, right += Together * nextPanel)
+            for (int panel = firstPanel; panel < endPanel; panel += PanelsTogether)
             {
+                float* right = PanelsFrom(left, panel, Math.Min(PanelsTogether, endPanel - panel), step, steps);
                 int column = panel * T.Columns;
                 int columns = Math.Min(endPanel * T.Columns, Columns) - column;
                 float* sums = Sums + column;
-                if (columns >= Together * T.Columns)
+                if (columns >= PanelsTogether * T.Columns)
                 {
                     T.MultiplyRow(sums, left, right, nextPanel, steps, accumulate);
                     continue;
