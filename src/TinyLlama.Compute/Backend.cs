@@ -68,9 +68,6 @@ public abstract class Backend : IDisposable
     /// </summary>
     public abstract bool ReadsInPlace(DType type, int inputs, StoredRows rows);
 
-    /// <summary>Whether products read rows of that type in place as fast as any packed form; else <see cref="Weight.AwaitPacking"/> makes later ones faster.</summary>
-    public abstract bool IsFastInPlace(DType type);
-
     /// <summary>Fills rows of a frozen weight (<see cref="Weight.Frozen"/>) with what a file stores. The host memory is free on return.</summary>
     /// <param name="weight">The weight.</param>
     /// <param name="firstRow">A multiple of <see cref="PackedRows"/>.</param>

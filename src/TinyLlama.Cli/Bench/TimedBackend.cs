@@ -92,9 +92,6 @@ internal sealed class TimedBackend(Backend inner) : Backend
     public override bool ReadsInPlace(DType type, int inputs, StoredRows rows) => inner.ReadsInPlace(type, inputs, rows);
 
     /// <inheritdoc/>
-    public override bool IsFastInPlace(DType type) => inner.IsFastInPlace(type);
-
-    /// <inheritdoc/>
     public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows) => inner.WriteRows(weight, firstRow, rows);
 
     /// <inheritdoc/>

@@ -127,9 +127,6 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
         type == DType.Q8_0 ? Q8MatMul.Reads<V>(rows) : ArePairs(type, inputs) && Cpu.MatMul.ReadsPairs<V>(rows);
 
     /// <inheritdoc/>
-    public override bool IsFastInPlace(DType type) => type == DType.Q8_0;
-
-    /// <inheritdoc/>
     public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows)
     {
         Shape.Require(weight.Values.IsEmpty && firstRow % PackedRows == 0, "a frozen weight and a first row that packs begin with");
@@ -156,7 +153,15 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
     {
         if (weight.AwaitsPacking)
         {
-            Cpu.MatMul.PackPairs<V>(Team, weight);
+            if (weight.Type == DType.Q8_0)
+            {
+                Q8MatMul.Pack<V>(Team, weight);
+            }
+            else
+            {
+                Cpu.MatMul.PackPairs<V>(Team, weight);
+            }
+
             weight.LeaveRows();
             return;
         }

@@ -1,43 +1,63 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.Intrinsics.X86;
+using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
-/// output (N, O) = input (N, I) · weightᵀ with a weight of Q8_0 as files keep it: rows of blocks, each a scale in half
-/// precision and 32 signed bytes. Inputs are rounded to signed bytes too (<see cref="RoundedInputs"/>).
+/// output (N, O) = input (N, I) · weightᵀ with a weight of Q8_0: blocks, each a scale in half precision and 32 signed bytes, in
+/// rows as files keep them or in panels (<see cref="WeightPanels"/>). Inputs are rounded to signed bytes too (<see cref="RoundedInputs"/>).
 /// </summary>
 /// <remarks>
 /// Products of 32 are summed in integers, which are exact in any order, groups in fp32 in the order of the inputs: a row gets
-/// the same bits alone and among others. Alone it is multiplied by blocks as they lie, and registers are summed across.
-/// For every eight or four rows the blocks are turned so that a lane is an output, and widened to int16, into the second
-/// cache, while as many rows pass by.
+/// the same bits alone and among others, from rows and from panels. In a panel a lane is an output. Alone a row is multiplied by
+/// blocks as they lie, those of rows with sums across registers. Eight or four rows multiply int16, which they widen together;
+/// the rows of a weight are turned for them into the second cache.
 /// </remarks>
 internal static unsafe class Q8MatMul
 {
     /// <summary>Bytes that <see cref="Scratch.Of"/> must hold: a panel of the widest register.</summary>
-    public const int ThreadBytes = MaxLanes * TurnedBytes * GroupsAtOnce;
+    public const int ThreadBytes = MaxLanes * BlockBytes * GroupsAtOnce;
 
     private const int Group = RoundedInputs.Group;
     private const int BlockBytes = sizeof(ushort) + Group;
     private const int MaxLanes = 16;
-
-    // Of a turned group and lane: the scale in fp32, then the even and the odd int16 of each dword.
-    private const int TurnedBytes = sizeof(float) + RoundedInputs.WordsBytes;
 
     // Rows whose sums of integers fit the registers, and the least for which weights are turned.
     private const int MostRows = 8;
     private const int LeastRows = 4;
 
     // Groups that are turned at once.
-    private const int GroupsAtOnce = 128;
+    private const int GroupsAtOnce = 256;
 
-    // Bytes of turned panels of a task: they stay in the second cache while rows pass by.
-    private const long TaskBytes = 128 << 10;
+    // Bytes of panels of a task: they stay in the second cache while rows pass by.
+    private const long TaskBytes = 96 << 10;
+
+    // How far ahead panels are fetched: some memory latency at the rate of a core.
+    private const int PrefetchBytes = 2048;
 
     /// <summary>Whether the kernels read rows where they lie.</summary>
     public static bool Reads<V>(StoredRows rows)
         where V : struct, ILanes<V> => rows.IsRegular(V.Count);
+
+    /// <summary>Turns a weight in place into its panels, and drops its pages.</summary>
+    public static void Pack<V>(ThreadTeam team, Weight weight)
+        where V : struct, ILanes<V>
+    {
+        int groups = weight.Inputs / Group;
+        PackWork<V> work = new()
+        {
+            Rows = weight.Rows,
+            Panels = (byte*)weight.PackedForward.Address,
+            RowBytes = (nint)groups * BlockBytes,
+            Groups = groups,
+        };
+        team.Run(ref work, weight.Outputs / V.Count);
+        foreach (StoredRows rows in weight.Rows)
+        {
+            PageMemory.DropFilePages(rows.Address, rows.Count * (long)work.RowBytes);
+        }
+    }
 
     /// <summary>Copies whole rows in the order of outputs to memory of the weight's own.</summary>
     /// <param name="weight">The weight.</param>
@@ -68,7 +88,7 @@ internal static unsafe class Q8MatMul
         int rowsAtOnce = RoundedInputs.MaxElements / input.Columns;
         int groups = weight.Inputs / Group;
         int panelCount = (weight.Outputs + V.Count - 1) / V.Count;
-        int panelsPerTask = (int)Math.Clamp(TaskBytes / ((long)groups * TurnedBytes * V.Count), 1, Math.Max(1, panelCount / 8));
+        int panelsPerTask = (int)Math.Clamp(TaskBytes / ((long)groups * BlockBytes * V.Count), 1, Math.Max(1, panelCount / 8));
         for (int row = 0; row < input.Rows; row += rowsAtOnce)
         {
             int count = Math.Min(rowsAtOnce, input.Rows - row);
@@ -79,6 +99,7 @@ internal static unsafe class Q8MatMul
                 Output = output.RowRange(row, count),
                 Rounded = (byte*)scratch.Shared,
                 Weight = weight.Rows,
+                Panels = weight.Rows.Length == 0 ? (byte*)weight.PackedForward.Address : null,
                 RowBytes = (nint)groups * BlockBytes,
                 PanelCount = panelCount,
                 PanelsPerTask = panelsPerTask,
@@ -104,6 +125,63 @@ internal static unsafe class Q8MatMul
         }
     }
 
+    // The first row of a panel and the bytes to the next.
+    private static byte* Panel<V>(StoredRows[] ranges, nint rowBytes, int panel, out nint step)
+        where V : struct, ILanes<V>
+    {
+        int row = panel * V.Count;
+        int i = 0;
+        for (; row >= ranges[i].Count; i++)
+        {
+            row -= ranges[i].Count;
+        }
+
+        (nint address, step) = ranges[i].At(row, rowBytes);
+        return (byte*)address;
+    }
+
+    // Rows become a panel: of each group the scales, then dword after dword of all rows.
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    private static void Turn<V>(byte* panel, byte* rows, nint step, int groups)
+        where V : struct, ILanes<V>
+    {
+        for (int group = 0; group < groups; group++)
+        {
+            for (int lane = 0; lane < V.Count; lane++)
+            {
+                ((ushort*)panel)[lane] = *(ushort*)(rows + (lane * step));
+            }
+
+            float* dwords = (float*)(panel + (sizeof(ushort) * V.Count));
+            for (int i = 0; i < Group; i += 4 * sizeof(uint), dwords += 4 * V.Count)
+            {
+                V.LoadTurned(rows + sizeof(ushort) + i, step, out V w0, out V w1, out V w2, out V w3);
+                w0.Store(dwords);
+                w1.Store(dwords + V.Count);
+                w2.Store(dwords + (2 * V.Count));
+                w3.Store(dwords + (3 * V.Count));
+            }
+
+            rows += BlockBytes;
+            panel += BlockBytes * V.Count;
+        }
+    }
+
+    private struct PackWork<V> : IWork
+        where V : struct, ILanes<V>
+    {
+        public StoredRows[] Rows;
+        public byte* Panels;
+        public nint RowBytes;
+        public int Groups;
+
+        public readonly void Run(int task, int thread)
+        {
+            byte* source = Panel<V>(Rows, RowBytes, task, out nint step);
+            Turn<V>(Panels + (task * RowBytes * V.Count), source, step, Groups);
+        }
+    }
+
     private struct MultiplyWork<V> : IWork
         where V : struct, ILanes<V>
     {
@@ -111,6 +189,9 @@ internal static unsafe class Q8MatMul
         public Tensor Output;
         public byte* Rounded;
         public StoredRows[] Weight;
+
+        // In place of rows.
+        public byte* Panels;
         public nint RowBytes;
         public int PanelCount;
         public int PanelsPerTask;
@@ -122,7 +203,11 @@ internal static unsafe class Q8MatMul
             int first = task * PanelsPerTask;
             int end = Math.Min(PanelCount, first + PanelsPerTask);
             int together = Output.Rows / LeastRows * LeastRows;
-            if (together > 0)
+            if (Panels is not null)
+            {
+                MultiplyPanels(first, end, together);
+            }
+            else if (together > 0)
             {
                 MultiplyTogether((byte*)Scratch.Of(thread), first, end, together);
             }
@@ -137,16 +222,30 @@ internal static unsafe class Q8MatMul
             }
         }
 
+        private readonly void MultiplyPanels(int first, int end, int allRows)
+        {
+            int rows;
+            for (int row = 0; row < allRows; row += rows)
+            {
+                rows = allRows - row >= MostRows ? MostRows : LeastRows;
+                byte* rounded = Rounded + ((nint)row * Groups * RoundedInputs.WordGroupBytes);
+                for (int panel = first; panel < end; panel++)
+                {
+                    MultiplyRows(row, rows, panel, Panels + (panel * RowBytes * V.Count), rounded, Groups, Accumulate);
+                }
+            }
+        }
+
         private readonly void MultiplyTogether(byte* turned, int first, int end, int allRows)
         {
             for (int group = 0; group < Groups; group += GroupsAtOnce)
             {
                 int groups = Math.Min(GroupsAtOnce, Groups - group);
-                int panelBytes = groups * TurnedBytes * V.Count;
+                int panelBytes = groups * BlockBytes * V.Count;
                 for (int panel = first; panel < end; panel++)
                 {
-                    byte* source = Panel(panel, out nint step);
-                    Turn(turned + ((panel - first) * panelBytes), source + (group * BlockBytes), step, groups);
+                    byte* source = Panel<V>(Weight, RowBytes, panel, out nint step);
+                    Turn<V>(turned + ((panel - first) * panelBytes), source + (group * BlockBytes), step, groups);
                 }
 
                 int rows;
@@ -163,7 +262,7 @@ internal static unsafe class Q8MatMul
         }
 
         [SkipLocalsInit]
-        private readonly void MultiplyRows(int row, int rows, int panel, byte* turned, byte* rounded, int groups, bool accumulate)
+        private readonly void MultiplyRows(int row, int rows, int panel, byte* weights, byte* rounded, int groups, bool accumulate)
         {
             float* sums = stackalloc float[MostRows * MaxLanes];
             int column = panel * V.Count;
@@ -175,11 +274,11 @@ internal static unsafe class Q8MatMul
 
             if (rows == MostRows)
             {
-                MultiplyWords<Eight>(sums, turned, rounded, groups);
+                MultiplyWords<Eight>(sums, weights, rounded, groups);
             }
             else
             {
-                MultiplyWords<Four>(sums, turned, rounded, groups);
+                MultiplyWords<Four>(sums, weights, rounded, groups);
             }
 
             for (int r = 0; r < rows; r++)
@@ -194,9 +293,17 @@ internal static unsafe class Q8MatMul
             float* sums = stackalloc float[MaxLanes];
             int column = panel * V.Count;
             int columns = Math.Min(V.Count, Output.Columns - column);
-            byte* rows = Panel(panel, out nint step);
             Begin(sums, Output.F32(row) + column, columns, Accumulate);
-            MultiplyRow(V.Load(sums), rows, step, rounded, Groups).Store(sums);
+            if (Panels is not null)
+            {
+                MultiplyPanel(V.Load(sums), Panels + (panel * RowBytes * V.Count), rounded, Groups).Store(sums);
+            }
+            else
+            {
+                byte* rows = Panel<V>(Weight, RowBytes, panel, out nint step);
+                MultiplyRow(V.Load(sums), rows, step, rounded, Groups).Store(sums);
+            }
+
             Copy(Output.F32(row) + column, sums, columns);
         }
 
@@ -213,60 +320,20 @@ internal static unsafe class Q8MatMul
         private static void Copy(float* destination, float* source, int count) =>
             new ReadOnlySpan<float>(source, count).CopyTo(new Span<float>(destination, count));
 
-        // The first row of a panel and the bytes to the next.
-        private readonly byte* Panel(int panel, out nint step)
-        {
-            int row = panel * V.Count;
-            int i = 0;
-            for (; row >= Weight[i].Count; i++)
-            {
-                row -= Weight[i].Count;
-            }
-
-            (nint address, step) = Weight[i].At(row, RowBytes);
-            return (byte*)address;
-        }
-
+        // Eight or four rows and one panel, integers in registers: the bits of MultiplyPanel and of MultiplyRow.
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static void Turn(byte* turned, byte* rows, nint step, int groups)
+        private static void MultiplyWords<TRows>(float* sums, byte* panel, byte* rounded, int groups)
         {
             for (int group = 0; group < groups; group++)
             {
-                Halves<V>.FromLow(V.LoadWords(rows, step)).Store((float*)turned);
-                float* words = (float*)turned + V.Count;
-                rows += sizeof(ushort);
-                for (int i = 0; i < Group; i += 16)
-                {
-                    V.LoadTurned(rows + i, step, out V w0, out V w1, out V w2, out V w3);
-                    V.EvenWords(w0).Store(words);
-                    V.OddWords(w0).Store(words + V.Count);
-                    V.EvenWords(w1).Store(words + (2 * V.Count));
-                    V.OddWords(w1).Store(words + (3 * V.Count));
-                    V.EvenWords(w2).Store(words + (4 * V.Count));
-                    V.OddWords(w2).Store(words + (5 * V.Count));
-                    V.EvenWords(w3).Store(words + (6 * V.Count));
-                    V.OddWords(w3).Store(words + (7 * V.Count));
-                    words += 8 * V.Count;
-                }
-
-                rows += Group;
-                turned += TurnedBytes * V.Count;
-            }
-        }
-
-        // Eight or four rows and one panel, integers in registers: the bits of MultiplyRow.
-        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static void MultiplyWords<TRows>(float* sums, byte* turned, byte* rounded, int groups)
-        {
-            for (int group = 0; group < groups; group++)
-            {
-                V scale = V.Load((float*)turned);
-                turned += sizeof(float) * V.Count;
+                V scale = Halves<V>.Load(panel);
+                panel += sizeof(ushort) * V.Count;
                 V a0 = default, a1 = default, a2 = default, a3 = default, a4 = default, a5 = default, a6 = default, a7 = default;
                 byte* x = rounded;
                 for (int i = 0; i < Group / 4; i++)
                 {
-                    V even = V.LoadDwords(turned);
+                    V bytes = V.LoadDwords(panel);
+                    V even = V.EvenWords(bytes);
                     a0 = V.AddDwords(a0, V.DwordProducts(even, Input(x, 0)));
                     a1 = V.AddDwords(a1, V.DwordProducts(even, Input(x, 1)));
                     a2 = V.AddDwords(a2, V.DwordProducts(even, Input(x, 2)));
@@ -279,7 +346,7 @@ internal static unsafe class Q8MatMul
                         a7 = V.AddDwords(a7, V.DwordProducts(even, Input(x, 7)));
                     }
 
-                    V odd = V.LoadDwords(turned + (sizeof(float) * V.Count));
+                    V odd = V.OddWords(bytes);
                     a0 = V.AddDwords(a0, V.DwordProducts(odd, Input(x + Group, 0)));
                     a1 = V.AddDwords(a1, V.DwordProducts(odd, Input(x + Group, 1)));
                     a2 = V.AddDwords(a2, V.DwordProducts(odd, Input(x + Group, 2)));
@@ -292,7 +359,7 @@ internal static unsafe class Q8MatMul
                         a7 = V.AddDwords(a7, V.DwordProducts(odd, Input(x + Group, 7)));
                     }
 
-                    turned += 2 * sizeof(float) * V.Count;
+                    panel += sizeof(float) * V.Count;
                     x += sizeof(float);
                 }
 
@@ -341,6 +408,35 @@ internal static unsafe class Q8MatMul
             return sum;
         }
 
+        // One row and one panel.
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+        private static V MultiplyPanel(V sum, byte* panel, byte* rounded, int groups)
+        {
+            for (int group = 0; group < groups; group++)
+            {
+                Prefetch(panel + PrefetchBytes);
+                V scale = Halves<V>.Load(panel) * V.Create(*(float*)(rounded + Group));
+                byte* bytes = panel + (sizeof(ushort) * V.Count);
+                V a = V.AddDwords(Products(bytes, 0, rounded), Products(bytes, 1, rounded));
+                a = V.AddDwords(a, V.AddDwords(Products(bytes, 2, rounded), Products(bytes, 3, rounded)));
+                a = V.AddDwords(a, V.AddDwords(Products(bytes, 4, rounded), Products(bytes, 5, rounded)));
+                a = V.AddDwords(a, V.AddDwords(Products(bytes, 6, rounded), Products(bytes, 7, rounded)));
+                sum = V.Fma(V.FromInt32(a), scale, sum);
+                panel += BlockBytes * V.Count;
+                rounded += RoundedInputs.GroupBytes;
+            }
+
+            return sum;
+        }
+
+        // Four bytes of each output by four of the inputs.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static V Products(byte* bytes, int i, byte* rounded)
+        {
+            V w = V.LoadDwords(bytes + (i * sizeof(float) * V.Count));
+            return V.AddNeighbours(V.WordProducts(V.Magnitudes(w), V.WithSigns(V.CreateDword(*(uint*)(rounded + (4 * i))), w)));
+        }
+
         // Two int16 of a row of inputs, the same in each lane.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
         private static V Input(byte* x, int row) => V.CreateDword(*(uint*)(x + (row * RoundedInputs.WordGroupBytes)));
@@ -350,7 +446,7 @@ internal static unsafe class Q8MatMul
 
         private readonly struct Eight;
 
-        // A share of the next panel, which follows this one.
+        // A group of a panel.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
         private static void Prefetch(byte* p)
         {

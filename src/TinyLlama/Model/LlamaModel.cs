@@ -89,8 +89,7 @@ public sealed class LlamaModel : IDisposable
         // Behind everything else, so that no page of theirs is touched before they are packed. A table is never packed.
         _awaitPacking =
         [
-            .. Parameters.Where(parameter => parameter.IsInPlace && parameter != _embedding).Select(static parameter => parameter.Frozen.Weight!)
-                .Where(weight => !backend.IsFastInPlace(weight.Type)).Distinct(),
+            .. Parameters.Where(parameter => parameter.IsInPlace && parameter != _embedding).Select(static parameter => parameter.Frozen.Weight!).Distinct(),
         ];
         Array.ForEach(_awaitPacking, weight => weight.AwaitPacking(arenas.Weights, backend));
     }
@@ -359,8 +358,8 @@ public sealed class LlamaModel : IDisposable
             return Matrix(EmbeddingName, arenas, rows, columns);
         }
 
-        // A head that is also the table is packed, a table never.
-        if (stored.StaysInPlace(_backend, columns) && (!Config.TiedEmbeddings || _backend.IsFastInPlace(type)))
+        // A table is never packed in turn: one of 16 bits that is also the head is at once, a quantized one stays rows.
+        if (stored.StaysInPlace(_backend, columns) && (!Config.TiedEmbeddings || type.IsQuantized()))
         {
             return new Parameter(EmbeddingName, default, default, new FrozenRows(Weight.InPlace([stored.Rows], columns, type), 0, rows));
         }

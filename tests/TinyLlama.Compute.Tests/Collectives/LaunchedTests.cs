@@ -97,7 +97,7 @@ public sealed class LaunchedTests : IDisposable
     private static (int Code, string Output) Wait(Running running)
     {
         using Process process = running.Process;
-        if (!process.WaitForExit(TimeSpan.FromSeconds(120)))
+        if (!process.WaitForExit(TimeSpan.FromMinutes(5)))
         {
             process.Kill(entireProcessTree: true);
             Assert.Fail("a process does not end");

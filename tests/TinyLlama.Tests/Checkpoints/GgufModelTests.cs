@@ -104,7 +104,7 @@ public sealed class GgufModelTests
 
         Assert.Equal(copied.Logits(), inPlace.Logits());
         bool packs = inPlace.Model.Parameters.Any(static parameter => parameter.Frozen.Weight is { AwaitsPacking: true });
-        Assert.Equal(type != "q8_0", packs);
+        Assert.True(packs);
         for (int i = 0; packs; i++)
         {
             inPlace.Model.PackSome();

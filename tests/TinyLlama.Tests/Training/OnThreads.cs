@@ -21,7 +21,7 @@ internal static class OnThreads
             })) { IsBackground = true }),
         ];
         Array.ForEach(threads, static thread => thread.Start());
-        Array.ForEach(threads, thread => Assert.True(thread.Join(TimeSpan.FromMinutes(1)), $"a rank hangs; failures: {string.Join("; ", failures.OfType<Exception>())}"));
+        Array.ForEach(threads, thread => Assert.True(thread.Join(TimeSpan.FromMinutes(5)), $"a rank hangs; failures: {string.Join("; ", failures.OfType<Exception>())}"));
         Assert.All(failures, Assert.Null);
         return results;
     }
