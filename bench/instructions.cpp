@@ -38,6 +38,10 @@ alignas(64) static unsigned char memory[512];
     "vpbroadcastd " offset "(%0), %%ymm11\n vpsignb %%ymm9, %%ymm11, %%ymm11\n vpmaddubsw %%ymm11, %%ymm10, %%ymm11\n" \
     "vpmaddwd %%ymm4, %%ymm11, %%ymm11\n vpaddd %%ymm11, %%ymm" sum ", %%ymm" sum "\n"
 
+// A product of int16 and the sum that waits for it.
+#define SUMMED(product, sum) \
+    "vpmaddwd %%ymm14, %%ymm15, %%ymm" product "\n vpaddd %%ymm" product ", %%ymm" sum ", %%ymm" sum "\n"
+
 int main() {
     double fma = 0;
     TIME("vfmadd231ps (8 products in fp32)", 8, EIGHT("vfmadd231ps %%ymm14, %%ymm15, "));
@@ -46,6 +50,8 @@ int main() {
     TIME("vpsignb", 8, EIGHT("vpsignb %%ymm14, %%ymm15, "));
     TIME("vpmaddubsw and vpsignb, each", 16, EIGHT("vpsignb %%ymm14, %%ymm15, %%ymm13\n vpmaddubsw %%ymm14, %%ymm15, "));
     TIME("vpmaddubsw and vpmaddwd, each", 16, EIGHT("vpmaddwd %%ymm14, %%ymm15, %%ymm13\n vpmaddubsw %%ymm14, %%ymm15, "));
+    TIME("vpmaddwd whose result vpaddd adds, both", 8,
+         SUMMED("8", "0") SUMMED("9", "1") SUMMED("10", "2") SUMMED("11", "3") SUMMED("8", "4") SUMMED("9", "5") SUMMED("10", "6") SUMMED("11", "7"));
     TIME("32 products of 4 bits: broadcast, multiply, add", 4, FOUR_ROWS(UNSIGNED));
     TIME("32 products of 8 bits: broadcast, sign, multiply, widen, add", 4,
          "vmovups 256(%0), %%ymm9\n vpabsb %%ymm9, %%ymm10\n" FOUR_ROWS(SIGNED));

@@ -25,6 +25,7 @@ internal sealed class BenchCommand
     }.AcceptOnlyFromAmong("fp32", "bf16");
 
     private readonly Option<Device?> _device = CommonOptions.Device();
+    private readonly Option<bool> _atomics = new("--atomics") { Description = "On a GPU: add gradients of queries up by atomics, as recipes with deterministic: false do" };
     private readonly Option<double?> _seconds;
     private readonly Option<int?> _threads = CommonOptions.Threads();
     private readonly Option<bool> _json = CommonOptions.Json();
@@ -50,7 +51,7 @@ internal sealed class BenchCommand
     {
         var command = new Command("train", "Train on random tokens and show where the time of a step goes")
         {
-            _model, _sequences, _context, _device, _precision, _seconds, _threads, _json,
+            _model, _sequences, _context, _device, _precision, _atomics, _seconds, _threads, _json,
         };
         command.SetAction((parse, stop) =>
         {
@@ -81,7 +82,7 @@ internal sealed class BenchCommand
             HelpName = "TEXT",
             DefaultValueFactory = _ => "",
         };
-        var command = new Command(name, description) { _model, _sequences, _context, _device, _precision, only, _seconds, _threads, _json };
+        var command = new Command(name, description) { _model, _sequences, _context, _device, _precision, _atomics, only, _seconds, _threads, _json };
         command.SetAction((parse, stop) =>
         {
             TextWriter output = parse.InvocationConfiguration.Output;
@@ -138,7 +139,7 @@ internal sealed class BenchCommand
     }
 
     private Backend Open(ParseResult parse) => (parse.GetValue(_device) ?? default).Open(
-        parse.GetValue(_threads) ?? 0, parse.GetRequiredValue(_precision) == "bf16" ? DType.BF16 : DType.F32);
+        parse.GetValue(_threads) ?? 0, parse.GetRequiredValue(_precision) == "bf16" ? DType.BF16 : DType.F32, !parse.GetValue(_atomics));
 
     private BenchModel Model(ParseResult parse) =>
         BenchModel.Find(parse.GetRequiredValue(_model), parse.GetValue(_sequences), parse.GetValue(_context));

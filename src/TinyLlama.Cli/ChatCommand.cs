@@ -53,9 +53,10 @@ internal sealed class ChatCommand
         bool isTerminal = !Console.IsInputRedirected && ReferenceEquals(output, Console.Out);
         var session = new ChatSession(chat, generator, settings, output, error, isTerminal) { SystemPrompt = parse.GetValue(_system) };
 
-        // Ctrl-C is for the reply; the program ends by /quit, by the end of its input, or by SIGTERM.
-        using IDisposable diversion = StopSignals.DivertInterrupts(session.StopReply);
-        await session.RunAsync(Console.In, stop);
-        return ExitCode.Success;
+        // At a terminal Ctrl-C is for the reply; the program ends by /quit, by the end of its input, or by SIGTERM.
+        using IDisposable? diversion = isTerminal ? StopSignals.DivertInterrupts(session.Interrupt) : null;
+        using TextReader input = isTerminal ? Console.In : CommandLine.OpenInput();
+        bool wentWell = await session.RunAsync(input, stop);
+        return wentWell || isTerminal ? ExitCode.Success : ExitCode.UserError;
     }
 }

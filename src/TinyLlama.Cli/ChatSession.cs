@@ -26,7 +26,7 @@ internal sealed class ChatSession(
           /new               forget the whole conversation
           /set [KEY VALUE]   a setting of the replies, or all of them
           /save FILE         write the conversation as JSON
-          /quit              leave
+          /quit              leave; /exit and /bye do too
         """;
 
     private readonly List<ChatMessage> _messages = [];
@@ -38,14 +38,16 @@ internal sealed class ChatSession(
     /// <summary>Talks until the input ends or <c>/quit</c>.</summary>
     /// <param name="input">The lines.</param>
     /// <param name="stop">Ends it at once.</param>
-    public async Task RunAsync(TextReader input, CancellationToken stop)
+    /// <returns>Whether there was no mistake.</returns>
+    public async Task<bool> RunAsync(TextReader input, CancellationToken stop)
     {
         if (isTerminal)
         {
             error.WriteLine("/help shows the commands");
         }
 
-        while (await ReadAsync(input, stop) is { } line && line != "/quit")
+        bool wentWell = true;
+        while (await ReadAsync(input, stop) is { } line && line.Split(' ')[0] is not ("/quit" or "/exit" or "/bye"))
         {
             try
             {
@@ -54,16 +56,25 @@ internal sealed class ChatSession(
             catch (Exception e) when (e is UserErrorException or IOException or UnauthorizedAccessException)
             {
                 error.WriteLine($"error: {e.Message}");
+                wentWell = false;
             }
         }
+
+        return wentWell;
     }
 
-    /// <summary>Stops the reply that is being written, if there is one.</summary>
-    public void StopReply()
+    /// <summary>Stops the reply that is being written; where there is none, says how to leave.</summary>
+    public void Interrupt()
     {
+        if (_reply is not { } reply)
+        {
+            error.Write($"{error.NewLine}/quit or Ctrl-D leaves{error.NewLine}> ");
+            return;
+        }
+
         try
         {
-            _reply?.Cancel();
+            reply.Cancel();
         }
         catch (ObjectDisposedException)
         {

@@ -1,5 +1,8 @@
 using System.CommandLine;
 using System.CommandLine.Help;
+using System.CommandLine.Parsing;
+using System.Globalization;
+using System.Text;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Collectives;
 using TinyLlama.Data;
@@ -25,10 +28,9 @@ internal static class CommandLine
         // Options are whole words: "-abc" is not "-a -b -c".
         ParseResult parse = root.Parse(arguments, new ParserConfiguration { EnablePosixBundling = false });
         bool asksForHelp = parse.Action is HelpAction;
-        if (parse.Errors.Count > 0 && !asksForHelp)
+        if (!asksForHelp && Mistake(parse) is { } mistake)
         {
-            string mistake = string.Join(' ', Lines(parse.Errors[0].Message)).TrimEnd('.');
-            Write(error, [$"error: {mistake}; see '{string.Join(' ', Verb(parse))} --help'"]);
+            Write(error, [$"error: {string.Join(' ', Lines(mistake)).TrimEnd('.')}; see '{string.Join(' ', Verb(parse))} --help'"]);
             return ExitCode.UserError;
         }
 
@@ -52,6 +54,9 @@ internal static class CommandLine
         }
     }
 
+    /// <summary>Opens standard input as UTF-8; reading another encoding ends with <see cref="DecoderFallbackException"/>.</summary>
+    public static TextReader OpenInput() => new StreamReader(Console.OpenStandardInput(), new UTF8Encoding(false, throwOnInvalidBytes: true));
+
     /// <summary>Says in a line each what the user can mend; anything else is a defect and shows where it happened.</summary>
     public static int Report(Exception exception, TextWriter error, CancellationToken stop)
     {
@@ -65,6 +70,7 @@ internal static class CommandLine
             OperationCanceledException when stop.IsCancellationRequested => (ExitCode.Stopped, ["stopped"]),
             UserErrorException or DeviceException or IOException or UnauthorizedAccessException =>
                 (ExitCode.UserError, Lines(exception.Message).Select(static line => $"error: {line}")),
+            DecoderFallbackException => (ExitCode.UserError, ["error: the input is not UTF-8 text; convert it first"]),
             CollectiveException => (ExitCode.RanksLost, Lines(exception.Message).Select(static line => $"error: {line}")),
             OutOfMemoryException => (ExitCode.UserError, ["error: this machine has too little memory for that"]),
             _ => (ExitCode.Defect, [$"This is a defect of tinyllama {Program.Version}; {ReportTo}:", exception.ToString()]),
@@ -87,6 +93,28 @@ internal static class CommandLine
             // The disk of standard error is full, or it is closed: the exit code alone tells.
         }
     }
+
+    private static string? Mistake(ParseResult parse)
+    {
+        // To the library 0,5 is 5.
+        foreach (Option option in parse.CommandResult.Command.Options.Where(static option => (Nullable.GetUnderlyingType(option.ValueType) ?? option.ValueType) == typeof(double)))
+        {
+            if (parse.GetResult(option)?.Tokens is [{ Value: string text }] && !double.TryParse(text, NumberStyles.Float, CultureInfo.InvariantCulture, out _))
+            {
+                return $"{option.Name} is '{text}', a number is needed, such as 0.5";
+            }
+        }
+
+        return parse.Errors.Count == 0 ? null : Describe(parse.Errors[0]);
+    }
+
+    // Of a text that is no number of an option's type the library tells the runtime's name of that type.
+    private static string Describe(ParseError mistake) =>
+        mistake.SymbolResult is not OptionResult { Option: { } option, Tokens: [{ Value: string text }] } || !mistake.Message.Contains("as expected type", StringComparison.Ordinal)
+            ? mistake.Message
+            : Int128.TryParse(text, NumberStyles.Integer, CultureInfo.InvariantCulture, out _)
+            ? $"{option.Name} is {text}, which is out of range"
+            : $"{option.Name} is '{text}', a whole number is needed";
 
     private static IEnumerable<string> Verb(ParseResult parse)
     {

@@ -1,4 +1,6 @@
 using System.CommandLine;
+using System.Globalization;
+using System.Numerics;
 using TinyLlama.Compute;
 
 namespace TinyLlama.Cli;
@@ -8,7 +10,7 @@ internal static class CommonOptions
 {
     /// <summary><c>RUN</c>: a trained model.</summary>
     public static Argument<string> Model() =>
-        new("RUN") { Description = "A run, a checkpoint, a Hugging Face folder, a .gguf file, or a .bin file of llama2.c" };
+        new("MODEL") { Description = "A run, a checkpoint, a Hugging Face folder, a .gguf file, or a .bin file of llama2.c" };
 
     /// <summary><c>--chat-template NAME</c>: how conversations become prompts.</summary>
     public static Option<string?> ChatTemplate() => new("--chat-template")
@@ -27,9 +29,19 @@ internal static class CommonOptions
     /// <summary><c>--json</c>: the result as one JSON document on standard output; progress stays on standard error.</summary>
     public static Option<bool> Json() => new("--json") { Description = "Write the result as JSON" };
 
-    /// <summary><c>--out PATH</c>: where the result goes.</summary>
-    public static Option<string?> Out(string description) =>
-        new("--out") { Description = description, HelpName = "PATH" };
+    /// <summary><c>--out PATH</c>: the folder where the result goes.</summary>
+    public static Option<string?> Out(string description)
+    {
+        var option = new Option<string?>("--out") { Description = description, HelpName = "PATH" };
+        option.Validators.Add(static result =>
+        {
+            if (result.Tokens is [{ Value: string path }] && File.Exists(path))
+            {
+                result.AddError($"--out {path}: is a file; name a folder");
+            }
+        });
+        return option;
+    }
 
     /// <summary><c>--set key=value</c>, any number of times: overrides one key of the recipe.</summary>
     public static Option<string[]> Set() => new("--set")
@@ -59,7 +71,7 @@ internal static class CommonOptions
             Description = "What keys and values are rounded to in the cache [default: f16, on a GPU bf16]",
             CustomParser = result => Enum.Parse<DType>(result.Tokens[0].Value, ignoreCase: true),
         };
-        return option.AcceptOnlyFromAmong("f32", "f16", "bf16", "q8_0");
+        return option.AcceptOnlyFromAmong(StringComparer.OrdinalIgnoreCase, "f32", "f16", "bf16", "q8_0");
     }
 
     /// <summary><c>--device D</c>: what to compute on.</summary>
@@ -119,15 +131,22 @@ internal static class CommonOptions
         return AtLeast(option, 1);
     }
 
+    /// <summary>Takes one of some words, which are in lower case: whoever writes <c>Q4_K_M</c> means <c>q4_k_m</c>.</summary>
+    public static Option<string> OneOf(Option<string> option, string[] words)
+    {
+        option.CustomParser = static result => result.Tokens[0].Value.ToLowerInvariant();
+        return option.AcceptOnlyFromAmong(StringComparer.OrdinalIgnoreCase, words);
+    }
+
     /// <summary>Refuses numbers below a bound.</summary>
     public static Option<T?> AtLeast<T>(Option<T?> option, T least)
-        where T : struct, IComparable<T>
+        where T : struct, INumber<T>
     {
         option.Validators.Add(result =>
         {
-            // Text that is no number is reported by the parser itself.
-            if (result.Tokens is [{ Value: string text }] && double.TryParse(text, out _)
-                && result.GetValueOrDefault<T?>() is T value && value.CompareTo(least) < 0)
+            // Text that is no number of the type is reported by the parser itself.
+            if (result.Tokens is [{ Value: string text }] && double.TryParse(text, NumberStyles.Float, CultureInfo.InvariantCulture, out double value)
+                && value < double.CreateChecked(least))
             {
                 result.AddError($"{option.Name} is {text}, which is less than {least}");
             }

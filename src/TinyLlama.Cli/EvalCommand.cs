@@ -139,6 +139,10 @@ internal sealed class EvalCommand
         {
             throw new UserErrorException($"{path}: not found", e);
         }
+        catch (UnauthorizedAccessException e) when (Directory.Exists(path))
+        {
+            throw new UserErrorException($"{path}: is a folder; name a text file", e);
+        }
     }
 
     // What a run was trained on, and how, where the model is a run's.
@@ -153,6 +157,11 @@ internal sealed class EvalCommand
         long most = parse.GetValue(_maxTokens) ?? long.MaxValue;
         if (data is not null)
         {
+            if (parse.GetValue(_data) is null && !Directory.Exists(data))
+            {
+                throw new UserErrorException($"{data}: not found, seen from this folder; the run was trained on it: name where it is with --data DIR");
+            }
+
             using TokenShards shards = TokenShards.Open(data);
             return EvaluationTokens.FromShards(shards, Split.Validation, model.Tokenizer, most);
         }

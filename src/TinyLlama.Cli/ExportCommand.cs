@@ -29,7 +29,7 @@ internal static class ExportCommand
         {
             Description = "A Hugging Face folder, a GGUF file, or model.bin and tokenizer.bin of llama2.c [default: by the ending of PATH: .gguf, .bin, else hf]",
         }.AcceptOnlyFromAmong(FolderFormat, FileFormat, Llama2CFormat);
-        Option<string?> type = Type([.. GgufMix.All.Select(static mix => mix.Name)]);
+        Option<string> type = Type([.. GgufMix.All.Select(static mix => mix.Name)]);
         Option<string?> tokenizer = TokenizerPath();
         var force = new Option<bool>("--force") { Description = "Replace files that are there" };
         Option<bool> json = CommonOptions.Json();
@@ -37,11 +37,11 @@ internal static class ExportCommand
         {
             model, to, format, type, tokenizer, force, json,
         };
-        command.SetAction(parse =>
+        command.SetAction((parse, stop) =>
         {
             using ModelSource source = ModelSource.Open(parse.GetRequiredValue(model), Warn);
             var request = new Request(
-                parse.GetRequiredValue(to), parse.GetValue(type), parse.GetValue(tokenizer), parse.GetValue(force), parse.GetValue(json));
+                parse.GetRequiredValue(to), parse.GetValue(type), parse.GetValue(tokenizer), parse.GetValue(force), parse.GetValue(json), stop);
             switch (parse.GetValue(format) ?? FormatOf(request.Path))
             {
                 case FileFormat:
@@ -55,17 +55,17 @@ internal static class ExportCommand
                     break;
             }
 
-            return ExitCode.Success;
+            return Task.FromResult(ExitCode.Success);
         });
         return command;
     }
 
     /// <summary><c>--type</c>, also <c>--dtype</c>.</summary>
     /// <param name="names">The types; by default those that a Hugging Face folder holds.</param>
-    public static Option<string?> Type(params string[] names)
+    public static Option<string> Type(params string[] names)
     {
-        var option = new Option<string?>("--type", "--dtype") { Description = "What the weights are stored in [default: as in MODEL]" };
-        return option.AcceptOnlyFromAmong(names.Length > 0 ? names : s_folderTypes);
+        var option = new Option<string>("--type", "--dtype") { Description = "What the weights are stored in [default: as in MODEL]" };
+        return CommonOptions.OneOf(option, names.Length > 0 ? names : s_folderTypes);
     }
 
     /// <summary><c>--tokenizer PATH</c>.</summary>
@@ -132,10 +132,18 @@ internal static class ExportCommand
     public static ProgressDisplay Progress(ModelSource source) =>
         ProgressDisplay.Start("export", source.Tensors.Sum(static tensor => tensor.Count), "elements");
 
-    private static string FormatOf(string path) => Path.GetExtension(path) switch
+    /// <summary>Tells a display how much is written, until that is to end: what was begun is removed then.</summary>
+    public static Action<long> ReportUntil(ProgressDisplay progress, CancellationToken stop) => done =>
+    {
+        stop.ThrowIfCancellationRequested();
+        progress.Report(done);
+    };
+
+    private static string FormatOf(string path) => Path.GetExtension(path).ToLowerInvariant() switch
     {
         ".gguf" => FileFormat,
         ".bin" => Llama2CFormat,
+        ".safetensors" => throw new UserErrorException($"{path}: safetensors are written into a Hugging Face folder; name a folder"),
         _ => FolderFormat,
     };
 
@@ -153,8 +161,7 @@ internal static class ExportCommand
         using (ProgressDisplay progress = Progress(source))
         {
             files = ModelExport.Write(
-                request.Path, source, type, LoadTokenizer(tokenizerPath, source), Originals(tokenizerPath), request.Force,
-                done => progress.Report(done));
+                request.Path, source, type, LoadTokenizer(tokenizerPath, source), Originals(tokenizerPath), request.Force, ReportUntil(progress, request.Stop));
         }
 
         Report(parse, request.Json, request.Path, type, files);
@@ -168,7 +175,7 @@ internal static class ExportCommand
         GgufExported exported;
         using (ProgressDisplay progress = Progress(source))
         {
-            exported = GgufExport.Write(request.Path, source, mix, tokenizer, request.Force, done => progress.Report(done));
+            exported = GgufExport.Write(request.Path, source, mix, tokenizer, request.Force, ReportUntil(progress, request.Stop));
         }
 
         foreach (string note in exported.Notes)
@@ -207,11 +214,11 @@ internal static class ExportCommand
         IReadOnlyList<ListedFile> files;
         using (ProgressDisplay progress = Progress(source))
         {
-            files = Llama2CExport.Write(path, source, tokenizer, request.Force, done => progress.Report(done));
+            files = Llama2CExport.Write(path, source, tokenizer, request.Force, ReportUntil(progress, request.Stop));
         }
 
         Report(parse, request.Json, path, DType.F32, files);
     }
 
-    private sealed record Request(string Path, string? Type, string? Tokenizer, bool Force, bool Json);
+    private sealed record Request(string Path, string? Type, string? Tokenizer, bool Force, bool Json, CancellationToken Stop);
 }

@@ -78,7 +78,7 @@ internal sealed class GenerateCommand
 
     private readonly Option<string?> _draft = new("--draft")
     {
-        Description = "A small model with the same tokenizer that proposes tokens, which RUN verifies together",
+        Description = "A small model with the same tokenizer that proposes tokens, which are verified together",
         HelpName = "MODEL",
     };
 
@@ -134,26 +134,21 @@ internal sealed class GenerateCommand
 
     private int Run(ParseResult parse, CancellationToken stop)
     {
-        (TextWriter output, TextWriter error) = (parse.InvocationConfiguration.Output, parse.InvocationConfiguration.Error);
+        TextWriter error = parse.InvocationConfiguration.Error;
         GenerationOptions options = Options(parse);
         options.Validate();
         string prompt = parse.GetValue(_prompt) ?? "";
         if (prompt == "-")
         {
             // The line's end belongs to the shell that wrote it.
-            prompt = Console.In.ReadToEnd();
-            prompt = prompt.EndsWith('\n') ? prompt[..^1] : prompt;
+            using TextReader input = CommandLine.OpenInput();
+            prompt = input.ReadToEnd();
+            prompt = prompt.EndsWith("\r\n", StringComparison.Ordinal) ? prompt[..^2] : prompt.EndsWith('\n') ? prompt[..^1] : prompt;
         }
 
         RequireOneDraft(parse);
         RequireOneWay(parse);
         using LanguageModel model = Load(parse, parse.GetRequiredValue(_run), error, parse.GetValue(_lora), parse.GetValue(_promptCache));
-        int trained = model.Model.Config.ContextLength;
-        if (parse.GetValue(_context) > trained)
-        {
-            error.WriteLine($"warning: the model is trained for {trained} tokens of context; expect worse text beyond");
-        }
-
         return parse.GetValue(_beams) is int beams
             ? Search(parse, model, prompt, beams, stop)
             : Continue(parse, model, prompt, options, stop);
@@ -279,18 +274,18 @@ internal sealed class GenerateCommand
             FrequencyPenalty = parse.GetValue(_frequency) ?? 0,
             Seed = seed,
             StopStrings = parse.GetValue(_stops) ?? [],
-            Json = parse.GetValue(_schema) is string schema ? JsonConstraint.FromSchema(ReadSchema(schema)) : null,
+            Json = parse.GetValue(_schema) is string schema ? ReadSchema(schema) : null,
             Overflow = parse.GetValue(_overflow) == "sliding" ? ContextOverflow.Sliding : ContextOverflow.Error,
         };
     }
 
-    private static string ReadSchema(string path)
+    private static JsonConstraint ReadSchema(string path)
     {
         try
         {
-            return File.ReadAllText(path);
+            return JsonConstraint.FromSchema(File.ReadAllText(path));
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (e is UserErrorException or IOException or UnauthorizedAccessException)
         {
             throw new UserErrorException($"--json-schema {path}: {e.Message}", e);
         }
@@ -305,8 +300,8 @@ internal sealed class GenerateCommand
         string drafted = proposed == 0 ? "" : string.Create(CultureInfo.InvariantCulture, $", {accepted} of {proposed} drafted tokens accepted ({100.0 * accepted / proposed:N0} %)");
         int prefilled = generation.PromptTokens.Count - generation.CachedPromptTokens;
         string cached = generation.CachedPromptTokens == 0 ? "" : $" after {generation.CachedPromptTokens} cached ones";
-        return $"prefill {prefilled} tokens{cached}, {Rate(prefilled, generation.PrefillTime)}"
-            + $"{decode}{drafted} · {generation.Tokens.Count} new tokens, {Ending(generation.Finish)}{seed}";
+        string prefill = generation.PrefillTime == TimeSpan.Zero ? "nothing computed" : $"prefill {prefilled} tokens{cached}, {Rate(prefilled, generation.PrefillTime)}";
+        return $"{prefill}{decode}{drafted} · {generation.Tokens.Count} new tokens, {Ending(generation.Finish)}{seed}";
     }
 
     private static string Rate(int tokens, TimeSpan time) =>

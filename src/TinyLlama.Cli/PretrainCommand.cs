@@ -123,7 +123,7 @@ internal static class PretrainCommand
     private static void WritePlan(Recipe recipe, int ranks, long? deviceMemory, TextWriter writer, bool json)
     {
         TrainingPlan plan = TrainingRun.PlanOf(recipe, Warn, ranks);
-        using Backend backend = deviceMemory is long bytes ? CudaBackend.Plan(bytes) : TrainingRun.OpenDevice(recipe);
+        using Backend backend = deviceMemory is long bytes ? CudaBackend.Plan(bytes, recipe.Deterministic) : TrainingRun.OpenDevice(recipe);
         TrainingRun.RequireSupport(recipe, backend);
         var memory = new MemoryPlan(plan, backend);
 

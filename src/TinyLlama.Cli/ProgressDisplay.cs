@@ -107,7 +107,8 @@ internal sealed class ProgressDisplay : IDisposable
         _ => $"{(long)time.TotalDays:N0} d {time.Hours} h",
     };
 
-    private static string Quantity(double count, string unit) => unit switch
+    /// <summary>A count with its unit; <c>bytes</c> in KB, MB or GB.</summary>
+    internal static string Quantity(double count, string unit) => unit switch
     {
         "bytes" when count >= 1e9 => $"{count / 1e9:0.00} GB",
         "bytes" when count >= 1e6 => $"{count / 1e6:0.0} MB",

@@ -17,11 +17,8 @@ internal sealed class QuantizeCommand
 
     private readonly Argument<string> _model = new("MODEL") { Description = ExportCommand.ModelHelp };
 
-    private readonly Option<string> _type = new Option<string>("--type")
-    {
-        Description = "What the weights are stored in",
-        Required = true,
-    }.AcceptOnlyFromAmong([.. GgufMix.All.Select(static mix => mix.Name)]);
+    private readonly Option<string> _type = CommonOptions.OneOf(
+        new Option<string>("--type") { Description = "What the weights are stored in", Required = true }, [.. GgufMix.All.Select(static mix => mix.Name)]);
 
     private readonly Option<string> _out = new("--out") { Description = "The .gguf file to write", HelpName = "FILE", Required = true };
 
@@ -73,7 +70,7 @@ internal sealed class QuantizeCommand
         string unfinished = $"{path}.{Path.GetRandomFileName()}.gguf";
         try
         {
-            Write(unfinished, parse);
+            Write(unfinished, parse, stop);
             Measured after = Measure(parse, unfinished, text, stop);
             RequireQuality(parse, before, after);
             File.Move(unfinished, path, overwrite: parse.GetValue(_force));
@@ -87,12 +84,12 @@ internal sealed class QuantizeCommand
         }
     }
 
-    private void Write(string path, ParseResult parse)
+    private void Write(string path, ParseResult parse, CancellationToken stop)
     {
         using ModelSource source = ModelSource.Open(parse.GetRequiredValue(_model), ExportCommand.Warn);
         using ProgressDisplay progress = ExportCommand.Progress(source);
         GgufExported exported = GgufExport.Write(
-            path, source, GgufMix.Find(parse.GetRequiredValue(_type)), ExportCommand.LoadTokenizer(null, source), force: false, done => progress.Report(done));
+            path, source, GgufMix.Find(parse.GetRequiredValue(_type)), ExportCommand.LoadTokenizer(null, source), force: false, ExportCommand.ReportUntil(progress, stop));
         foreach (string note in exported.Notes)
         {
             ExportCommand.Warn(note);

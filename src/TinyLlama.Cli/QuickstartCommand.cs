@@ -22,6 +22,9 @@ internal static class QuickstartCommand
     private const double ShareForTraining = 0.88;
     private const double MostEpochs = 8;
     private const int FewFiles = 100;
+
+    // Of less text a hundredth is too little to validate on.
+    private const long FewBytes = 5_000_000;
     private const string RecipeResource = "quickstart.yaml";
 
     /// <summary>The verb.</summary>
@@ -77,7 +80,7 @@ internal static class QuickstartCommand
             IDocumentSource source = Gather();
             BpeTokenizer tokenizer = TrainTokenizer(source);
             Manifest manifest = Prepare(source, tokenizer);
-            Recipe recipe = ChooseRecipe(manifest);
+            Recipe recipe = ChooseRecipe(manifest, tokenizer);
 
             using var display = new TrainingDisplay();
             using TrainingRun run = TrainingRun.Open(recipe, folder, display);
@@ -97,8 +100,7 @@ internal static class QuickstartCommand
                 return false;
             }
 
-            Report(run, tokenizer, display.LastValidation ?? throw new UserErrorException(
-                $"{_dataFolder} has no tokens to validate on: the text is too short or too few documents; name more with --text"));
+            Report(run, tokenizer, display.LastValidation!);
             return true;
         }
 
@@ -117,17 +119,17 @@ internal static class QuickstartCommand
                     documents = "; so few that paragraphs are the documents";
                 }
 
-                Say($"1. text: {source.Files.Count:N0} files of {string.Join(", ", text)}, {Megabytes(source)}{documents}");
+                Say($"1. text: {source.Files.Count:N0} files of {string.Join(", ", text)}, {Size(source)}{documents}");
             }
             else if (SdkDocumentation.Find(threads) is { } sdk)
             {
                 source = sdk;
-                Say($"1. text: the prose of this SDK's documentation, {source.Files.Count:N0} files, {Megabytes(source)} of XML");
+                Say($"1. text: the prose of this SDK's documentation, {source.Files.Count:N0} files, {Size(source)} of XML");
             }
             else if (MachineText.Find() is { } machine)
             {
                 source = machine;
-                Say($"1. text: this SDK carries no documentation, so the licences, package notes and manuals under /usr/share, {source.Files.Count:N0} files, {Megabytes(source)}");
+                Say($"1. text: this SDK carries no documentation, so the licences, package notes and manuals under /usr/share, {source.Files.Count:N0} files, {Size(source)}");
             }
             else
             {
@@ -148,7 +150,7 @@ internal static class QuickstartCommand
             }
 
             Recipe recipe = RecipeFile.Parse(ReadRecipe(), RecipeResource, variable: null, settings);
-            var options = new BpeTrainingOptions { VocabularySize = recipe.Model!.VocabularySize, Threads = threads };
+            var options = new BpeTrainingOptions { VocabularySize = recipe.Model!.VocabularySize, AllowsFewer = true, Threads = threads };
             using var display = ProgressDisplay.Start("tokenizer", 0, "characters");
             var progress = new Relay<BpeTrainingProgress>(p => display.Report(p.Characters, p.TotalPieces > 0 ? $"{p.Pieces:N0} of {p.TotalPieces:N0} pieces" : null));
             IEnumerable<string> documents = source.Read(0).Where(document => document.Fault is null).Select(document => document.Text);
@@ -165,17 +167,23 @@ internal static class QuickstartCommand
             var options = new PreparationOptions
             {
                 Deduplicate = true,
+                ValidationShare = source.Files.Sum(static file => file.Bytes) < FewBytes ? 0.1 : 0.01,
                 Threads = threads,
                 TokenizerFiles = [.. Directory.GetFiles(_tokenizerFolder).Order(StringComparer.Ordinal)],
             };
             Manifest manifest = DataCommand.Run(_dataFolder, source, tokenizer, options, ranks: null, stop);
+            if (manifest.Train.Tokens == 0 || manifest.Validation.Tokens < 2)
+            {
+                throw new UserErrorException($"{_dataFolder}: too little text or too few documents to train and to validate on; name more with --text, after deleting {folder}");
+            }
+
             double bytesPerToken = (double)manifest.Train.TextBytes / manifest.Train.Tokens;
             Say($"3. data: {manifest.Train.Documents:N0} documents, {manifest.Train.Tokens:N0} tokens to train on, {manifest.Validation.Tokens:N0} to validate on, {bytesPerToken:0.00} bytes a token, in {_dataFolder}");
             return manifest;
         }
 
         // The first sitting decides how many steps this machine does in the time; later ones keep to it.
-        private Recipe ChooseRecipe(Manifest manifest)
+        private Recipe ChooseRecipe(Manifest manifest, BpeTokenizer tokenizer)
         {
             string path = Path.Combine(folder, TrainingRun.RecipeName);
             if (File.Exists(path))
@@ -188,6 +196,13 @@ internal static class QuickstartCommand
                 Data = new DataSettings { Path = _dataFolder },
                 Threads = threads,
             };
+            recipe = recipe with { Model = recipe.Model! with { VocabularySize = tokenizer.VocabularySize } };
+            if (text.Length > 0)
+            {
+                // What the recipe begins samples with is of the SDK's documentation.
+                recipe = recipe with { Samples = recipe.Samples with { Prompts = [""] } };
+            }
+
             if (settings.Any(setting => setting.StartsWith("budget.", StringComparison.Ordinal)))
             {
                 return recipe;
@@ -229,11 +244,16 @@ internal static class QuickstartCommand
             }
 
             Say($"The run is in {folder}. Try next:");
-            Say($"   tinyllama generate {folder} -p \"{prompts[0]}\"");
-            Say($"   tinyllama serve {folder}");
-            Say($"   tinyllama eval {folder} --tasks perplexity");
-            Say($"   tinyllama export {folder} --out my-llama");
+            string model = Quoted(folder);
+            Say($"   tinyllama generate {model} -p {Quoted(prompts[0])}");
+            Say($"   tinyllama serve {model}");
+            Say($"   tinyllama eval {model} --tasks perplexity");
+            Say($"   tinyllama export {model} --out my-llama");
         }
+
+        // One word to a shell, whatever is in it.
+        private static string Quoted(string text) =>
+            text.All(static c => char.IsAsciiLetterOrDigit(c) || c is '/' or '.' or '-' or '_') ? text : $"'{text.Replace("'", "'\\''", StringComparison.Ordinal)}'";
 
         // What documents that the model has not seen begin with.
         private static string[] Prompts(TokenShards shards, BpeTokenizer tokenizer)
@@ -251,7 +271,7 @@ internal static class QuickstartCommand
                 string[] words = document.Split(' ', StringSplitOptions.RemoveEmptyEntries);
                 if (words.Length >= 8)
                 {
-                    prompts.Add(string.Join(' ', words.Take(4)).ReplaceLineEndings(" ").Replace("\"", "", StringComparison.Ordinal));
+                    prompts.Add(string.Join(' ', words.Take(4)).ReplaceLineEndings(" "));
                 }
             }
 
@@ -263,8 +283,7 @@ internal static class QuickstartCommand
 
         private void Say(FormattableString line) => output.WriteLine(line.ToString(CultureInfo.InvariantCulture));
 
-        private static string Megabytes(IDocumentSource source) =>
-            string.Create(CultureInfo.InvariantCulture, $"{source.Files.Sum(file => file.Bytes) / 1e6:0.0} MB");
+        private static string Size(IDocumentSource source) => ProgressDisplay.Quantity(source.Files.Sum(static file => file.Bytes), "bytes");
 
         private static string ReadRecipe()
         {

@@ -303,7 +303,7 @@ internal static class TokenizerCommand
         .Select(piece => string.Concat(piece.Text.Select(character => char.IsControl(character) ? '?' : character)));
 
     private static TextReader Input(string? text) =>
-        text is not null ? new StringReader(text) : new StreamReader(Console.OpenStandardInput(), new UTF8Encoding(false));
+        text is not null ? new StringReader(text) : CommandLine.OpenInput();
 
     private static IEnumerable<string> Texts(TextReader input, bool lines)
     {

@@ -35,6 +35,12 @@ public abstract class Backend : IDisposable
     /// <summary>Gets the bytes of logits that are computed at a time, from whole tiles of rows: so many that the head's products run at full rate.</summary>
     public abstract int LogitsBytes { get; }
 
+    /// <summary>
+    /// Gets how many of the largest logits of a row (<see cref="TopLogits"/>) are read in place of the row, as long as they decide
+    /// what is asked of it; 0 of a device whose memory is the host's.
+    /// </summary>
+    public virtual int TopLogitsCount => 0;
+
     /// <summary>Gets the bytes that arenas may take together.</summary>
     public abstract long AvailableBytes { get; }
 
@@ -160,7 +166,7 @@ public abstract class Backend : IDisposable
     /// <param name="dQuery">(N, Hq · D).</param>
     /// <param name="dKeys">(N, Hkv · D).</param>
     /// <param name="dValues">(N, Hkv · D).</param>
-    /// <param name="delta">Scratch, (N, Hq): the row sums of dOutput · output.</param>
+    /// <param name="scratch">(N, <see cref="AttentionScratchColumns"/>) of F32, without gaps between rows; what it holds is overwritten.</param>
     /// <param name="dOutput">(N, Hq · D).</param>
     /// <param name="output">What <see cref="Attention"/> wrote.</param>
     /// <param name="logSumExp">What <see cref="Attention"/> wrote.</param>
@@ -170,8 +176,13 @@ public abstract class Backend : IDisposable
     /// <param name="layout">As in <see cref="Attention"/>.</param>
     /// <param name="headDim">D.</param>
     public abstract void AttentionBackward(
-        Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
+        Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor scratch, Tensor dOutput, Tensor output, Tensor logSumExp,
         Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim);
+
+    /// <summary>The columns of the scratch that <see cref="AttentionBackward"/> needs: at least one for each query head, for the row sums of dOutput · output.</summary>
+    /// <param name="heads">Hq.</param>
+    /// <param name="headDim">D.</param>
+    public abstract int AttentionScratchColumns(int heads, int headDim);
 
     /// <summary>
     /// Takes room for the keys, or the values, of a cache: (blocks, elements), a row for each block of
@@ -204,6 +215,16 @@ public abstract class Backend : IDisposable
     /// <param name="targets">(N, 1) of I32.</param>
     /// <param name="scale">(1, 1) of F32, or empty to leave the logits as they are.</param>
     public abstract void CrossEntropy(Tensor losses, Tensor logits, Tensor targets, Tensor scale = default);
+
+    /// <summary>
+    /// Finds the largest logits of each row, of equal ones those in the first columns, and sums the weights of the others:
+    /// <see cref="TopLogitsRow"/>. What is not a number counts as the largest. Only where there is a <see cref="TopLogitsCount"/>.
+    /// </summary>
+    /// <param name="top">(N, <see cref="TopLogitsRow.Width"/>) of F32.</param>
+    /// <param name="logits">(N, V) of F32; V at most <see cref="TopLogitsRow.MostColumns"/>.</param>
+    /// <param name="inverseTemperatures">(N, 1) of F32: what the logits of a row are multiplied by for the weights of the others.</param>
+    /// <param name="count">The number of largest logits, 1 to V.</param>
+    public virtual void TopLogits(Tensor top, Tensor logits, Tensor inverseTemperatures, int count) => throw new NotSupportedException();
 
     /// <summary>total = Σ of the squares of all values: the square of the global gradient norm.</summary>
     /// <param name="total">(1, 1) of F64.</param>

@@ -39,9 +39,10 @@ public readonly record struct Device(DeviceKind Kind, int Ordinal = 0)
     /// <summary>Makes the device ready.</summary>
     /// <param name="threads">Threads of the CPU; 0 for one a core.</param>
     /// <param name="products">What the CPU rounds operands of matrix products to: F32 or BF16. A GPU's are BF16.</param>
+    /// <param name="deterministic">Whether the same inputs give the same bits every time. Where not, a GPU adds up some gradients of training in whatever order is fastest; a CPU never does.</param>
     /// <param name="warn">Is told, in one line, that <see cref="DeviceKind.Auto"/> found no GPU.</param>
     /// <exception cref="DeviceException">There is no such device, or it cannot be used; says why.</exception>
-    public Backend Open(int threads = 0, DType products = DType.F32, Action<string>? warn = null)
+    public Backend Open(int threads = 0, DType products = DType.F32, bool deterministic = true, Action<string>? warn = null)
     {
         Gpu? gpu = Kind switch
         {
@@ -54,7 +55,7 @@ public readonly record struct Device(DeviceKind Kind, int Ordinal = 0)
             warn?.Invoke("no GPU can be used, so the CPU computes; 'tinyllama env' says why");
         }
 
-        return gpu is null ? CpuBackend.Create(threads, products: products) : CudaBackend.Create(gpu.Ordinal);
+        return gpu is null ? CpuBackend.Create(threads, products: products) : CudaBackend.Create(gpu.Ordinal, deterministic);
     }
 
     /// <inheritdoc/>

@@ -47,6 +47,10 @@ internal sealed class ApiException : Exception
     public static ApiException NotFound(string message, string? param, string code) =>
         new(HttpStatusCode.NotFound, new ApiError(message, "invalid_request_error", param, code));
 
+    /// <summary>405: the route is for another method.</summary>
+    public static ApiException WrongMethod(string method, string route, string needed) => new(
+        HttpStatusCode.MethodNotAllowed, new ApiError($"{route} is asked with {needed}, not {method}", "invalid_request_error", null, "method_not_allowed"));
+
     /// <summary>413: the body is too large.</summary>
     public static ApiException TooLarge(long most) => new(
         HttpStatusCode.RequestEntityTooLarge,
@@ -75,6 +79,6 @@ internal sealed class ApiException : Exception
             response.Headers.RetryAfter = "1";
         }
 
-        await response.Body.WriteAsync(JsonSerializer.SerializeToUtf8Bytes(new ErrorBody(Error), ServerJson.Default.ErrorBody));
+        await response.Body.WriteAsync(JsonSerializer.SerializeToUtf8Bytes(new ErrorBody(Error), ServerJson.Readable.ErrorBody));
     }
 }

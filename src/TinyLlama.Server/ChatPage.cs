@@ -30,7 +30,8 @@ public static class ChatPage
         foreach ((string name, string type) in s_files)
         {
             byte[] content = Read(name);
-            endpoints.MapGet(name == "index.html" ? "/" : "/" + name, (RequestDelegate)(context => WriteAsync(context.Response, content, type)));
+            endpoints.MapMethods(
+                name == "index.html" ? "/" : "/" + name, [HttpMethods.Get, HttpMethods.Head], (RequestDelegate)(context => WriteAsync(context.Response, content, type)));
         }
     }
 

@@ -40,6 +40,6 @@ internal sealed class Embeddings(ServedModel model, ServerOptions options)
         }
 
         var usage = new Usage(texts.Sum(static text => text.Length), null);
-        await response.WriteAsJsonAsync(new EmbeddingList(data, model.Name, usage), ServerJson.Default.EmbeddingList, cancellationToken: stop);
+        await response.WriteAsJsonAsync(new EmbeddingList(data, model.Name, usage), ServerJson.Readable.EmbeddingList, cancellationToken: stop);
     }
 }

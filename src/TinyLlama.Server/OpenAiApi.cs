@@ -29,13 +29,21 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
     /// <param name="route">The route, for the metrics.</param>
     /// <param name="handler">What answers the request.</param>
     /// <param name="open">Whether no key is needed.</param>
-    public RequestDelegate Guard(string route, RequestDelegate handler, bool open = false) => async context =>
+    /// <param name="method">The HTTP method that is answered; null for any. HEAD is answered as GET.</param>
+    public RequestDelegate Guard(string route, RequestDelegate handler, bool open = false, string? method = null) => async context =>
     {
         try
         {
             if (!open && !keys.Admit(context.Request))
             {
                 throw ApiException.Unauthorized();
+            }
+
+            string asked = HttpMethods.IsHead(context.Request.Method) ? HttpMethods.Get : context.Request.Method;
+            if (method is not null && !HttpMethods.Equals(asked, method))
+            {
+                context.Response.Headers.Allow = method;
+                throw ApiException.WrongMethod(context.Request.Method, route, method);
             }
 
             if (context.Features.Get<IHttpMaxRequestBodySizeFeature>() is { IsReadOnly: false } body)
@@ -82,19 +90,20 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
     };
 
     /// <summary><c>GET /v1/models</c>.</summary>
-    public Task ModelsAsync(HttpContext context) => context.Response.WriteAsJsonAsync(new ModelList([Info()]), ServerJson.Default.ModelList);
+    public Task ModelsAsync(HttpContext context) => context.Response.WriteAsJsonAsync(new ModelList([Info()]), ServerJson.Readable.ModelList);
 
     /// <summary><c>GET /v1/models/{id}</c>.</summary>
     public Task ModelAsync(HttpContext context)
     {
-        RequireModel(context.Request.RouteValues["id"] as string);
-        return context.Response.WriteAsJsonAsync(Info(), ServerJson.Default.ModelInfo);
+        // A slash in a name comes as itself or escaped.
+        RequireModel(Uri.UnescapeDataString((string)context.Request.RouteValues["id"]!));
+        return context.Response.WriteAsJsonAsync(Info(), ServerJson.Readable.ModelInfo);
     }
 
     /// <summary><c>POST /v1/chat/completions</c>.</summary>
     public async Task ChatAsync(HttpContext context)
     {
-        ChatCompletionRequest request = await ReadAsync(context, ServerJson.Default.ChatCompletionRequest);
+        ChatCompletionRequest request = await ReadAsync(context, ServerJson.Readable.ChatCompletionRequest);
         if (IsGiven(request.Tools) || IsGiven(request.Functions))
         {
             throw ApiException.Invalid("tools are not supported: this model was not taught to call them", IsGiven(request.Tools) ? "tools" : "functions", "unsupported_parameter");
@@ -127,7 +136,7 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
     /// <summary><c>POST /v1/completions</c>.</summary>
     public async Task CompleteAsync(HttpContext context)
     {
-        CompletionRequest request = await ReadAsync(context, ServerJson.Default.CompletionRequest);
+        CompletionRequest request = await ReadAsync(context, ServerJson.Readable.CompletionRequest);
         if (!string.IsNullOrEmpty(request.Suffix))
         {
             throw ApiException.Invalid("'suffix' is not supported: the model continues texts only", "suffix", "unsupported_parameter");
@@ -158,7 +167,7 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
     /// <summary><c>POST /v1/embeddings</c>.</summary>
     public async Task EmbedAsync(HttpContext context)
     {
-        EmbeddingRequest request = await ReadAsync(context, ServerJson.Default.EmbeddingRequest);
+        EmbeddingRequest request = await ReadAsync(context, ServerJson.Readable.EmbeddingRequest);
         RequireModel(request.Model);
         if (request.Dimensions is not null)
         {
@@ -177,27 +186,27 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
     /// <summary><c>POST /tokenize</c>.</summary>
     public async Task TokenizeAsync(HttpContext context)
     {
-        TokenizeRequest request = await ReadAsync(context, ServerJson.Default.TokenizeRequest);
+        TokenizeRequest request = await ReadAsync(context, ServerJson.Readable.TokenizeRequest);
         string text = request.Content ?? throw ApiException.Invalid("'content' is missing", "content");
         List<int> tokens = [];
         model.Chat.Tokenizer.Encode(text, tokens);
         TokenList reply = new(request.AddSpecial == true ? model.Generator.Encode(text) : tokens);
-        await context.Response.WriteAsJsonAsync(reply, ServerJson.Default.TokenList);
+        await context.Response.WriteAsJsonAsync(reply, ServerJson.Readable.TokenList);
     }
 
     /// <summary><c>POST /detokenize</c>.</summary>
     public async Task DetokenizeAsync(HttpContext context)
     {
-        DetokenizeRequest request = await ReadAsync(context, ServerJson.Default.DetokenizeRequest);
+        DetokenizeRequest request = await ReadAsync(context, ServerJson.Readable.DetokenizeRequest);
         int[] tokens = request.Tokens ?? throw ApiException.Invalid("'tokens' is missing", "tokens");
         RequireIds(tokens, "tokens");
-        await context.Response.WriteAsJsonAsync(new TextContent(model.Chat.Tokenizer.Decode(tokens)), ServerJson.Default.TextContent);
+        await context.Response.WriteAsJsonAsync(new TextContent(model.Chat.Tokenizer.Decode(tokens)), ServerJson.Readable.TextContent);
     }
 
     /// <summary><c>GET /health</c>.</summary>
     public Task HealthAsync(HttpContext context) => IsEnding
         ? throw Ending()
-        : context.Response.WriteAsJsonAsync(new Status("ok"), ServerJson.Default.Status);
+        : context.Response.WriteAsJsonAsync(new Status("ok"), ServerJson.Readable.Status);
 
     /// <summary><c>GET /metrics</c>.</summary>
     public Task MetricsAsync(HttpContext context)

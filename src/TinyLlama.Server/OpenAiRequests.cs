@@ -1,3 +1,4 @@
+using System.Text.Encodings.Web;
 using System.Text.Json;
 using System.Text.Json.Serialization;
 
@@ -151,4 +152,10 @@ internal sealed record DetokenizeRequest
 [JsonSerializable(typeof(TokenList))]
 [JsonSerializable(typeof(TextContent))]
 [JsonSerializable(typeof(Status))]
-internal sealed partial class ServerJson : JsonSerializerContext;
+internal sealed partial class ServerJson : JsonSerializerContext
+{
+    private static ServerJson? s_readable;
+
+    /// <summary>Gets the context whose texts stay as they are, quotes and characters outside ASCII too: people read replies in terminals.</summary>
+    public static ServerJson Readable => s_readable ??= new(new JsonSerializerOptions(Default.Options) { Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping });
+}

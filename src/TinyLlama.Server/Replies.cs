@@ -65,7 +65,7 @@ internal sealed class Replies(ServedModel model, ServerOptions options, ServerMe
 
             return form.Part(index, text.ToString(), tokens, echo.Length, ReplyForm.FinishWord(generation.Finish), whole: true);
         }));
-        await response.WriteAsJsonAsync(head with { Choices = choices, Usage = UsageOf(work, texts) }, ServerJson.Default.Completion);
+        await response.WriteAsJsonAsync(head with { Choices = choices, Usage = UsageOf(work, texts) }, ServerJson.Readable.Completion);
     }
 
     private async Task StreamAsync(
@@ -78,7 +78,7 @@ internal sealed class Replies(ServedModel model, ServerOptions options, ServerMe
                 StreamChoiceAsync(events, form, head, generation, index, work.Echo?[index / work.Completions] ?? "", work.Options.LogProbabilities is not null, stop)));
             if (work.IncludeUsage)
             {
-                await events.SendAsync(head with { Usage = UsageOf(work, texts) }, ServerJson.Default.Completion, stop);
+                await events.SendAsync(head with { Usage = UsageOf(work, texts) }, ServerJson.Readable.Completion, stop);
             }
 
             await events.EndAsync(stop);
@@ -86,19 +86,19 @@ internal sealed class Replies(ServedModel model, ServerOptions options, ServerMe
         catch (UserErrorException e)
         {
             // The status is sent already; the error is an event.
-            await events.SendAsync(new ErrorBody(new ApiError(e.Message, "server_error", null, null)), ServerJson.Default.ErrorBody, CancellationToken.None);
+            await events.SendAsync(new ErrorBody(new ApiError(e.Message, "server_error", null, null)), ServerJson.Readable.ErrorBody, CancellationToken.None);
         }
         catch (Exception e) when (e is OperationCanceledException or ObjectDisposedException && !response.HttpContext.RequestAborted.IsCancellationRequested)
         {
             var error = new ApiError("the reply was cut off: it took too long, or the server ends", "server_error", null, "unavailable");
-            await events.SendAsync(new ErrorBody(error), ServerJson.Default.ErrorBody, CancellationToken.None);
+            await events.SendAsync(new ErrorBody(error), ServerJson.Readable.ErrorBody, CancellationToken.None);
         }
     }
 
     private async Task StreamChoiceAsync(
         EventStream events, ReplyForm form, Completion head, BatchGeneration generation, int index, string echo, bool logProbabilities, CancellationToken stop)
     {
-        Task Send(Choice choice) => events.SendAsync(head with { Choices = [choice] }, ServerJson.Default.Completion, stop);
+        Task Send(Choice choice) => events.SendAsync(head with { Choices = [choice] }, ServerJson.Readable.Completion, stop);
         if (form.Opening(index) is { } opening)
         {
             await Send(opening);

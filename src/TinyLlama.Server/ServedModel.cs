@@ -29,7 +29,7 @@ public sealed class ServedModel : IDisposable
         }
 
         _queue = options.Queue;
-        Name = options.Name ?? Path.GetFileNameWithoutExtension(Path.TrimEndingDirectorySeparator(Path.GetFullPath(options.Model)));
+        Name = options.Name ?? NameOf(Path.TrimEndingDirectorySeparator(Path.GetFullPath(options.Model)));
         Loaded = DateTimeOffset.UtcNow;
     }
 
@@ -70,6 +70,9 @@ public sealed class ServedModel : IDisposable
             throw ApiException.Unavailable("the model has stopped", "model_stopped");
         }
     }
+
+    // A folder's name has no ending, though it may have dots: TinyLlama-1.1B-Chat-v1.0.
+    private static string NameOf(string path) => Directory.Exists(path) ? Path.GetFileName(path) : Path.GetFileNameWithoutExtension(path);
 
     /// <inheritdoc/>
     public void Dispose()

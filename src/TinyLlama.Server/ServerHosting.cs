@@ -35,7 +35,7 @@ public static class ServerHosting
         OpenAiApi api = endpoints.ServiceProvider.GetRequiredService<OpenAiApi>();
         RouteGroupBuilder group = endpoints.MapGroup("");
         Get("/v1/models", api.ModelsAsync);
-        Get("/v1/models/{id}", api.ModelAsync);
+        Get("/v1/models/{**id}", api.ModelAsync);
         Post("/v1/chat/completions", api.ChatAsync);
         Post("/v1/completions", api.CompleteAsync);
         Post("/v1/embeddings", api.EmbedAsync);
@@ -45,8 +45,8 @@ public static class ServerHosting
         Get("/metrics", api.MetricsAsync);
         return group;
 
-        void Get(string route, RequestDelegate handler, bool open = false) => group.MapGet(route, api.Guard(route, handler, open));
-        void Post(string route, RequestDelegate handler) => group.MapPost(route, api.Guard(route, handler));
+        void Get(string route, RequestDelegate handler, bool open = false) => group.Map(route, api.Guard(route, handler, open, HttpMethods.Get));
+        void Post(string route, RequestDelegate handler) => group.Map(route, api.Guard(route, handler, method: HttpMethods.Post));
     }
 
     /// <summary>Makes a host that serves a model and the chat page, and nothing else.</summary>
@@ -86,7 +86,7 @@ public static class ServerHosting
 
         app.MapOpenAI();
         app.MapChatPage();
-        app.MapFallback(app.Services.GetRequiredService<OpenAiApi>().Guard("", OpenAiApi.NothingAsync, open: true));
+        app.MapFallback("{**path}", app.Services.GetRequiredService<OpenAiApi>().Guard("", OpenAiApi.NothingAsync, open: true));
         return app;
     }
 

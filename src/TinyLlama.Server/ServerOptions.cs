@@ -6,6 +6,8 @@ namespace TinyLlama.Server;
 /// <summary>What is served, to whom, and how much of it at a time.</summary>
 public sealed class ServerOptions
 {
+    private const int MostPlaces = 1024;
+
     /// <summary>Gets or sets the model: a run, a checkpoint, a Hugging Face folder, a <c>.gguf</c> file, or a <c>.bin</c> file of llama2.c.</summary>
     public string Model { get; set; } = "";
 
@@ -62,7 +64,7 @@ public sealed class ServerOptions
     public void Validate()
     {
         Require(Model.Length > 0, "no model is named");
-        Require(Places >= 1, $"places is {Places}, it must be 1 or more");
+        Require(Places is >= 1 and <= MostPlaces, $"places is {Places}, it must be from 1 to {MostPlaces}");
         Require(Queue >= 1, $"queue is {Queue}, it must be 1 or more");
         Require(CacheType is null or DType.F32 or DType.F16 or DType.BF16 or DType.Q8_0, $"the cache is of {CacheType}, it must be of F32, F16, BF16 or Q8_0");
         Require(CacheBytes is null or >= 1, $"the cache has {CacheBytes} bytes, it must have 1 or more");
@@ -70,6 +72,12 @@ public sealed class ServerOptions
         Require(MaxBodyBytes >= 1, $"the largest body is {MaxBodyBytes} bytes, it must be 1 or more");
         Require(Timeout > TimeSpan.Zero && Timeout.TotalMilliseconds <= int.MaxValue, $"the timeout is {Timeout.TotalSeconds} s, it must be from above 0 to 24 days");
         Require(ApiKeys.All(static key => key.Length > 0), "an API key is empty");
+        foreach (string origin in CorsOrigins)
+        {
+            Require(
+                origin == "*" || (Uri.TryCreate(origin, UriKind.Absolute, out Uri? address) && address.Host.Length > 0 && address.PathAndQuery == "/"),
+                $"'{origin}' is no origin; write one such as https://example.com, or * for all");
+        }
 
         static void Require(bool condition, string problem)
         {

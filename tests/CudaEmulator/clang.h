@@ -31,6 +31,7 @@ extern const __device__ __attribute__((weak)) GridSize gridDim;
 EVERYWHERE void __syncwarp(unsigned mask = ~0u) { __nvvm_bar_warp_sync(mask); }
 EVERYWHERE unsigned __ballot_sync(unsigned mask, int predicate) { return __nvvm_vote_ballot_sync(mask, predicate); }
 EVERYWHERE int __ffs(int bits) { return __builtin_ffs(bits); }
+EVERYWHERE int __popc(unsigned bits) { return __builtin_popcount(bits); }
 EVERYWHERE unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
 EVERYWHERE float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
 EVERYWHERE float __shfl_xor_sync(unsigned mask, float value, int distance) {

@@ -9,7 +9,7 @@
 
 namespace driver {
 
-enum Result { Success = 0, InvalidValue = 1, OutOfMemory = 2, NotFound = 500, NotReady = 600, LaunchFailed = 719, CaptureUnsupported = 900 };
+enum Result { Success = 0, InvalidValue = 1, OutOfMemory = 2, InvalidContext = 201, NotFound = 500, NotReady = 600, LaunchFailed = 719, CaptureUnsupported = 900 };
 
 /// What a trace is made of. Each event is a byte, then its fields in the order of the arguments below, addresses and sizes in
 /// 8 bytes: Write ends with the bytes, Read with their hash; Launch begins with the length and the letters of the name, and ends

@@ -158,6 +158,7 @@ template<class T> T __shfl_sync(unsigned mask, T value, int source) {
 
 inline unsigned __ballot_sync(unsigned mask, int predicate) { return (unsigned)emulator::ballot(mask, predicate != 0); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 inline unsigned __float_as_uint(float value) {
     unsigned bits;
@@ -199,6 +200,8 @@ inline SharedAddress shared_address(const void* pointer) { return (SharedAddress
 void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row);
 void cp_async_16(SharedAddress to, const void* from, int bytes);
+void atomic_add(float* to, float x, float y);
+inline void store_shared_4(SharedAddress to, uint32_t word) { memcpy((void*)to, &word, 4); }
 inline void store_shared_16(SharedAddress to, const uint32_t (&words)[4]) { memcpy((void*)to, words, 16); }
 void cp_async_commit();
 void cp_async_wait_group(int open_groups);

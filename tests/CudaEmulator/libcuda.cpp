@@ -14,7 +14,7 @@ using driver::Result;
 using driver::Stream;
 
 static const std::map<int, const char*> names = {
-    {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"}, {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {500, "CUDA_ERROR_NOT_FOUND"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}, {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"}};
+    {1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"}, {201, "CUDA_ERROR_INVALID_CONTEXT"}, {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {500, "CUDA_ERROR_NOT_FOUND"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}, {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"}};
 
 static Result run(Stream* stream, const std::function<Result()>& work) {
     const Result result = work();
@@ -281,7 +281,9 @@ int cuMemFreeHost(void* memory) {
     return 0;
 }
 
-int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return capturing ? driver::CaptureUnsupported : driver::allocate(*address, bytes); }
+int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
+    return !context_of_thread ? driver::InvalidContext : capturing ? driver::CaptureUnsupported : driver::allocate(*address, bytes);
+}
 
 int cuMemFree_v2(uint64_t address) {
     if (capturing) {
@@ -293,6 +295,10 @@ int cuMemFree_v2(uint64_t address) {
 }
 
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
+    if (!context_of_thread) {
+        return driver::InvalidContext;
+    }
+
     if (stream->captures) {
         return driver::CaptureUnsupported;
     }
@@ -448,7 +454,25 @@ int cuFuncGetAttribute(int* value, int, const emulator::Function*) {
     return 0;
 }
 
-int cuFuncSetAttribute(const emulator::Function*, int, int) { return 0; }
+// What a launch of a function may ask for, where it may be more than 48 KiB.
+static std::mutex shared_mutex;
+static std::map<const emulator::Function*, unsigned> shared_bytes_of;
+
+int cuFuncSetAttribute(const emulator::Function* function, int attribute, int value) {
+    constexpr int MaxDynamicSharedBytes = 8;
+    std::lock_guard lock(shared_mutex);
+    if (attribute == MaxDynamicSharedBytes) {
+        shared_bytes_of[function] = value;
+    }
+
+    return 0;
+}
+
+static bool may_ask_for(const emulator::Function* function, unsigned shared_bytes) {
+    std::lock_guard lock(shared_mutex);
+    const auto found = shared_bytes_of.find(function);
+    return shared_bytes <= (found == shared_bytes_of.end() ? 48u << 10 : found->second);
+}
 
 int cuLaunchKernel(
     const emulator::Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z,
@@ -461,7 +485,11 @@ int cuLaunchKernel(
         return stream->failure;
     }
 
-    return threads_y != 1 || threads_z != 1
+    if (!context_of_thread) {
+        return driver::InvalidContext;
+    }
+
+    return threads_y != 1 || threads_z != 1 || !may_ask_for(function, shared_bytes)
         ? (int)driver::InvalidValue
         : (int)driver::queue_launch(stream, *function, {x, y, z}, threads, shared_bytes, arguments);
 }

@@ -21,6 +21,23 @@ static void ldmatrix(bool transposed, uint32_t (&r)[4], const void* row) {
 void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) { ldmatrix(false, r, (const void*)row); }
 void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row) { ldmatrix(true, r, (const void*)row); }
 
+static void add(float* to, float x) {
+    float before;
+    __atomic_load(to, &before, __ATOMIC_RELAXED);
+    for (float after = before + x; !__atomic_compare_exchange(to, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);) {
+        after = before + x;
+    }
+}
+
+void atomic_add(float* to, float x, float y) {
+    if ((uintptr_t)to % 8 != 0) {
+        emulator::fail("red: the address of two floats is no multiple of 8");
+    }
+
+    add(to, x);
+    add(to + 1, y);
+}
+
 // What arrives is there after the wait that covers it, and NaN until then.
 void cp_async_16(SharedAddress to, const void* from, int bytes) {
     if ((to | (uintptr_t)from) % 16 != 0) {

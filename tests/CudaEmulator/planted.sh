@@ -57,4 +57,10 @@ plant 'the halves of a fragment are swapped' plain 'other bytes' AttentionTests.
   'left[r], right[1], right[0]' 'left[r], right[0], right[1]'
 plant 'a wait for cp.async is missing' plain 'other bytes' AttentionTests.Equals_the_cpu 'Attention AttentionBackward' Attention.cu \
   'source.end' $'cp_async_wait<0>();\n        source.end'
+plant 'an addition is not atomic' thread 'data race' AttentionAtomicsTests.What_the_scratch_held_before_does_not_matter \
+  'Attention AttentionBackward Copy' AttentionBackward.cu \
+  '[](float* p, float x, float y) { p[0] += x; p[1] += y; }(to + j * 8' 'atomic_add(to + j * 8'
+plant 'gradients of scores are read too early' thread 'data race' AttentionAtomicsTests.What_the_scratch_held_before_does_not_matter \
+  'Attention AttentionBackward Copy' AttentionBackward.cu 'add_query_gradient<D, Rows>(d_query' \
+  $'__syncthreads();\n            add_query_gradient<D, Rows>(d_query'
 exit $failed

@@ -158,6 +158,61 @@ public sealed class ApiTests
     }
 
     [Fact]
+    public async Task Errors_are_readable_and_name_the_method_that_a_route_has()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options => options.Name = "org/größe-1.1b");
+        async Task<(int Status, string Allow, string Body)> Ask(string method, string path)
+        {
+            using var request = new HttpRequestMessage(new HttpMethod(method), new Uri(path, UriKind.Relative));
+            using HttpResponseMessage response = await server.Http.SendAsync(request, Stop);
+            return ((int)response.StatusCode, string.Join(' ', response.Content.Headers.Allow), await response.Content.ReadAsStringAsync(Stop));
+        }
+
+        Assert.Contains("\"there is no model 'nix'; 'org/größe-1.1b' is served\"", (await Ask("GET", "/v1/models/nix")).Body, StringComparison.Ordinal);
+        Assert.Equal(200, (await Ask("GET", "/v1/models/org/größe-1.1b")).Status);
+        Assert.Equal(200, (await Ask("GET", "/v1/models/org%2Fgr%C3%B6%C3%9Fe-1.1b")).Status);
+        (int status, string allow, string body) = await Ask("GET", Chat);
+        Assert.Equal((405, "POST"), (status, allow));
+        Assert.Contains($"{Chat} is asked with POST, not GET", body, StringComparison.Ordinal);
+        Assert.Equal((200, "", ""), await Ask("HEAD", "/health"));
+        Assert.Equal((200, "", ""), await Ask("HEAD", "/"));
+        (status, _, body) = await Ask("GET", "/nothing.txt");
+        Assert.Equal(404, status);
+        Assert.Contains("there is nothing at GET /nothing.txt", body, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_model_in_a_folder_has_its_whole_name()
+    {
+        string root = Directory.CreateTempSubdirectory("tinyllama-test-").FullName;
+        try
+        {
+            string folder = Directory.CreateDirectory(Path.Combine(root, "TinyLlama-1.1B-Chat-v1.0")).FullName;
+            foreach (string file in Directory.GetFiles(TestModel.Folder))
+            {
+                File.Copy(file, Path.Combine(folder, Path.GetFileName(file)));
+            }
+
+            await using RunningServer server = await RunningServer.StartAsync(options => options.Model = folder + "/");
+            Assert.Equal("TinyLlama-1.1B-Chat-v1.0", server.Model.Name);
+        }
+        finally
+        {
+            Directory.Delete(root, recursive: true);
+        }
+    }
+
+    [Theory]
+    [InlineData("example.com")]
+    [InlineData("https://example.com/page")]
+    public void What_is_no_origin_is_refused(string origin)
+    {
+        var options = new ServerOptions { Model = "x" };
+        options.CorsOrigins.Add(origin);
+        Assert.Contains($"'{origin}' is no origin", Assert.Throws<Data.UserErrorException>(options.Validate).Message, StringComparison.Ordinal);
+    }
+
+    [Fact]
     public async Task A_full_queue_answers_429_and_the_end_of_the_wait_503()
     {
         await using RunningServer server = await RunningServer.StartAsync(options =>

@@ -147,6 +147,7 @@ public sealed class CommandTests : IDisposable
     {
         Process server = Start(["serve", TestModel.Folder, "--port", "0", "--threads", "1", "--chat-template", "zephyr", "--ctx", "16384", .. arguments]);
         string line = await server.StandardOutput.ReadLineAsync(Stop) ?? throw new InvalidOperationException(await server.StandardError.ReadToEndAsync(Stop));
+        Assert.EndsWith("is trained for 512 tokens of context; expect worse text beyond", await server.StandardError.ReadLineAsync(Stop), StringComparison.Ordinal);
         return (server, new HttpClient { BaseAddress = new Uri(line.Split(' ')[0]) });
     }
 

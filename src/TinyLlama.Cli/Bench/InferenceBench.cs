@@ -54,9 +54,11 @@ internal sealed record InferenceBench(
         using var engine = new InferenceEngine(model, backend, round.Depth + round.Tokens + 1, round.Sequences, cacheType: round.CacheType);
         CachedSequence[] sequences = [.. Enumerable.Range(0, round.Sequences).Select(_ => engine.Begin())];
         var random = new Random(1);
-        float[] logits = new float[round.Sequences * engine.VocabularySize];
+        int rowWidth = engine.TopLogitsCount > 0 ? TopLogitsRow.Width(engine.TopLogitsCount) : engine.VocabularySize;
+        float[] logits = new float[round.Sequences * rowWidth], inverseTemperatures = new float[round.Sequences];
+        Array.Fill(inverseTemperatures, 1);
         engine.Forward(new Continuation(sequences[0], s_firstToken));
-        engine.ReadLogits(logits.AsSpan(0, engine.VocabularySize));
+        ReadLogits(1);
         double load = Stopwatch.GetElapsedTime(start).TotalSeconds;
 
         // The ceiling first touches what it reads: after the peak is taken.
@@ -120,10 +122,24 @@ internal sealed record InferenceBench(
                     }
                 }
 
-                engine.ReadLogits(logits.AsSpan(0, (round.Decode ? round.Sequences : 1) * engine.VocabularySize));
+                ReadLogits(round.Decode ? round.Sequences : 1);
             }
 
             return Stopwatch.GetElapsedTime(begin).TotalSeconds;
+        }
+
+        // What the next tokens are chosen from.
+        void ReadLogits(int parts)
+        {
+            Span<float> rows = logits.AsSpan(0, parts * rowWidth);
+            if (engine.TopLogitsCount > 0)
+            {
+                engine.ReadTopLogits(rows, inverseTemperatures.AsSpan(0, parts), engine.VocabularySize);
+            }
+            else
+            {
+                engine.ReadLogits(rows);
+            }
         }
 
         int[] Random(int count) => [.. Enumerable.Range(0, count).Select(_ => random.Next(engine.VocabularySize))];

@@ -45,12 +45,12 @@ internal static class KernelBench
         Tensor qkv = arena.TakeRandom(b, n, c + (2 * config.KeyValueChannels), type), dQkv = arena.Take(n, qkv.Columns, type), rope = arena.Take(t, d);
         (Tensor query, Tensor keys, Tensor values) = Split(qkv, config);
         (Tensor dQuery, Tensor dKeys, Tensor dValues) = Split(dQkv, config);
-        Tensor rotated = qkv.ColumnRange(0, c + config.KeyValueChannels), logSumExp = arena.Take(n, config.Heads), delta = arena.Take(n, config.Heads);
+        Tensor rotated = qkv.ColumnRange(0, c + config.KeyValueChannels), logSumExp = arena.Take(n, config.Heads), scratch = arena.Take(n, b.AttentionScratchColumns(config.Heads, d));
         calls.Add(("Rope", () => b.Rope(rotated, layout.Positions, rope)));
         calls.Add(("Attention", () => b.Attention(y, logSumExp, query, keys, values, layout, d)));
         calls.Add((
             "AttentionBackward",
-            () => b.AttentionBackward(dQuery, dKeys, dValues, delta, x, y, logSumExp, query, keys, values, layout, d)));
+            () => b.AttentionBackward(dQuery, dKeys, dValues, scratch, x, y, logSumExp, query, keys, values, layout, d)));
 
         Tensor gateUp = arena.TakeRandom(b, n, 2 * config.Hidden, type), dGateUp = arena.Take(n, 2 * config.Hidden, type);
         Tensor gated = arena.TakeRandom(b, n, config.Hidden, type);

@@ -39,6 +39,9 @@ internal sealed class TimedBackend(Backend inner) : Backend
     public override int LogitsBytes => inner.LogitsBytes;
 
     /// <inheritdoc/>
+    public override int TopLogitsCount => inner.TopLogitsCount;
+
+    /// <inheritdoc/>
     public override long AvailableBytes => inner.AvailableBytes;
 
     /// <summary>Gets or sets a value indicating whether operations are timed, or only passed on.</summary>
@@ -116,6 +119,20 @@ internal sealed class TimedBackend(Backend inner) : Backend
         long start = Stopwatch.GetTimestamp();
         inner.Read(destination, source);
         Record(nameof(Read), start, 2 * Bytes(source));
+    }
+
+    /// <inheritdoc/>
+    /// <remarks>What is timed runs operation by operation.</remarks>
+    public override void Repeat(Recording recording, Action operations)
+    {
+        if (Times)
+        {
+            operations();
+        }
+        else
+        {
+            inner.Repeat(recording, operations);
+        }
     }
 
     /// <inheritdoc/>
@@ -249,18 +266,21 @@ internal sealed class TimedBackend(Backend inner) : Backend
 
     /// <inheritdoc/>
     public override void AttentionBackward(
-        Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
+        Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor scratch, Tensor dOutput, Tensor output, Tensor logSumExp,
         Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
     {
         long pairs = Pairs(layout).Pairs;
         long start = Stopwatch.GetTimestamp();
         inner.AttentionBackward(
-            dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, headDim);
-        long bytes = Bytes(dQuery, dKeys, dValues, dOutput, output, logSumExp, query, keys, values) + (2 * Bytes(delta));
+            dQuery, dKeys, dValues, scratch, dOutput, output, logSumExp, query, keys, values, layout, headDim);
+        long bytes = Bytes(dQuery, dKeys, dValues, dOutput, output, logSumExp, query, keys, values) + (2 * Bytes(scratch));
 
         // Scores again, the gradients of probabilities, of queries, of keys and of values.
         Record(nameof(AttentionBackward), start, bytes, 10 * query.Columns * pairs);
     }
+
+    /// <inheritdoc/>
+    public override int AttentionScratchColumns(int heads, int headDim) => inner.AttentionScratchColumns(heads, headDim);
 
     /// <inheritdoc/>
     public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type) =>
@@ -297,6 +317,14 @@ internal sealed class TimedBackend(Backend inner) : Backend
         long start = Stopwatch.GetTimestamp();
         inner.CrossEntropy(losses, logits, targets, scale);
         Record(nameof(CrossEntropy), start, Bytes(losses, targets) + (Bytes(logits) * (scale.IsEmpty ? 1 : 2)));
+    }
+
+    /// <inheritdoc/>
+    public override void TopLogits(Tensor top, Tensor logits, Tensor inverseTemperatures, int count)
+    {
+        long start = Stopwatch.GetTimestamp();
+        inner.TopLogits(top, logits, inverseTemperatures, count);
+        Record(nameof(TopLogits), start, Bytes(top, logits, inverseTemperatures));
     }
 
     /// <inheritdoc/>

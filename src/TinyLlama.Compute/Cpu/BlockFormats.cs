@@ -19,7 +19,7 @@ internal unsafe interface IBlockFormat<V>
     /// <summary>Gets a value indicating whether the products of a group add up in int16: bytes are 0 … 15.</summary>
     static abstract bool FitsWords { get; }
 
-    /// <summary>Gets a value indicating whether a scale is of 16 elements, not of 32.</summary>
+    /// <summary>Gets a value indicating whether a scale is of 16 elements, not of 32: <see cref="HalfScales"/>.</summary>
     static abstract bool HasHalfScales { get; }
 
     /// <summary>Gets a value indicating whether there is an offset.</summary>
@@ -35,8 +35,17 @@ internal unsafe interface IBlockFormat<V>
     /// <param name="offset">The unit of offsets.</param>
     static abstract void Units(byte* block, byte* scales, out V scale, out V offset);
 
-    /// <summary>The scales and offsets of a group, or of one of its halves: in units, out values.</summary>
-    static abstract void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset);
+    /// <summary>The scales and offsets of a group: in units, out values.</summary>
+    static abstract void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset);
+
+    /// <summary>Scales of 16 elements, signed bytes that count units, as int16; bytes are 32 too large.</summary>
+    /// <param name="block">The block.</param>
+    /// <param name="group">The group.</param>
+    /// <param name="first">That of the first half, twice.</param>
+    /// <param name="second">That of the second, twice.</param>
+    /// <param name="both">Both, doubled.</param>
+    static virtual void HalfScales(byte* block, int group, out V first, out V second, out V both) =>
+        throw new NotSupportedException();
 }
 
 /// <summary>What the formats share.</summary>
@@ -119,7 +128,7 @@ internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
         offset = scale * V.Create(-8);
     }
 
-    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
     {
     }
 }
@@ -146,7 +155,7 @@ internal readonly unsafe struct Q41Format<V> : IBlockFormat<V>
     public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         BlockFormat<V>.HalfPairs(block, out scale, out offset);
 
-    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
     {
     }
 }
@@ -177,7 +186,7 @@ internal readonly unsafe struct Q5Format<V> : IBlockFormat<V>
         offset = scale * V.Create(-16);
     }
 
-    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
     {
     }
 }
@@ -205,7 +214,7 @@ internal readonly unsafe struct Q51Format<V> : IBlockFormat<V>
     public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         BlockFormat<V>.HalfPairs(block, out scale, out offset);
 
-    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
     {
     }
 }
@@ -234,7 +243,7 @@ internal readonly unsafe struct Q4KFormat<V> : IBlockFormat<V>
         UnpackScales(block, scales, out scale, out offset);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
+    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
     {
         scale *= BlockFormat<V>.SixBits(scales, group);
         offset *= BlockFormat<V>.SixBits(scales + (2 * sizeof(float) * V.Count), group);
@@ -280,8 +289,8 @@ internal readonly unsafe struct Q5KFormat<V> : IBlockFormat<V>
         Q4KFormat<V>.UnpackScales(block, scales, out scale, out offset);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset) =>
-        Q4KFormat<V>.Scale(block, scales, group, half, ref scale, ref offset);
+    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset) =>
+        Q4KFormat<V>.Scale(block, scales, group, ref scale, ref offset);
 }
 
 /// <summary>A scale of the block, nibbles, two high bits of each element, a signed scale of each 16 elements; values 32 too large.</summary>
@@ -311,19 +320,37 @@ internal readonly unsafe struct Q6KFormat<V> : IBlockFormat<V>
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, byte* scales, out V scale, out V offset)
+    public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
+        (scale, offset) = (Halves<V>.Load(block), default);
+
+    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
     {
-        scale = Halves<V>.Load(block) * V.Create(1f / (1 << 24));
-        offset = V.Create(-32);
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Scale(byte* block, byte* scales, int group, int half, ref V scale, ref V offset)
+    public static void HalfScales(byte* block, int group, out V first, out V second, out V both)
     {
-        // The byte with its sign: at the top of a dword, which is then 2²⁴ too large.
-        int index = (2 * group) + half;
-        V four = V.LoadDwords(block + ((nint)(index & ~3) * V.Count) + ((2 + 192) * V.Count));
-        scale *= V.FromInt32(V.And(V.ShiftLeft(four, 8 * (3 - (index & 3))), V.CreateDword(0xFF000000)));
-        offset *= scale;
+        // Two groups share a dword.
+        V four = V.LoadDwords(block + ((nint)((2 * group) & ~3) * V.Count) + ((2 + 192) * V.Count));
+        (V even, V odd) = (V.EvenWords(four), V.OddWords(four));
+        V pair;
+        if ((group & 1) == 0)
+        {
+            V low = V.CreateDword(0xFFFF);
+            (V a, V b) = (V.ShiftLeft(even, 16), V.ShiftLeft(odd, 16));
+            first = V.Or(V.And(even, low), a);
+            second = V.Or(V.And(odd, low), b);
+            pair = V.Or(V.And(even, low), b);
+        }
+        else
+        {
+            V high = V.CreateDword(0xFFFF0000);
+            (V a, V b) = (V.ShiftRight(even, 16), V.ShiftRight(odd, 16));
+            first = V.Or(V.And(even, high), a);
+            second = V.Or(V.And(odd, high), b);
+            pair = V.Or(V.And(odd, high), a);
+        }
+
+        both = V.AddWords(pair, pair);
     }
 }

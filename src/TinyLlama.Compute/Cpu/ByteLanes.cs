@@ -82,6 +82,11 @@ internal unsafe partial struct Lanes512
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 LoadWords(byte* p)
     {
+        if (Avx512F.IsSupported)
+        {
+            return new(Avx512F.ConvertToVector512Int32(Vector256.Load((ushort*)p)).AsSingle());
+        }
+
         Vector256<ushort> words = Vector256.Load((ushort*)p);
         return new(Vector512.Create(Vector256.WidenLower(words), Vector256.WidenUpper(words)).AsSingle());
     }
@@ -176,6 +181,11 @@ internal unsafe partial struct Lanes256
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 LoadWords(byte* p)
     {
+        if (Avx2.IsSupported)
+        {
+            return new(Avx2.ConvertToVector256Int32((ushort*)p).AsSingle());
+        }
+
         Vector128<ushort> words = Vector128.Load((ushort*)p);
         return new(Vector256.Create(Vector128.WidenLower(words), Vector128.WidenUpper(words)).AsSingle());
     }

@@ -269,10 +269,13 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
 
     /// <inheritdoc/>
     public override void AttentionBackward(
-        Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
+        Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor scratch, Tensor dOutput, Tensor output, Tensor logSumExp,
         Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
         Cpu.Attention.Backward<V>(
-            Team, Scratch, dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, headDim);
+            Team, Scratch, dQuery, dKeys, dValues, scratch, dOutput, output, logSumExp, query, keys, values, layout, headDim);
+
+    /// <inheritdoc/>
+    public override int AttentionScratchColumns(int heads, int headDim) => heads;
 
     /// <inheritdoc/>
     public override Tensor TakeCache(Arena arena, int blocks, int keyHeads, int headDim, DType type) =>

@@ -113,17 +113,36 @@ internal static unsafe class QuantizedMatMul
                 for (int panel = first; panel < end; panel++)
                 {
                     byte* weights = Panels + (panel * PanelBytes);
-                    if (rows == 1)
+                    if (F.HasHalfScales)
                     {
-                        MultiplyRow(weights, rounded, Groups).Store(sums);
+                        Multiply<Halves>(sums, weights, rounded, rows, rows > 1 ? rows : 0);
+                    }
+                    else if (F.FitsWords)
+                    {
+                        Multiply<Pairs>(sums, weights, rounded, rows, rows & ~1);
                     }
                     else
                     {
-                        MultiplyRows(sums, weights, rounded, Groups, rows);
+                        Multiply<Singles>(sums, weights, rounded, rows, rows > 1 ? rows : 0);
                     }
 
                     Store(sums, row, rows, panel);
                 }
+            }
+        }
+
+        // A panel by rows of a block: so many together, and a last one.
+        private readonly void Multiply<TRows>(float* sums, byte* weights, byte* rounded, int rows, int together)
+        {
+            if (together > 0)
+            {
+                MultiplyRows<TRows>(sums, weights, rounded, Groups, rows, together);
+            }
+
+            if (together < rows)
+            {
+                byte* last = rounded + (together * RoundedInputs.GroupBytes);
+                MultiplyRow<TRows>(weights, last, Groups, rows).Store(sums + (together * V.Count));
             }
         }
 
@@ -149,10 +168,10 @@ internal static unsafe class QuantizedMatMul
             }
         }
 
-        // One row and one panel: the bits of MultiplyRows.
+        // One of so many rows that lie in a block, and one panel: the bits of MultiplyRows.
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static V MultiplyRow(byte* weights, byte* rounded, int groups)
+        private static V MultiplyRow<TRows>(byte* weights, byte* rounded, int groups, int rows)
         {
             byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
             V sum = V.Create(0);
@@ -162,35 +181,35 @@ internal static unsafe class QuantizedMatMul
                 for (int group = 0; group < F.Groups; group++)
                 {
                     Prefetch(weights + PrefetchBytes + (group * (F.BlockBytes / F.Groups * V.Count)));
-                    V a = default;
-                    V u0 = F.Bytes(weights, group, 0);
-                    V v0 = F.Bytes(weights, group, 1);
-                    a = Add(a, u0, v0, rounded);
-
-                    u0 = F.Bytes(weights, group, 2);
-                    v0 = F.Bytes(weights, group, 3);
-                    a = Add(a, u0, v0, rounded + 8);
-
-                    if (F.HasHalfScales)
+                    V w0 = F.Bytes(weights, group, 0);
+                    V w1 = F.Bytes(weights, group, 1);
+                    V w2 = F.Bytes(weights, group, 2);
+                    V w3 = F.Bytes(weights, group, 3);
+                    if (typeof(TRows) == typeof(Halves))
                     {
-                        (V halfScale, V halfOffset) = (unit, offsetUnit);
-                        F.Scale(weights, scales, group, 0, ref halfScale, ref halfOffset);
-                        sum = AddScaled(sum, a, halfScale, halfOffset, rounded, 1);
-                        a = default;
+                        F.HalfScales(weights, group, out V first, out V second, out V both);
+                        V a = AddHalf(Offset(both, rounded), w0, w1, w2, w3, rounded, first);
+                        w0 = F.Bytes(weights, group, 4);
+                        w1 = F.Bytes(weights, group, 5);
+                        w2 = F.Bytes(weights, group, 6);
+                        w3 = F.Bytes(weights, group, 7);
+                        a = AddHalf(a, w0, w1, w2, w3, rounded + 16, second);
+                        sum = AddScaled(sum, a, unit, rounded);
+                    }
+                    else
+                    {
+                        V a = Add(Add(default, w0, w1, rounded), w2, w3, rounded + 8);
+                        w0 = F.Bytes(weights, group, 4);
+                        w1 = F.Bytes(weights, group, 5);
+                        w2 = F.Bytes(weights, group, 6);
+                        w3 = F.Bytes(weights, group, 7);
+                        a = Add(Add(a, w0, w1, rounded + 16), w2, w3, rounded + 24);
+                        (V scale, V offset) = (unit, offsetUnit);
+                        F.Scale(weights, scales, group, ref scale, ref offset);
+                        sum = AddScaled(sum, a, scale, offset, rounded);
                     }
 
-                    u0 = F.Bytes(weights, group, 4);
-                    v0 = F.Bytes(weights, group, 5);
-                    a = Add(a, u0, v0, rounded + 16);
-
-                    u0 = F.Bytes(weights, group, 6);
-                    v0 = F.Bytes(weights, group, 7);
-                    a = Add(a, u0, v0, rounded + 24);
-
-                    (V scale, V offset) = (unit, offsetUnit);
-                    F.Scale(weights, scales, group, 1, ref scale, ref offset);
-                    sum = AddScaled(sum, a, scale, offset, rounded, F.HasHalfScales ? 2 : 3);
-                    rounded += RoundedInputs.GroupBytes;
+                    rounded += rows * RoundedInputs.GroupBytes;
                 }
 
                 weights += F.BlockBytes * V.Count;
@@ -199,14 +218,14 @@ internal static unsafe class QuantizedMatMul
             return sum;
         }
 
-        // Some rows and one panel. Small enough for the JIT to inline all that it calls.
+        // The first of so many rows, and one panel. Small enough for the JIT to inline all that it calls.
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static void MultiplyRows(float* sums, byte* weights, byte* rounded, int groups, int rows)
+        private static void MultiplyRows<TRows>(float* sums, byte* weights, byte* rounded, int groups, int rows, int together)
         {
             byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
             nint lanes = V.Count;
-            float* end = sums + (rows * lanes);
+            float* end = sums + (together * lanes);
             for (float* sum = sums; sum < end; sum += lanes)
             {
                 V.Create(0).Store(sum);
@@ -225,27 +244,50 @@ internal static unsafe class QuantizedMatMul
                     V w5 = F.Bytes(weights, group, 5);
                     V w6 = F.Bytes(weights, group, 6);
                     V w7 = F.Bytes(weights, group, 7);
-                    (V scale0, V offset0, V scale1, V offset1) = (unit, offsetUnit, unit, offsetUnit);
-                    F.Scale(weights, scales, group, 1, ref scale1, ref offset1);
-                    if (F.HasHalfScales)
+                    (V scale, V offset) = (unit, offsetUnit);
+                    F.Scale(weights, scales, group, ref scale, ref offset);
+                    byte* x = rounded;
+                    if (typeof(TRows) == typeof(Pairs))
                     {
-                        F.Scale(weights, scales, group, 0, ref scale0, ref offset0);
-                    }
-
-                    for (float* sum = sums; sum < end; sum += lanes)
-                    {
-                        V total = V.Load(sum);
-                        V products = Add(Add(default, w0, w1, rounded), w2, w3, rounded + 8);
-                        if (F.HasHalfScales)
+                        for (float* sum = sums; sum < end; sum += 2 * lanes)
                         {
-                            total = AddScaled(total, products, scale0, offset0, rounded, 1);
-                            products = default;
+                            byte* y = x + RoundedInputs.GroupBytes;
+                            V a = Add(default, w0, w1, x);
+                            V b = Add(default, w0, w1, y);
+                            a = Add(a, w2, w3, x + 8);
+                            b = Add(b, w2, w3, y + 8);
+                            a = Add(a, w4, w5, x + 16);
+                            b = Add(b, w4, w5, y + 16);
+                            a = Add(a, w6, w7, x + 24);
+                            b = Add(b, w6, w7, y + 24);
+                            AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
+                            AddScaled(V.Load(sum + lanes), b, scale, offset, y).Store(sum + lanes);
+                            x = y + RoundedInputs.GroupBytes;
                         }
-
-                        products = Add(Add(products, w4, w5, rounded + 16), w6, w7, rounded + 24);
-                        AddScaled(total, products, scale1, offset1, rounded, F.HasHalfScales ? 2 : 3).Store(sum);
-                        rounded += RoundedInputs.GroupBytes;
                     }
+                    else if (typeof(TRows) == typeof(Halves))
+                    {
+                        F.HalfScales(weights, group, out V first, out V second, out V both);
+                        for (float* sum = sums; sum < end; sum += lanes)
+                        {
+                            V a = AddHalf(Offset(both, x), w0, w1, w2, w3, x, first);
+                            a = AddHalf(a, w4, w5, w6, w7, x + 16, second);
+                            AddScaled(V.Load(sum), a, unit, x).Store(sum);
+                            x += RoundedInputs.GroupBytes;
+                        }
+                    }
+                    else
+                    {
+                        for (float* sum = sums; sum < end; sum += lanes)
+                        {
+                            V a = Add(Add(default, w0, w1, x), w2, w3, x + 8);
+                            a = Add(Add(a, w4, w5, x + 16), w6, w7, x + 24);
+                            AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
+                            x += RoundedInputs.GroupBytes;
+                        }
+                    }
+
+                    rounded += rows * RoundedInputs.GroupBytes;
                 }
 
                 weights += F.BlockBytes * lanes;
@@ -265,18 +307,42 @@ internal static unsafe class QuantizedMatMul
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
         private static V Input(byte* x) => V.CreateDword(*(uint*)x);
 
-        // sum + scale · products + offset · Σ rounded, in units of the rounded inputs: of the first half, the second, or all.
+        // sum + scale · products + offset · Σ rounded, in units of the rounded inputs.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static V AddScaled(V sum, V products, V scale, V offset, byte* rounded, int part)
+        private static V AddScaled(V sum, V products, V scale, V offset, byte* rounded)
         {
-            float* scales = (float*)(rounded + RoundedInputs.Group);
             if (F.HasOffsets)
             {
-                sum = V.Fma(offset, V.Create(scales[part]), sum);
+                sum = V.Fma(offset, V.Create(((float*)(rounded + RoundedInputs.Group))[2]), sum);
             }
 
-            return V.Fma(V.FromInt32(F.FitsWords ? V.AddNeighbours(products) : products), scale * V.Create(scales[0]), sum);
+            return AddScaled(sum, F.FitsWords ? V.AddNeighbours(products) : products, scale, rounded);
         }
+
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static V AddScaled(V sum, V products, V scale, byte* rounded) =>
+            V.Fma(V.FromInt32(products), scale * V.Create(*(float*)(rounded + RoundedInputs.Group)), sum);
+
+        // What bytes that are 32 too large have too much, times both scales of the group.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static V Offset(V both, byte* rounded) => V.DwordProducts(Input(rounded + RoundedInputs.Group + sizeof(float)), both);
+
+        // a plus the products of 16 elements by their scale: sums of eight fit int16, their multiples int32.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static V AddHalf(V a, V w0, V w1, V w2, V w3, byte* x, V scale)
+        {
+            V b = V.AddWords(V.WordProducts(w0, Input(x)), V.WordProducts(w1, Input(x + 4)));
+            V c = V.AddWords(V.WordProducts(w2, Input(x + 8)), V.WordProducts(w3, Input(x + 12)));
+            return V.AddDwords(a, V.AddDwords(V.DwordProducts(b, scale), V.DwordProducts(c, scale)));
+        }
+
+        // What the kernels are compiled for: rows one after the other; by two in turns, so that one multiplies while the other adds
+        // up, which needs products that add up in int16 or runs out of registers; scales of halves.
+        private readonly struct Singles;
+
+        private readonly struct Pairs;
+
+        private readonly struct Halves;
 
         // The lines of a group.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]

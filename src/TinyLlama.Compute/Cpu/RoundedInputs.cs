@@ -5,7 +5,7 @@ namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
 /// Inputs of a product with a quantized weight, rounded to signed bytes: groups of 32 elements that share a scale. A group is
-/// its bytes, or the same as int16, then four floats: the scale, and the scaled sums of the first half, of the second, and of all.
+/// its bytes, or the same as int16, then three dwords: the scale, the sums of both halves, times -16, as int16, and the scaled sum of all.
 /// </summary>
 internal static unsafe class RoundedInputs
 {
@@ -13,18 +13,18 @@ internal static unsafe class RoundedInputs
     public const int Group = 32;
 
     /// <summary>Bytes of a group.</summary>
-    public const int GroupBytes = Group + FloatBytes;
+    public const int GroupBytes = Group + DwordBytes;
 
     /// <summary>Bytes of the int16 of a group: the even bytes of all dwords, then the odd ones.</summary>
     public const int WordsBytes = Group * sizeof(short);
 
     /// <summary>Bytes of a group in int16.</summary>
-    public const int WordGroupBytes = WordsBytes + FloatBytes;
+    public const int WordGroupBytes = WordsBytes + DwordBytes;
 
     /// <summary>Elements that rounded rows may have in all, so that they fit <see cref="Scratch.Shared"/>.</summary>
     public const int MaxElements = MatMul.SharedCount * sizeof(float) / WordGroupBytes * Group;
 
-    private const int FloatBytes = 4 * sizeof(float);
+    private const int DwordBytes = 3 * sizeof(float);
 
     /// <summary>Rounds rows; they lie in blocks of so many, in a block group after group of all its rows.</summary>
     public static void Round<V>(ThreadTeam team, byte* rounded, Tensor input, int blockRows, bool inWords)
@@ -44,6 +44,7 @@ internal static unsafe class RoundedInputs
         public int BlockRows;
         public bool InWords;
 
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         public readonly void Run(int task, int thread)
         {
             int groups = Input.Columns / Group;
@@ -84,9 +85,9 @@ internal static unsafe class RoundedInputs
             }
         }
 
-        // 32 bytes; their scale, the scaled sums of both halves and of all.
+        // 32 bytes; their scale and sums.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void RoundGroup(byte* destination, byte* floats, float* x)
+        private static void RoundGroup(byte* destination, byte* dwords, float* x)
         {
             V largest = V.Create(0);
             V notFinite = V.Create(0);
@@ -119,11 +120,13 @@ internal static unsafe class RoundedInputs
 
             // What is not a number stays none: the scale carries it.
             scale += notFinite.Sum();
-            float* scales = (float*)floats;
+            (float firstSum, float secondSum) = (first.Sum(), second.Sum());
+            float* scales = (float*)dwords;
+            short* halves = (short*)(scales + 1);
             scales[0] = scale;
-            scales[1] = scale * first.Sum();
-            scales[2] = scale * second.Sum();
-            scales[3] = scale * (first.Sum() + second.Sum());
+            halves[0] = (short)(-16 * firstSum);
+            halves[1] = (short)(-16 * secondSum);
+            scales[2] = scale * (firstSum + secondSum);
         }
     }
 }

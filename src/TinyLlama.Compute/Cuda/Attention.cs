@@ -12,8 +12,8 @@ namespace TinyLlama.Compute.Cuda;
 /// and one key head, and finds them from its index; the grid follows from the numbers of tokens and segments. Key tiles start at multiples of <see cref="TokenLayout.KeyBlock"/>,
 /// and keys in a cache are summed by spans of <see cref="Span"/> positions, so a row has the same bits alone and in a batch.
 /// Where few rows see many cached keys, spans are spread over blocks (flash decoding, Dao et al. 2023), with the same bits.
-/// Products in BF16 on tensor cores, sums and the softmax in F32. Bound by multiply-adds: forward 4 · D of FLOPs, backward 14 · D
-/// (10 · D and the scores once more, so that no sum needs atomics), for each pair of a query row and a key that it sees.
+/// Products in BF16 on tensor cores, sums and the softmax in F32. Bound by multiply-adds: forward 4 · D of FLOPs, backward 10 · D
+/// with atomics, 14 · D without them (scores and dProbabilities twice), for each pair of a query row and a key that it sees.
 /// </remarks>
 internal static class Attention
 {
@@ -38,6 +38,7 @@ internal static class Attention
     private static readonly string[] s_merge = Names("attention_merge");
     private static readonly string[] s_dQuery = Names("attention_d_query");
     private static readonly string[] s_dKeyValue = Names("attention_d_key_value");
+    private static readonly string[] s_gradients = Names("attention_gradients");
 
     /// <summary>Writes output and logSumExp.</summary>
     /// <param name="device">The GPU.</param>
@@ -94,15 +95,29 @@ internal static class Attention
         }
     }
 
-    /// <summary>Writes dQuery, dKeys, dValues and the scratch delta, which has no gaps between rows.</summary>
+    /// <summary>Writes dQuery, dKeys and dValues.</summary>
+    /// <param name="device">The GPU.</param>
+    /// <param name="deterministic">Whether dQuery has a kernel of its own; else the one of dKeys and dValues adds to it by atomics.</param>
+    /// <param name="dQuery">As in <see cref="Backend.AttentionBackward"/>, as all that follow.</param>
+    /// <param name="dKeys">(N, Hkv · D).</param>
+    /// <param name="dValues">(N, Hkv · D).</param>
+    /// <param name="scratch">(N, <see cref="ScratchColumns"/>).</param>
+    /// <param name="dOutput">(N, Hq · D).</param>
+    /// <param name="output">(N, Hq · D).</param>
+    /// <param name="logSumExp">(N, Hq).</param>
+    /// <param name="query">(N, Hq · D).</param>
+    /// <param name="keys">(N, Hkv · D).</param>
+    /// <param name="values">(N, Hkv · D).</param>
+    /// <param name="layout">Which keys each query row sees.</param>
+    /// <param name="headDim">D.</param>
     public static void Backward(
-        CudaDevice device, Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output, Tensor logSumExp,
-        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
+        CudaDevice device, bool deterministic, Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor scratch, Tensor dOutput, Tensor output,
+        Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
     {
         RequireHeadDim(headDim);
         int keyHeads = keys.Columns / headDim;
         int group = Group(query, keyHeads, headDim);
-        int tokens = query.Rows;
+        (int tokens, int heads) = (query.Rows, keyHeads * group);
         foreach (Tensor rows in (ReadOnlySpan<Tensor>)[query, dQuery, dOutput, output])
         {
             RequireRows(rows, tokens, query.Columns);
@@ -113,23 +128,45 @@ internal static class Attention
             RequireRows(rows, tokens, keyHeads * headDim);
         }
 
-        RequireStatistics(logSumExp, tokens, keyHeads * group);
-        RequireStatistics(delta, tokens, keyHeads * group);
+        RequireStatistics(logSumExp, tokens, heads);
+        RequireStatistics(scratch, tokens, ScratchColumns(heads, headDim, deterministic));
         Shape.Require(
             layout.TokenCount == tokens && layout.HasWholeSequences, "a layout of all rows: whole sequences, whose keys are their own rows");
         float scale = 1f / MathF.Sqrt(headDim);
-        int rowsAtOnce = RowsOfBlock(headDim);
-        device.Launch(
-            s_dQuery[Index(headDim)], (Slots(layout, group, rowsAtOnce), keyHeads, 1), Threads, TileBytes(headDim, (2 * rowsAtOnce) + (4 * Keys)),
-            dQuery, delta, dOutput, output, logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group,
-            headDim, dQuery.Stride, dOutput.Stride, output.Stride, query.Stride, keys.Stride, values.Stride, scale);
+
+        // With atomics the scratch holds the sums of dQuery, then delta.
+        Tensor sums = deterministic ? default : scratch with { Columns = query.Columns, Stride = query.Columns };
+        Tensor delta = new(scratch.Address + (nint)DType.F32.RowBytes(sums.Count), tokens, heads, heads, DType.F32);
+        if (deterministic)
+        {
+            int rowsAtOnce = RowsOfBlock(headDim);
+            device.Launch(
+                s_dQuery[Index(headDim)], (Slots(layout, group, rowsAtOnce), keyHeads, 1), Threads, TileBytes(headDim, (2 * rowsAtOnce) + (4 * Keys)),
+                dQuery, delta, dOutput, output, logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group,
+                headDim, dQuery.Stride, dOutput.Stride, output.Stride, query.Stride, keys.Stride, values.Stride, scale);
+        }
+        else
+        {
+            device.Launch(
+                "attention_delta", (Operands.Blocks((long)tokens * heads, Threads / Operands.Eight), 1, 1), Threads, 0, delta, sums, dOutput, output,
+                tokens * heads, heads, headDim, dOutput.Stride, output.Stride);
+        }
+
         int queryRows = headDim <= 64 ? 64 : 32;
+        int bytes = TileBytes(headDim, (2 * Keys) + (4 * queryRows)) + (4 * queryRows * sizeof(float));
+        int scoreBytes = deterministic ? 0 : Keys * queryRows * sizeof(ushort);
         device.Launch(
-            s_dKeyValue[Index(headDim)], (Slots(layout, 1, Keys), keyHeads, 1), Threads,
-            TileBytes(headDim, (2 * Keys) + (4 * queryRows)) + (4 * queryRows * sizeof(float)), dKeys, dValues, delta, dOutput, logSumExp,
-            query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group, headDim, dKeys.Stride, dValues.Stride, dOutput.Stride,
-            query.Stride, keys.Stride, values.Stride, scale);
+            (deterministic ? s_dKeyValue : s_gradients)[Index(headDim)], (Slots(layout, 1, Keys), keyHeads, 1), Threads, bytes + scoreBytes,
+            dKeys, dValues, sums, delta, dOutput, logSumExp, query, keys, values, layout.Segments, layout.SegmentCount, keyHeads, group, headDim,
+            dKeys.Stride, dValues.Stride, dOutput.Stride, query.Stride, keys.Stride, values.Stride, scale);
+        if (!deterministic)
+        {
+            Copy.Convert(device, dQuery, sums);
+        }
     }
+
+    /// <summary>Columns of the scratch of <see cref="Backward"/>: delta of each query head and, where atomics add dQuery up, its sums.</summary>
+    public static int ScratchColumns(int heads, int headDim, bool deterministic) => deterministic ? heads : heads * (headDim + 1);
 
     /// <summary>Whether there are kernels for a head dim.</summary>
     public static bool HasKernels(int headDim) => headDim is > 0 and <= 128 && headDim % 16 == 0;

@@ -124,6 +124,7 @@ internal sealed unsafe class CudaDevice : IDisposable
     public void Free(nint address)
     {
         _ = CudaDriver.cuCtxSetCurrent(_context);
+        s_current = this;
         _ = CudaDriver.cuMemFree_v2(address);
     }
 

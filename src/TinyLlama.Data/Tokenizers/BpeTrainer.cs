@@ -9,6 +9,9 @@ public sealed record BpeTrainingOptions
     /// <summary>Gets the number of ids (V): 3 control and unknown pieces, 256 bytes, merged pieces, characters.</summary>
     public required int VocabularySize { get; init; }
 
+    /// <summary>Gets a value indicating whether a text with too few pairs to merge gives a smaller vocabulary, and is no error.</summary>
+    public bool AllowsFewer { get; init; }
+
     /// <summary>Gets the share of all characters of the text that get pieces of their own; the rarest become bytes.</summary>
     public double CharacterCoverage { get; init; } = 0.99995;
 
@@ -85,10 +88,15 @@ public static class BpeTrainer
                 progress?.Report(new BpeTrainingProgress(characters, merged.Count, wanted));
             }
 
-            string piece = merger.Next() ?? throw new UserErrorException(
+            string? piece = merger.Next();
+            if (piece is null && options.AllowsFewer)
+            {
+                break;
+            }
+
+            merged.Add(piece?.Replace(' ', BpeModel.Space) ?? throw new UserErrorException(
                 $"this text gives a vocabulary of at most {FixedPieces + alphabet.Count + merged.Count}, not of {options.VocabularySize}; ask for that "
-                + "or less, or give more text");
-            merged.Add(piece.Replace(' ', BpeModel.Space));
+                + "or less, or give more text"));
         }
 
         progress?.Report(new BpeTrainingProgress(characters, wanted, wanted));

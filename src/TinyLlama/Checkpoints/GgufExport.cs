@@ -120,9 +120,12 @@ public static class GgufExport
         }
     }
 
-    // One line for each type that does not fit the rows of some tensors.
+    // Where the source is quantized already, and one line for each type that does not fit the rows of some tensors.
     private static string[] Notes(ModelSource source, GgufMix mix) =>
     [
+        .. source.Tensors.Any(tensor => source.StorageOf(tensor.Name).IsQuantized() && mix.TypeOf(tensor, source.Config) != source.StorageOf(tensor.Name))
+            ? [$"{source.Path} is quantized already, and what that lost stays lost; begin with the original if there is one"]
+            : Array.Empty<string>(),
         .. source.Tensors
             .Select(tensor => (tensor.Columns, Due: mix.DueTypeOf(tensor, source.Config), Type: mix.TypeOf(tensor, source.Config)))
             .Where(static tensor => tensor.Due != tensor.Type)

@@ -275,8 +275,10 @@ internal sealed class GgufFile : IDisposable
         ulong offset = reader.UInt64();
         return shape[^1] % type.BlockElements() != 0
             ? throw reader.Error($"tensor '{name}' has rows of {shape[^1]} elements, {type} needs a multiple of {type.BlockElements()}")
-            : bytes > reader.Length || offset > long.MaxValue || offset % (ulong)alignment != 0
-            ? throw reader.Error($"tensor '{name}' of {bytes} bytes at offset {offset} does not fit the file or is not aligned to {alignment}")
+            : offset % (ulong)alignment != 0
+            ? throw reader.Error($"tensor '{name}' at offset {offset} is not aligned to {alignment}: damaged")
+            : bytes > reader.Length || offset > long.MaxValue
+            ? throw reader.Error($"tensor '{name}' of {bytes} bytes goes beyond the end of the file: cut off or damaged")
             : new GgufEntry(name, type, shape, (long)offset, (long)bytes);
     }
 

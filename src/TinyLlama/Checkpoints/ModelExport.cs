@@ -51,18 +51,18 @@ public static class ModelExport
 
     /// <summary>Throws unless a folder may be written: before the work, to say so early.</summary>
     /// <param name="folder">The folder.</param>
-    /// <param name="force">Whether it may hold something.</param>
+    /// <param name="force">Whether it may hold something; null where nobody can ask for that.</param>
     /// <exception cref="UserErrorException">It is a file, or not empty.</exception>
-    public static void RequirePlace(string folder, bool force)
+    public static void RequirePlace(string folder, bool? force)
     {
         if (File.Exists(folder))
         {
             throw new UserErrorException($"{folder}: is a file; name a folder");
         }
 
-        if (!force && Directory.Exists(folder) && Directory.EnumerateFileSystemEntries(folder).Any())
+        if (force != true && Directory.Exists(folder) && Directory.EnumerateFileSystemEntries(folder).Any())
         {
-            throw new UserErrorException($"{folder}: is not empty; name another folder, or replace files in it with --force");
+            throw new UserErrorException($"{folder}: is not empty; name another folder{(force is null ? "" : ", or replace files in it with --force")}");
         }
     }
 

@@ -231,7 +231,7 @@ public sealed class SafetensorsFile : ITensorFile
             }
             else
             {
-                entries.Add(ReadEntry(ref reader, name, firstData, file.Length));
+                entries.Add(ReadEntry(ref reader, name, firstData, file));
             }
         }
 
@@ -257,7 +257,7 @@ public sealed class SafetensorsFile : ITensorFile
         }
     }
 
-    private static SafetensorsEntry ReadEntry(ref Utf8JsonReader reader, string name, long firstData, long fileLength)
+    private static SafetensorsEntry ReadEntry(ref Utf8JsonReader reader, string name, long firstData, MappedFile file)
     {
         string? type = null;
         List<long>? shape = null;
@@ -287,9 +287,15 @@ public sealed class SafetensorsFile : ITensorFile
             throw new JsonException($"'{name}' needs dtype, shape and two data_offsets");
         }
 
-        if (first > end || end > fileLength - firstData)
+        if (first > end)
         {
-            throw new JsonException($"'{name}' lies at {first} to {end}, the data has {fileLength - firstData} bytes");
+            throw new JsonException($"'{name}' lies at {first} to {end}");
+        }
+
+        if (end > file.Length - firstData)
+        {
+            throw new UserErrorException(
+                $"{file.Path}: tensor '{name}' ends at byte {end} of the data, the file has {file.Length - firstData} of them: cut off or damaged");
         }
 
         // Only sizes that fit the file pass, so the product cannot overflow unseen.

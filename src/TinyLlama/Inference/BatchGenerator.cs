@@ -53,7 +53,7 @@ public sealed class BatchGenerator : IDisposable
         int blocks = BlocksFor(KeyValueCache.BlockBytes(backend, model.Config, cacheType ?? backend.CacheType), context, places, cacheBytes);
         var engine = new InferenceEngine(model, backend, context, places, cacheBlocks: blocks, cacheType: cacheType);
         (_queue, _channels) = (queue, engine.Channels);
-        _scheduler = new BatchScheduler(engine, places);
+        _scheduler = new BatchScheduler(engine, places, tokenizer.VocabularySize);
         _thread = new Thread(Work) { IsBackground = true, Name = "batch generator" };
         _thread.Start();
     }

@@ -10,7 +10,7 @@ internal sealed class BatchScheduler : IDisposable
 {
     private readonly InferenceEngine _engine;
     private readonly List<BatchRequest> _running = [];
-    private readonly float[] _logits;
+    private readonly NextTokens _next;
     private readonly float[] _hidden;
     private readonly int _places;
     private long _promptTokens;
@@ -18,11 +18,11 @@ internal sealed class BatchScheduler : IDisposable
     private long _newTokens;
     private long _preemptions;
 
-    /// <summary>Schedules on an engine, which it disposes of.</summary>
-    public BatchScheduler(InferenceEngine engine, int places)
+    /// <summary>Schedules texts of so many different tokens on an engine, which it disposes of.</summary>
+    public BatchScheduler(InferenceEngine engine, int places, int vocabulary)
     {
         (_engine, _places) = (engine, places);
-        _logits = new float[places * engine.VocabularySize];
+        _next = new NextTokens(engine, places, vocabulary);
         _hidden = new float[engine.Capacity * engine.Channels];
     }
 
@@ -118,9 +118,10 @@ internal sealed class BatchScheduler : IDisposable
         }
 
         _engine.Forward([.. parts.Select(part => new Continuation(part.Request.Sequence!, part.Tokens))]);
-        if (parts.Exists(part => part.Request is BatchGeneration && part.Request.Pending.IsEmpty))
+        GenerationState?[] ready = [.. parts.Select(part => part.Request is BatchGeneration { Pending.IsEmpty: true } text ? text.State : null)];
+        if (ready.Any(text => text is not null))
         {
-            _engine.ReadLogits(_logits.AsSpan(0, parts.Count * _engine.VocabularySize));
+            _next.Read(ready);
         }
 
         for (int i = 0; i < parts.Count; i++)
@@ -132,7 +133,7 @@ internal sealed class BatchScheduler : IDisposable
             }
             else if (request is BatchGeneration text)
             {
-                Continue(text, tokens.Length, _logits.AsSpan(i * _engine.VocabularySize, _engine.VocabularySize));
+                Continue(text, tokens.Length, part: i);
             }
         }
     }
@@ -155,7 +156,7 @@ internal sealed class BatchScheduler : IDisposable
         }
     }
 
-    private void Continue(BatchGeneration text, int tokens, Span<float> logits)
+    private void Continue(BatchGeneration text, int tokens, int part)
     {
         if (text.State.Tokens.IsEmpty)
         {
@@ -164,13 +165,13 @@ internal sealed class BatchScheduler : IDisposable
 
         if (text.Pending.IsEmpty)
         {
-            Follow(text, logits);
-            Accept(text, logits);
+            Follow(text, part);
+            Accept(text, part);
         }
     }
 
     // The prompt is computed: those who waited for it go on from it.
-    private void Follow(BatchGeneration leader, ReadOnlySpan<float> logits)
+    private void Follow(BatchGeneration leader, int part)
     {
         foreach (BatchGeneration text in _running.OfType<BatchGeneration>().Where(text => text.Leader == leader).ToArray())
         {
@@ -178,7 +179,7 @@ internal sealed class BatchScheduler : IDisposable
             text.Sequence = _engine.Fork(leader.Sequence!);
             text.Leader = null;
             CountCached(text);
-            Accept(text, logits.ToArray());
+            Accept(text, part, again: true);
         }
     }
 
@@ -188,11 +189,11 @@ internal sealed class BatchScheduler : IDisposable
         Interlocked.Add(ref _cachedPromptTokens, text.Sequence.Length);
     }
 
-    private void Accept(BatchGeneration text, Span<float> logits)
+    private void Accept(BatchGeneration text, int part, bool again = false)
     {
         try
         {
-            text.Write(text.State.Accept(logits));
+            text.Write(_next.Accept(text.State, part, again));
         }
         catch (UserErrorException e)
         {

@@ -99,7 +99,8 @@ public sealed class Generation : IEnumerable<string>
         var state = new GenerationState(
             _generator.Tokenizer, _prompt, _options, engine.ContextLength, _generator.Constraints.For(_options.Json));
         Draft? draft = _generator.Draft;
-        float[] logits = new float[(1 + (draft?.Tokens ?? 0)) * engine.VocabularySize];
+        var next = new NextTokens(engine, texts: 1, _generator.Tokenizer.VocabularySize);
+        float[] logits = draft is null ? [] : new float[(1 + draft.Tokens) * engine.VocabularySize];
         _tokens.Clear();
         _logProbabilities.Clear();
         (PrefillTime, CachedPromptTokens, Decode, Drafted, Finish) = (default, 0, default, default, state.Finish);
@@ -110,16 +111,16 @@ public sealed class Generation : IEnumerable<string>
             IReadOnlyList<DraftToken> proposed = [];
             if (_tokens.Count == 0)
             {
-                Prefill(engine, sequence, state.Input, logits);
+                Prefill(engine, sequence, state.Input);
                 draft?.Begin(state.Input.Span, _options, _stop);
             }
             else
             {
                 proposed = Propose(engine, sequence, state, draft);
-                Forward(engine, sequence, state.Input[sequence.Length..], proposed, logits);
+                Forward(engine, sequence, state.Input[sequence.Length..], proposed);
             }
 
-            List<GeneratedToken> accepted = Accept(state, logits, proposed, engine.VocabularySize);
+            List<GeneratedToken> accepted = proposed.Count == 0 ? [Next(next, state)] : Verify(engine, state, proposed, logits);
             engine.Truncate(sequence, state.Slid ? 0 : Math.Min(sequence.Length, state.Input.Length - 1));
             Count(accepted, proposed, Stopwatch.GetElapsedTime(start));
             Finish = state.Finish;
@@ -130,10 +131,10 @@ public sealed class Generation : IEnumerable<string>
         }
     }
 
-    private void Prefill(InferenceEngine engine, CachedSequence sequence, ReadOnlyMemory<int> input, Span<float> logits)
+    private void Prefill(InferenceEngine engine, CachedSequence sequence, ReadOnlyMemory<int> input)
     {
         CachedPromptTokens = _generator.PromptCache?.Restore(engine, sequence, input.Span) ?? 0;
-        Forward(engine, sequence, input[CachedPromptTokens..], proposed: [], logits);
+        engine.Feed(sequence, input[CachedPromptTokens..], _stop);
         _generator.PromptCache?.Save(engine, sequence, input.Span);
     }
 
@@ -146,26 +147,30 @@ public sealed class Generation : IEnumerable<string>
             : [];
     }
 
-    // Leaves the logits after the pending tokens and after each proposed one, row after row.
-    private void Forward(
-        InferenceEngine engine, CachedSequence sequence, ReadOnlyMemory<int> pending, IReadOnlyList<DraftToken> proposed, Span<float> logits)
+    private void Forward(InferenceEngine engine, CachedSequence sequence, ReadOnlyMemory<int> pending, IReadOnlyList<DraftToken> proposed)
     {
         if (proposed.Count == 0)
         {
             engine.Feed(sequence, pending, _stop);
-            engine.ReadLogits(logits[..engine.VocabularySize]);
             return;
         }
 
         int[] tokens = [.. pending.Span, .. proposed.Select(token => token.Token)];
         engine.Forward(new Continuation(sequence, tokens));
-        engine.ReadAllLogits(logits[..(tokens.Length * engine.VocabularySize)], part: 0);
+    }
+
+    private static GeneratedToken Next(NextTokens next, GenerationState state)
+    {
+        next.Read([state]);
+        return next.Accept(state, part: 0);
     }
 
     // The proposed tokens up to the first that is not accepted, and the one that comes there.
-    private static List<GeneratedToken> Accept(
-        GenerationState state, Span<float> logits, IReadOnlyList<DraftToken> proposed, int vocabularySize)
+    private static List<GeneratedToken> Verify(
+        InferenceEngine engine, GenerationState state, IReadOnlyList<DraftToken> proposed, Span<float> logits)
     {
+        int vocabularySize = engine.VocabularySize;
+        engine.ReadAllLogits(logits[..((proposed.Count + 1) * vocabularySize)], part: 0);
         var accepted = new List<GeneratedToken>(proposed.Count + 1);
         for (int i = 0; i <= proposed.Count; i++)
         {

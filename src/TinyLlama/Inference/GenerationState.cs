@@ -1,4 +1,5 @@
 using System.Runtime.InteropServices;
+using TinyLlama.Compute;
 using TinyLlama.Data.Tokenizers;
 
 namespace TinyLlama.Inference;
@@ -69,6 +70,35 @@ internal sealed class GenerationState
 
     /// <summary>Gets a value indicating whether the last token moved the window: the model must forget what it saw.</summary>
     public bool Slid { get; private set; }
+
+    /// <summary>Gets what logits are multiplied by before they are weighed: 1 where they are not.</summary>
+    public double InverseTemperature => _options.Temperature == 0 ? 1 : 1 / _options.Temperature;
+
+    /// <summary>Whether so many likeliest tokens may decide the next one: whether to call <see cref="TryAccept"/>.</summary>
+    public bool MayFollowFrom(int count) =>
+        LikeliestTokens.MayDecide(_options, count) && (_options.LogProbabilities ?? 0) <= count;
+
+    /// <summary>Chooses the next token where the likeliest decide it: the one that <see cref="Accept"/> would choose.</summary>
+    /// <param name="row">The likeliest tokens after <see cref="Input"/>, with the others' weight at <see cref="InverseTemperature"/>.</param>
+    /// <param name="token">The token.</param>
+    /// <returns>False, and nothing is changed, where the whole row is needed.</returns>
+    public bool TryAccept(TopLogitsRow row, out GeneratedToken token)
+    {
+        Span<float> logits = stackalloc float[row.Count];
+        row.Logits.CopyTo(logits);
+        _masks?.Apply(logits, row.Columns, _constraint!, _endings);
+        if (LikeliestTokens.Next(row, logits, isMasked: _masks is not null, Recent(), Tokens, _options, ref _random) is not int place)
+        {
+            token = default;
+            return false;
+        }
+
+        int id = row.Column(place);
+        Append(id);
+        token = new GeneratedToken(
+            id, Piece(id), _options.LogProbabilities is int top ? LogProbabilities.Of(row, place, top, _tokenizer) : null);
+        return true;
+    }
 
     /// <summary>Chooses the next token.</summary>
     /// <param name="logits">(V) logits after <see cref="Input"/>; overwritten.</param>

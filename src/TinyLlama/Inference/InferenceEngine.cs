@@ -27,6 +27,8 @@ public sealed class InferenceEngine : IDisposable
     private readonly Tensor _tokens;
     private readonly Tensor _lastRows;
     private readonly Tensor _lastHidden;
+    private readonly Tensor _topLogits;
+    private readonly Tensor _inverseTemperatures;
     private readonly int[] _hostTokens;
     private readonly int[] _hostRows;
     private readonly int[] _blockTable;
@@ -55,7 +57,7 @@ public sealed class InferenceEngine : IDisposable
         ContextLength = contextLength ?? model.Config.ContextLength;
         ArgumentOutOfRangeException.ThrowIfLessThan(ContextLength, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(sequences, 1);
-        Capacity = Math.Max(sequences, Math.Min(tokensPerForward, checked(sequences * ContextLength)));
+        Capacity = Math.Max(sequences, (int)Math.Min(tokensPerForward, (long)sequences * ContextLength));
         int blocksPerSequence = KeyValueCache.BlocksFor(ContextLength);
         int tableEntries = checked(sequences * blocksPerSequence);
         int blocks = cacheBlocks ?? tableEntries;
@@ -68,15 +70,19 @@ public sealed class InferenceEngine : IDisposable
         Arena plan = Arena.Plan("key-value cache");
         _ = Take(plan);
         _arena = backend.AllocateAs(plan);
-        (_cache, _layout, _tokens, _lastRows, _lastHidden) = Take(_arena);
+        (_cache, _layout, _tokens, _lastRows, _lastHidden, _topLogits, _inverseTemperatures) = Take(_arena);
         _workspace = Workspace.Allocate(model, backend, Capacity, Keep.Nothing, ContextLength);
+        bool hasTopLogits = VocabularySize > backend.TopLogitsCount && VocabularySize <= TopLogitsRow.MostColumns && sequences <= _workspace.LogitsChunk.Rows;
+        TopLogitsCount = hasTopLogits ? backend.TopLogitsCount : 0;
 
-        (KeyValueCache, TokenLayout, Tensor, Tensor, Tensor) Take(Arena arena) => (
+        (KeyValueCache, TokenLayout, Tensor, Tensor, Tensor, Tensor, Tensor) Take(Arena arena) => (
             new KeyValueCache(arena, backend, model.Config, blocks, cacheType ?? backend.CacheType),
             new TokenLayout(arena, Capacity, sequences, tableEntries),
             arena.Take(Capacity, 1, DType.I32),
             arena.Take(sequences, 1, DType.I32),
-            arena.Take(sequences, model.Config.Channels, backend.ActivationType));
+            arena.Take(sequences, model.Config.Channels, backend.ActivationType),
+            backend.TopLogitsCount > 0 ? arena.Take(sequences, TopLogitsRow.Width(backend.TopLogitsCount)) : default,
+            backend.TopLogitsCount > 0 ? arena.Take(sequences, 1) : default);
     }
 
     /// <summary>Gets the most tokens of a sequence.</summary>
@@ -93,6 +99,9 @@ public sealed class InferenceEngine : IDisposable
 
     /// <summary>Gets the cache.</summary>
     public KeyValueCache Cache => _cache;
+
+    /// <summary>Gets how many of the largest logits <see cref="ReadTopLogits"/> reads; 0 where whole rows are at hand.</summary>
+    public int TopLogitsCount { get; }
 
     /// <summary>Begins a sequence without tokens, whose keys and values nobody else gets.</summary>
     /// <exception cref="InvalidOperationException">As many sequences are open as the engine is made for.</exception>
@@ -206,6 +215,34 @@ public sealed class InferenceEngine : IDisposable
     /// <param name="logits">Receives (tokens, V), row after row.</param>
     /// <param name="part">Its index.</param>
     public void ReadAllLogits(Span<float> logits, int part) => ReadLogits(logits, Output(part));
+
+    /// <summary>
+    /// Reads the largest logits after the last token of each part of the last forward, and the weight of the others. Only where
+    /// there is a <see cref="TopLogitsCount"/>. Waits for the device.
+    /// </summary>
+    /// <param name="top">Receives a <see cref="TopLogitsRow"/> of each part, row after row.</param>
+    /// <param name="inverseTemperatures">One of each part: see <see cref="Backend.TopLogits"/>.</param>
+    /// <param name="vocabulary">The number of tokens whose logits count: <see cref="TopLogitsCount"/> or more.</param>
+    public void ReadTopLogits(Span<float> top, ReadOnlySpan<float> inverseTemperatures, int vocabulary)
+    {
+        Tensor rows = _topLogits.RowRange(0, _parts), temperatures = _inverseTemperatures.RowRange(0, _parts);
+        _backend.Write(temperatures, inverseTemperatures);
+        _backend.TopLogits(rows, ComputeLogits().ColumnRange(0, vocabulary), temperatures, TopLogitsCount);
+        _backend.Read(top, rows);
+    }
+
+    /// <summary>Computes the logits after the last token of each part of the last forward, where there is room for all: (parts, V).</summary>
+    internal Tensor ComputeLogits()
+    {
+        Tensor logits = _workspace.LogitsChunk.RowRange(0, _parts);
+        _model.Logits(logits, _lastHidden.RowRange(0, _parts));
+        return logits;
+    }
+
+    /// <summary>Reads the logits of a part as <see cref="ComputeLogits"/> or <see cref="ReadTopLogits"/> left them. Waits for the device.</summary>
+    /// <param name="logits">Receives (V).</param>
+    /// <param name="part">Its index.</param>
+    internal void ReadComputedLogits(Span<float> logits, int part) => _backend.Read(logits, _workspace.LogitsChunk.RowRange(part, 1));
 
     /// <summary>Reads the output of the final norm for every token of a part of the last forward. Waits for the device.</summary>
     /// <param name="hidden">Receives (tokens, C), row after row.</param>

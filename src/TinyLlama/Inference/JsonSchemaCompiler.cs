@@ -47,7 +47,7 @@ internal sealed class JsonSchemaCompiler
         }
         catch (JsonException e)
         {
-            throw new UserErrorException($"the JSON schema is no JSON: {e.Message}", e);
+            throw new UserErrorException($"the JSON schema is no JSON: line {e.LineNumber + 1}, byte {e.BytePositionInLine}", e);
         }
         catch (InvalidOperationException e)
         {

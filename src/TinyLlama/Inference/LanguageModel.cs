@@ -20,6 +20,9 @@ namespace TinyLlama.Inference;
 /// </example>
 public sealed class LanguageModel : IDisposable
 {
+    // More keys and values than any machine holds, and positions that an int counts with room to spare.
+    private const int MostContext = 1 << 24;
+
     // Open only where the model reads weights in its files.
     private readonly ModelSource _source;
     private readonly Lazy<ChatTemplate?> _chatTemplate;
@@ -75,12 +78,22 @@ public sealed class LanguageModel : IDisposable
     public static LanguageModel Load(string path, int threads = 0, int? contextLength = null, Action<string>? warn = null, string? adapter = null,
         string? promptCache = null, DType? cacheType = null, Device device = default)
     {
+        if (contextLength is < 1 or > MostContext)
+        {
+            throw new UserErrorException($"a context of {contextLength} tokens is asked for, it must be from 1 to {MostContext}");
+        }
+
         warn ??= static _ => { };
         ModelSource source = adapter is null ? ModelSource.Open(path, warn) : ModelSource.Open(path, adapter, warn);
         Backend? backend = null;
         LlamaModel? model = null;
         try
         {
+            if (contextLength > source.Config.ContextLength)
+            {
+                warn($"{source.Path}: is trained for {source.Config.ContextLength} tokens of context; expect worse text beyond");
+            }
+
             BpeTokenizer tokenizer = source.LoadTokenizer()
                 ?? throw new UserErrorException($"{source.Path}: has no tokenizer; {source.TokenizerAdvice}");
             backend = device.Open(threads, warn: warn);

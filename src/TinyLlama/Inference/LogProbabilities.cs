@@ -1,3 +1,4 @@
+using TinyLlama.Compute;
 using TinyLlama.Data.Tokenizers;
 
 namespace TinyLlama.Inference;
@@ -18,9 +19,30 @@ public sealed record LogProbabilities(TokenLogProbability Chosen, IReadOnlyList<
     /// <param name="chosen">The token that was chosen.</param>
     /// <param name="top">The number of likeliest tokens.</param>
     /// <param name="tokenizer">The vocabulary.</param>
-    internal static LogProbabilities Of(ReadOnlySpan<float> logits, int chosen, int top, ITokenizer tokenizer)
+    internal static LogProbabilities Of(ReadOnlySpan<float> logits, int chosen, int top, ITokenizer tokenizer) =>
+        Of(logits, columns: [], LogSum(logits), chosen, top, tokenizer);
+
+    /// <summary>Computes them from the largest logits and the weight of the others at temperature 1.</summary>
+    /// <remarks>The sum over the others is the device's: ln p is within 1e-4 of the others' probability of that from all logits.</remarks>
+    /// <param name="row">As many logits as likeliest tokens are asked for, or more.</param>
+    /// <param name="chosen">The place of the token that was chosen.</param>
+    /// <param name="top">The number of likeliest tokens.</param>
+    /// <param name="tokenizer">The vocabulary.</param>
+    internal static LogProbabilities Of(TopLogitsRow row, int chosen, int top, ITokenizer tokenizer)
     {
-        double logSum = LogSum(logits);
+        int[] columns = new int[row.Count];
+        for (int place = 0; place < columns.Length; place++)
+        {
+            columns[place] = row.Column(place);
+        }
+
+        return Of(row.Logits, columns, LogSum(row.Logits, row.OthersAtOne), chosen, top, tokenizer);
+    }
+
+    // Of logits of all tokens, or of those in some columns.
+    private static LogProbabilities Of(
+        ReadOnlySpan<float> logits, int[] columns, double logSum, int chosen, int top, ITokenizer tokenizer)
+    {
         var best = new PriorityQueue<int, (float Logit, int Rank)>();
         for (int id = 0; id < logits.Length; id++)
         {
@@ -42,17 +64,21 @@ public sealed record LogProbabilities(TokenLogProbability Chosen, IReadOnlyList<
 
         return new LogProbabilities(One(chosen, logits), likeliest);
 
-        TokenLogProbability One(int token, ReadOnlySpan<float> logits) =>
-            new(token, tokenizer.TokenBytes(token), logits[token] - logSum);
+        TokenLogProbability One(int place, ReadOnlySpan<float> logits)
+        {
+            int token = columns.Length == 0 ? place : columns[place];
+            return new(token, tokenizer.TokenBytes(token), logits[place] - logSum);
+        }
     }
 
     /// <summary>ln Σ exp logit: a token's ln p is its logit less this.</summary>
     /// <param name="logits">(V) logits.</param>
+    /// <param name="others">Σ exp (logit - largest) of logits that are not here.</param>
     /// <exception cref="TinyLlama.Data.UserErrorException">A logit is not a number or plus infinity, or all are minus infinity.</exception>
-    internal static double LogSum(ReadOnlySpan<float> logits)
+    internal static double LogSum(ReadOnlySpan<float> logits, double others = 0)
     {
         float largest = logits[Sampler.Greedy(logits)];
-        double sum = 0;
+        double sum = others;
         foreach (float logit in logits)
         {
             sum += Math.Exp((double)logit - largest);

@@ -22,7 +22,8 @@ public static class Sampler
     public static int Next(
         Span<float> logits, ReadOnlySpan<int> context, ReadOnlySpan<int> generated, GenerationOptions options, ref SplitMix64 random)
     {
-        int likeliest = Adjust(logits, context, generated, options);
+        Adjust(logits, columns: [], context, generated, options);
+        int likeliest = Greedy(logits);
         return options.Temperature == 0 ? likeliest : Draw(logits, Weigh(logits, logits[likeliest], options), ref random);
     }
 
@@ -35,7 +36,8 @@ public static class Sampler
     public static void Distribution(
         Span<float> logits, ReadOnlySpan<int> context, ReadOnlySpan<int> generated, GenerationOptions options)
     {
-        int likeliest = Adjust(logits, context, generated, options);
+        Adjust(logits, columns: [], context, generated, options);
+        int likeliest = Greedy(logits);
         if (options.Temperature == 0)
         {
             logits.Clear();
@@ -109,23 +111,67 @@ public static class Sampler
     /// Makes tokens of the context less likely, each once: positive logits are divided by the penalty, negative ones
     /// multiplied (Keskar et al. 2019).
     /// </summary>
-    public static void Penalize(Span<float> logits, ReadOnlySpan<int> context, double penalty)
-    {
-        foreach ((int id, _) in Counts(context))
-        {
-            logits[id] = (float)(logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty);
-        }
-    }
+    public static void Penalize(Span<float> logits, ReadOnlySpan<int> context, double penalty) => Penalize(logits, columns: [], context, penalty);
 
     /// <summary>
     /// Makes tokens that were generated already less likely: from the logit of each, presence is subtracted once and
     /// frequency as often as the token came. Negative ones make them likelier.
     /// </summary>
-    public static void Penalize(Span<float> logits, ReadOnlySpan<int> generated, double presence, double frequency)
+    public static void Penalize(Span<float> logits, ReadOnlySpan<int> generated, double presence, double frequency) =>
+        Penalize(logits, columns: [], generated, presence, frequency);
+
+    /// <summary>Bias and penalties, in this order.</summary>
+    /// <param name="logits">Logits of all tokens, or of some.</param>
+    /// <param name="columns">Which, rising; empty for all.</param>
+    /// <param name="context">The tokens that the repetition penalty is for.</param>
+    /// <param name="generated">The tokens that presence and frequency penalty are for.</param>
+    /// <param name="options">How large they are.</param>
+    internal static void Adjust(
+        Span<float> logits, ReadOnlySpan<float> columns, ReadOnlySpan<int> context, ReadOnlySpan<int> generated, GenerationOptions options)
+    {
+        foreach ((int id, double bias) in options.LogitBias)
+        {
+            if (PlaceOf(id, columns) is >= 0 and int place)
+            {
+                logits[place] = (float)(logits[place] + bias);
+            }
+        }
+
+        if (options.RepetitionPenalty != 1)
+        {
+            Penalize(logits, columns, context, options.RepetitionPenalty);
+        }
+
+        if (options.PresencePenalty != 0 || options.FrequencyPenalty != 0)
+        {
+            Penalize(logits, columns, generated, options.PresencePenalty, options.FrequencyPenalty);
+        }
+    }
+
+    /// <summary>Where the logit of a token is; negative where it is not.</summary>
+    /// <param name="id">The token.</param>
+    /// <param name="columns">As in <see cref="Adjust"/>.</param>
+    internal static int PlaceOf(int id, ReadOnlySpan<float> columns) => columns.IsEmpty ? id : columns.BinarySearch((float)id);
+
+    private static void Penalize(Span<float> logits, ReadOnlySpan<float> columns, ReadOnlySpan<int> context, double penalty)
+    {
+        foreach ((int id, _) in Counts(context))
+        {
+            if (PlaceOf(id, columns) is >= 0 and int place)
+            {
+                logits[place] = (float)(logits[place] > 0 ? logits[place] / penalty : logits[place] * penalty);
+            }
+        }
+    }
+
+    private static void Penalize(Span<float> logits, ReadOnlySpan<float> columns, ReadOnlySpan<int> generated, double presence, double frequency)
     {
         foreach ((int id, int count) in Counts(generated))
         {
-            logits[id] = (float)(logits[id] - presence - (count * frequency));
+            if (PlaceOf(id, columns) is >= 0 and int place)
+            {
+                logits[place] = (float)(logits[place] - presence - (count * frequency));
+            }
         }
     }
 
@@ -140,60 +186,53 @@ public static class Sampler
         return counts;
     }
 
-    // Bias and penalties; returns the likeliest token after them.
-    private static int Adjust(Span<float> logits, ReadOnlySpan<int> context, ReadOnlySpan<int> generated, GenerationOptions options)
-    {
-        foreach ((int id, double bias) in options.LogitBias)
-        {
-            logits[id] = (float)(logits[id] + bias);
-        }
-
-        if (options.RepetitionPenalty != 1)
-        {
-            Penalize(logits, context, options.RepetitionPenalty);
-        }
-
-        if (options.PresencePenalty != 0 || options.FrequencyPenalty != 0)
-        {
-            Penalize(logits, generated, options.PresencePenalty, options.FrequencyPenalty);
-        }
-
-        return Greedy(logits);
-    }
-
     // Logits become probabilities up to a common factor, by which the likeliest token has 1; 0 where a cut falls. Returns their sum.
     private static double Weigh(Span<float> logits, float largest, GenerationOptions options)
     {
+        double sum = Weigh(logits, largest, options.Temperature, out int possible);
+        bool cuts = (options.TopK > 0 && options.TopK < possible) || options.TopP < 1 || options.MinP > 0;
+        return cuts ? Cut(logits, options, sum, possible) : sum;
+    }
+
+    // The same without a cut; how many tokens have a weight above 0.
+    internal static double Weigh(Span<float> logits, float largest, double temperature, out int possible)
+    {
         double sum = 0;
-        int possible = 0;
+        possible = 0;
         foreach (ref float weight in logits)
         {
-            weight = (float)Math.Exp(((double)weight - largest) / options.Temperature);
+            weight = (float)Math.Exp(((double)weight - largest) / temperature);
             sum += weight;
             possible += weight > 0 ? 1 : 0;
         }
 
-        bool cuts = (options.TopK > 0 && options.TopK < possible) || options.TopP < 1 || options.MinP > 0;
-        return cuts ? Cut(logits, options, sum, possible) : sum;
+        return sum;
     }
 
     private static double Cut(Span<float> weights, GenerationOptions options, double sum, int possible)
     {
         ulong[] rented = ArrayPool<ulong>.Shared.Rent(weights.Length);
         Span<ulong> ranked = Rank(rented, weights, options, sum, possible);
+        double left = Leave(weights, ranked[..Keep(ranked, options, sum)]);
+        ArrayPool<ulong>.Shared.Return(rented);
+        return left;
+    }
+
+    // Leaves the weights of some tokens alone; returns their sum.
+    internal static double Leave(Span<float> weights, ReadOnlySpan<ulong> kept)
+    {
         weights.Clear();
         double left = 0;
-        foreach (ulong entry in ranked[..Keep(ranked, options, sum)])
+        foreach (ulong entry in kept)
         {
             weights[IdOf(entry)] = WeightOf(entry);
             left += WeightOf(entry);
         }
 
-        ArrayPool<ulong>.Shared.Return(rented);
         return left;
     }
 
-    private static int Draw(ReadOnlySpan<float> weights, double sum, ref SplitMix64 random)
+    internal static int Draw(ReadOnlySpan<float> weights, double sum, ref SplitMix64 random)
     {
         double point = random.NextUniform() * sum;
         int last = 0;
@@ -230,13 +269,30 @@ public static class Sampler
         // n-1 tokens below (1 - p) / (n-1) cannot reach 1 - p: the others reach p without them. With top-k the sum is
         // that of fewer tokens, which is not known yet.
         bool byShare = options.TopK == 0 && possible > 1;
-        double least = byShare ? (1 - options.TopP) * sum / (possible - 1) : 0;
+        double least = byShare ? Math.Max(options.MinP, (1 - options.TopP) * sum / (possible - 1)) : 0;
+
+        // With top-k there is room for twice as many; when it is full the likelier half stays, and what follows must be likelier than its last.
+        int room = options.TopK > 0 ? (int)Math.Min(2L * options.TopK, weights.Length) : weights.Length;
+        ulong last = ulong.MaxValue;
         int count = 0;
         for (int id = 0; id < weights.Length; id++)
         {
-            if (weights[id] > 0 && (weights[id] >= least || weights[id] == 1))
+            if (weights[id] <= 0 || (weights[id] < least && weights[id] < 1))
             {
-                rented[count++] = Entry(weights[id], id);
+                continue;
+            }
+
+            if (count == room)
+            {
+                rented.AsSpan(0, count).Sort();
+                count = options.TopK;
+                last = rented[count - 1];
+            }
+
+            ulong entry = Entry(weights[id], id);
+            if (entry < last)
+            {
+                rented[count++] = entry;
             }
         }
 
@@ -246,7 +302,7 @@ public static class Sampler
     }
 
     // How many of the ranked tokens may be drawn; at least one.
-    private static int Keep(ReadOnlySpan<ulong> ranked, GenerationOptions options, double sum)
+    internal static int Keep(ReadOnlySpan<ulong> ranked, GenerationOptions options, double sum)
     {
         int kept = ranked.Length;
         if (options.TopK > 0 && options.TopK < kept)
@@ -284,7 +340,7 @@ public static class Sampler
     }
 
     // A number that sorts by falling weight, then by rising id: bits of a positive float order as the float does.
-    private static ulong Entry(float weight, int id) => ((ulong)~BitConverter.SingleToUInt32Bits(weight) << 32) | (uint)id;
+    internal static ulong Entry(float weight, int id) => ((ulong)~BitConverter.SingleToUInt32Bits(weight) << 32) | (uint)id;
 
     private static float WeightOf(ulong entry) => BitConverter.UInt32BitsToSingle(~(uint)(entry >> 32));
 

@@ -83,6 +83,22 @@ internal sealed class TokenMasks
         }
     }
 
+    /// <summary>The same for the logits of some tokens, of which none may be left.</summary>
+    /// <param name="logits">Their logits.</param>
+    /// <param name="tokens">Their ids.</param>
+    /// <param name="state">Where the text is.</param>
+    /// <param name="endings">Tokens that end the text.</param>
+    public void Apply(Span<float> logits, ReadOnlySpan<float> tokens, ConstraintState state, ReadOnlySpan<int> endings)
+    {
+        ulong[] mask = state.Mask ??= Find(state);
+        for (int place = 0; place < logits.Length; place++)
+        {
+            int id = (int)tokens[place];
+            bool may = endings.Contains(id) ? state.IsComplete : (mask[id >> 6] >> (id & 63) & 1) != 0;
+            logits[place] = may ? logits[place] : float.NegativeInfinity;
+        }
+    }
+
     /// <summary>The state after a token that may follow.</summary>
     public ConstraintState Advance(ConstraintState state, ReadOnlySpan<byte> token)
     {

@@ -40,19 +40,23 @@ internal readonly record struct BlockActivations(
 /// <param name="Norm">(N, C): of either norm's output.</param>
 /// <param name="Qkv">(N, (Hq + 2 Hkv) · D).</param>
 /// <param name="Context">(N, Hq · D).</param>
-/// <param name="Delta">(N, Hq): scratch of the attention backward.</param>
+/// <param name="Scratch">(N, <see cref="Backend.AttentionScratchColumns"/>) of F32: of the attention backward.</param>
 /// <param name="GateUp">(N, 2H).</param>
 /// <param name="Gated">(N, H).</param>
 internal readonly record struct BlockGradients(
-    Tensor Norm, Tensor Qkv, Tensor Context, Tensor Delta, Tensor GateUp, Tensor Gated)
+    Tensor Norm, Tensor Qkv, Tensor Context, Tensor Scratch, Tensor GateUp, Tensor Gated)
 {
-    public static BlockGradients Take(Arena arena, DType type, ModelConfig c, int tokens) => new(
-        arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.QueryChannels + (2 * c.KeyValueChannels), type),
-        arena.Take(tokens, c.QueryChannels, type), arena.Take(tokens, c.Heads),
-        arena.Take(tokens, 2 * c.Hidden, type), arena.Take(tokens, c.Hidden, type));
+    public static BlockGradients Take(Arena arena, Backend backend, ModelConfig c, int tokens)
+    {
+        DType type = backend.ActivationType;
+        return new(
+            arena.Take(tokens, c.Channels, type), arena.Take(tokens, c.QueryChannels + (2 * c.KeyValueChannels), type),
+            arena.Take(tokens, c.QueryChannels, type), arena.Take(tokens, backend.AttentionScratchColumns(c.Heads, c.HeadDim)),
+            arena.Take(tokens, 2 * c.Hidden, type), arena.Take(tokens, c.Hidden, type));
+    }
 
     public BlockGradients Rows(int n) => new(
-        Norm.RowRange(0, n), Qkv.RowRange(0, n), Context.RowRange(0, n), Delta.RowRange(0, n),
+        Norm.RowRange(0, n), Qkv.RowRange(0, n), Context.RowRange(0, n), Scratch.RowRange(0, n),
         GateUp.RowRange(0, n), Gated.RowRange(0, n));
 }
 
@@ -168,7 +172,7 @@ internal sealed class TransformerBlock
         _output.Backward(b, d.Context, dResidual, a.Context);
         (Tensor q, Tensor k, Tensor v) = Split(a.Qkv);
         (Tensor dq, Tensor dk, Tensor dv) = Split(d.Qkv);
-        b.AttentionBackward(dq, dk, dv, d.Delta, d.Context, a.Context, a.LogSumExp, q, k, v, layout, _config.HeadDim);
+        b.AttentionBackward(dq, dk, dv, d.Scratch, d.Context, a.Context, a.LogSumExp, q, k, v, layout, _config.HeadDim);
         b.Rope(RotatedHeads(d.Qkv), layout.Positions.RowRange(0, d.Qkv.Rows), rope, inverse: true);
         _qkv.Backward(b, d.Norm, d.Qkv, a.Norm1);
         Group?.Complete(d.Norm);

@@ -71,7 +71,7 @@ public sealed class Workspace : IDisposable
         Rope = activations.Take(config.ContextLength, config.HeadDim);
         if (gradients is not null)
         {
-            _gradients = BlockGradients.Take(gradients, type, config, tokens);
+            _gradients = BlockGradients.Take(gradients, backend, config, tokens);
             _dFinal = gradients.Take(tokens, config.Channels, type);
             _dResidual = gradients.Take(tokens, config.Channels, type);
         }

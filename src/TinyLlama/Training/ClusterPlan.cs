@@ -87,7 +87,7 @@ public sealed class ClusterPlan
         long sequences = plan.SequencesPerStep / groups;
         Sequences = (int)BigInteger.GreatestCommonDivisor(plan.SequencesPerMicroBatch, sequences);
         MicroBatches = (int)(sequences / Sequences);
-        using Backend backend = CudaBackend.Plan(cluster.Gpu.MemoryBytes);
+        using Backend backend = CudaBackend.Plan(cluster.Gpu.MemoryBytes, plan.Recipe.Deterministic);
         AvailableBytes = backend.AvailableBytes;
     }
 
@@ -127,7 +127,7 @@ public sealed class ClusterPlan
     /// <summary>The bytes of each arena on one GPU: those that <see cref="TrainingMemory"/> would take there.</summary>
     public IReadOnlyList<(string Name, long Bytes)> Memory(Sharding way)
     {
-        using Backend backend = CudaBackend.Plan(Cluster.Gpu.MemoryBytes);
+        using Backend backend = CudaBackend.Plan(Cluster.Gpu.MemoryBytes, _plan.Recipe.Deterministic);
         return TrainingMemory.PlanFullest(_plan.Shape with { Sequences = Sequences, Sharding = way }, backend);
     }
 

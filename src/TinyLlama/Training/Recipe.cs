@@ -71,6 +71,9 @@ public sealed record Recipe
     /// <summary>Gets what the run computes on.</summary>
     public Device Device { get; init; }
 
+    /// <summary>Gets a value indicating whether a GPU gives the same bits every time; otherwise attention's backward adds up by atomics.</summary>
+    public bool Deterministic { get; init; } = true;
+
     /// <summary>Gets the number of threads of the CPU; 0 for one a core. Changes no bit of the result.</summary>
     public int Threads { get; init; }
 

@@ -182,7 +182,11 @@ public static class RecipeFile
         }
         catch (YamlException error)
         {
-            problems.Add($"{name}:{error.Start.Line}:{error.Start.Column}: not YAML: {error.Message}");
+            // Of a tab the library tells where the mapping begins around it.
+            int tab = Array.FindIndex(yaml.Split('\n'), static line => line.TrimStart(' ').StartsWith('\t'));
+            problems.Add(tab >= 0
+                ? $"{name}:{tab + 1}:1: indented with a tab; YAML is indented with spaces"
+                : $"{name}:{error.Start.Line}:{error.Start.Column}: not YAML: {error.Message}");
         }
 
         return values;
@@ -316,8 +320,7 @@ public static class RecipeFile
     {
         if (IsSection(key))
         {
-            IEnumerable<string> inside = RecipeKeys.All.Where(known => Section(known.Name) == key).Select(known => Inside(known.Name));
-            return $"{key} is a section; below it may stand {string.Join(", ", inside)}";
+            return $"{key} is a section; below it may stand {KeysOf(key)}";
         }
 
         const int Longest = 64;
@@ -329,8 +332,13 @@ public static class RecipeFile
         // A key may be misspelt, or stand in the wrong section.
         IEnumerable<string> names = RecipeKeys.All.Select(known => known.Name)
             .Concat(RecipeKeys.All.Select(known => Section(known.Name)).Where(section => section.Length > 0).Distinct());
-        string nearest = names.MinBy(known => Math.Min(
-            NearestName.Distance(key, known), NearestName.Distance(Inside(key), Inside(known)) + 1))!;
-        return $"{key} is no key of a recipe; did you mean {nearest}?";
+        int DistanceTo(string known) => Math.Min(NearestName.Distance(key, known), NearestName.Distance(Inside(key), Inside(known)) + 1);
+        string nearest = names.MinBy(DistanceTo)!;
+        return DistanceTo(nearest) <= Math.Max(1, Inside(key).Length / 3) || !IsSection(Section(key))
+            ? $"{key} is no key of a recipe; did you mean {nearest}?"
+            : $"{key} is no key of a recipe; below {Section(key)} may stand {KeysOf(Section(key))}";
     }
+
+    private static string KeysOf(string section) =>
+        string.Join(", ", RecipeKeys.All.Where(known => Section(known.Name) == section).Select(known => Inside(known.Name)));
 }

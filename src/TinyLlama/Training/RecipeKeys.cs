@@ -135,6 +135,7 @@ internal static class RecipeKeys
         new("recompute", (r, v) => r with { Keep = v.Word<Keep>(s_recompute) }, r => Word(s_recompute, r.Keep)),
         new("packed_weights", (r, v) => r with { PackedWeights = v.Word<PackedForms>(s_packed) }, r => Word(s_packed, r.PackedWeights)),
         new("device", (r, v) => r with { Device = v.Device() }, r => Quote(r.Device.ToString())),
+        new("deterministic", (r, v) => r with { Deterministic = v.Boolean() }, r => Text(r.Deterministic)),
         new("threads", (r, v) => r with { Threads = (int)v.Integer(0, 1024) }, r => Text(r.Threads)),
     ];
 

@@ -313,7 +313,7 @@ public sealed record TrainingPlan
                 $"{Of("optimizer.min_learning_rate")} {minimum} is not below optimizer.learning_rate {peak}: the rate would not fall; for that say schedule.kind: constant"));
         }
 
-        if (schedule.Kind != ScheduleKind.Wsd && recipe.Origins.Sets("schedule.decay_share"))
+        if (schedule.Kind != ScheduleKind.Wsd && schedule.DecayShare != new ScheduleSettings().DecayShare)
         {
             warnings.Add($"{Of("schedule.decay_share")} has no effect: only schedule.kind wsd decays in a share of the run");
         }

@@ -51,15 +51,20 @@ public sealed class TrainingRun : IDisposable
 
     /// <summary>Makes the device of a recipe ready.</summary>
     /// <param name="recipe">The recipe.</param>
-    /// <param name="warn">As of <see cref="Device.Open"/>.</param>
+    /// <param name="warn">As of <see cref="Device.Open"/>; also of what the recipe says and the device takes no heed of.</param>
     /// <exception cref="DeviceException">There is no such device, or it cannot be used.</exception>
     /// <exception cref="UserErrorException">The recipe asks for what the device has not.</exception>
     public static Backend OpenDevice(Recipe recipe, Action<string>? warn = null)
     {
-        Backend backend = recipe.Device.Open(recipe.Threads, recipe.Products, warn);
+        Backend backend = recipe.Device.Open(recipe.Threads, recipe.Products, recipe.Deterministic, warn);
         try
         {
             RequireSupport(recipe, backend);
+            if (backend is CpuBackend && !recipe.Deterministic)
+            {
+                warn?.Invoke($"{recipe.Origins.Describe("deterministic")} is false, which has no effect: a CPU gives the same bits every time");
+            }
+
             return backend;
         }
         catch

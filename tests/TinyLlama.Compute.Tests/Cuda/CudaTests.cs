@@ -20,10 +20,10 @@ public abstract class CudaTests : IDisposable
     private readonly List<Arena> _arenas = [];
     private readonly Random _random = new(1);
 
-    protected CudaTests()
+    protected CudaTests(bool deterministic = true)
     {
         CudaEmulator.Require();
-        Cuda = CudaBackend.Create();
+        Cuda = CudaBackend.Create(deterministic: deterministic);
         Cpu = CpuBackend.Create(1, CpuPath.Scalar);
     }
 

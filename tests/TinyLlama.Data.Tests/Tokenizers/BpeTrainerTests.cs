@@ -82,6 +82,17 @@ public sealed class BpeTrainerTests
     }
 
     [Fact]
+    public void A_text_with_too_few_pairs_gives_a_smaller_vocabulary_where_that_is_allowed()
+    {
+        string[] text = ["a b a b"];
+        Assert.Throws<UserErrorException>(() => BpeTrainer.Train(text, new BpeTrainingOptions { VocabularySize = 400 }));
+        BpeModel most = BpeTrainer.Train(text, new BpeTrainingOptions { VocabularySize = 400, AllowsFewer = true });
+        BpeModel exact = BpeTrainer.Train(text, new BpeTrainingOptions { VocabularySize = most.Pieces.Count });
+        Assert.InRange(most.Pieces.Count, 262, 399);
+        Assert.Equal(exact.Pieces, most.Pieces);
+    }
+
+    [Fact]
     public void Rare_characters_become_bytes_as_the_coverage_says()
     {
         string text = string.Concat(Enumerable.Repeat("some text ", 1000)) + "\u65E5";

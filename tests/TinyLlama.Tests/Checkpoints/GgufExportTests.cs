@@ -110,6 +110,34 @@ public sealed class GgufExportTests : IDisposable
     }
 
     [Fact]
+    public void To_quantize_what_is_quantized_is_done_with_a_word()
+    {
+        string run = SmallModel.Save(_folder["run"], s_config with { Layers = 1 }, tokenizer: null);
+        Assert.Equal(0, Run(run, "--out", _folder["q8.gguf"], "--type", "q8_0"));
+        using ModelSource source = ModelSource.Open(_folder["q8.gguf"], Assert.Fail);
+        Assert.Empty(GgufExport.Write(_folder["same.gguf"], source, GgufMix.Find("q8_0"), tokenizer: null).Notes);
+        Assert.Contains("is quantized already", GgufExport.Write(_folder["q4.gguf"], source, GgufMix.Find("q4_0"), tokenizer: null).Notes[0], StringComparison.Ordinal);
+    }
+
+    [Theory]
+    [InlineData("x.gguf")]
+    [InlineData("folder")]
+    public void A_file_that_is_not_all_there_is_said_to_be_cut_off(string name)
+    {
+        string run = SmallModel.Save(_folder["run"], s_config with { Layers = 1 }, tokenizer: null);
+        Assert.Equal(0, Run(run, "--out", _folder[name]));
+        string file = File.Exists(_folder[name]) ? _folder[name] : Path.Combine(_folder[name], "model.safetensors");
+        using (var stream = new FileStream(file, FileMode.Open))
+        {
+            stream.SetLength(stream.Length * 2 / 3);
+        }
+
+        string message = Assert.Throws<UserErrorException>(() => ModelSource.Open(_folder[name], Assert.Fail)).Message;
+        Assert.StartsWith($"{file}: tensor '", message, StringComparison.Ordinal);
+        Assert.EndsWith("cut off or damaged", message, StringComparison.Ordinal);
+    }
+
+    [Fact]
     public void Ids_beyond_the_tokenizer_and_the_chat_template_are_kept()
     {
         BpeTokenizer tokenizer = SmallModel.Tokenizer(300);

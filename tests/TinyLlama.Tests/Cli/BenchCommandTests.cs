@@ -4,6 +4,7 @@ using TinyLlama.Cli;
 using TinyLlama.Cli.Bench;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Cuda;
 using TinyLlama.Data;
 using TinyLlama.Inference;
 using TinyLlama.Model;
@@ -54,6 +55,25 @@ public sealed class BenchCommandTests
         Assert.Equal(s_smoke.Layers * 136 * 4 * 64.0, (double)operations.Single(o => (string)o["name"]! == "Attention")["flops"]!);
         Assert.InRange((double)bench["median_tokens_per_second"]!, 0.01, 1e9);
         Assert.InRange((long)bench["peak_bytes"]!, s_smoke.ParameterCount * 16, long.MaxValue);
+    }
+
+    [Fact]
+    public void Whole_steps_on_a_GPU_are_recorded_as_a_run_records_them_and_timed_operations_are_not()
+    {
+        CudaEmulator.Require();
+        using CudaBackend device = CudaBackend.Create();
+        using var timed = new TimedBackend(device) { Times = false };
+        using var recording = new Recording();
+        int calls = 0;
+        for (int step = 0; step < 3; step++)
+        {
+            timed.Repeat(recording, () => calls++);
+        }
+
+        Assert.Equal(2, calls);
+        timed.Times = true;
+        timed.Repeat(recording, () => calls++);
+        Assert.Equal(3, calls);
     }
 
     [Theory]

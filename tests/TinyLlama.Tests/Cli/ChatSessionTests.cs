@@ -78,7 +78,7 @@ public sealed class ChatSessionTests : IDisposable
         using BatchGenerator generator = model.CreateBatch(places: 1, queue: 1);
         var settings = new ChatSettings();
         ChatSession? session = null;
-        using var output = new StoppingWriter(writes: 5, () => session!.StopReply());
+        using var output = new StoppingWriter(writes: 5, () => session!.Interrupt());
         using var error = new StringWriter();
         session = new ChatSession(model.CreateChat("chatml"), generator, settings, output, error, isTerminal: true);
         settings.Set("seed", "1");
@@ -87,6 +87,16 @@ public sealed class ChatSessionTests : IDisposable
         Assert.Equal(2, tokens.Length);
         Assert.InRange(int.Parse(tokens[0], System.Globalization.CultureInfo.InvariantCulture), 5, 400);
         Assert.Equal("2", tokens[1]);
+    }
+
+    [Fact]
+    public void An_interrupt_where_no_reply_comes_says_how_to_leave()
+    {
+        using LanguageModel model = Load();
+        using BatchGenerator generator = model.CreateBatch(places: 1, queue: 1);
+        using var error = new StringWriter { NewLine = "\n" };
+        new ChatSession(model.CreateChat("chatml"), generator, new ChatSettings(), TextWriter.Null, error, isTerminal: true).Interrupt();
+        Assert.Equal("\n/quit or Ctrl-D leaves\n> ", error.ToString());
     }
 
     private static LanguageModel Load() => LanguageModel.Load(SharedFiles.Require("oracles/stories260K/stories260K.bin"), threads: 1);

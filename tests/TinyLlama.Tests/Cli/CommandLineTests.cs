@@ -77,13 +77,18 @@ public sealed class CommandLineTests
 
     [Theory]
     [InlineData("--threads 0", "--threads is 0, which is less than 1")]
-    [InlineData("--threads x", "Cannot parse argument 'x'")]
+    [InlineData("--threads x", "--threads is 'x', a whole number is needed")]
+    [InlineData("--threads 1.5", "--threads is '1.5', a whole number is needed")]
+    [InlineData("--threads 99999999999", "--threads is 99999999999, which is out of range")]
+    [InlineData("--max-steps x", "--max-steps is 'x', a whole number is needed")]
+    [InlineData("--temperature x", "--temperature is 'x', a number is needed")]
+    [InlineData("--temperature 0,5", "--temperature is '0,5', a number is needed")]
     [InlineData("--temperature -1", "--temperature is -1, which is less than 0")]
     [InlineData("--ctx 0", "--ctx is 0, which is less than 1")]
     [InlineData("--max-tokens -1", "--max-tokens is -1, which is less than 0")]
     [InlineData("--max-steps -1", "--max-steps is -1, which is less than 0")]
     [InlineData("--device gpu", "use cpu, cuda, cuda:N or auto")]
-    [InlineData("--seed -1", "Cannot parse argument '-1'")]
+    [InlineData("--seed -1", "--seed is -1, which is out of range")]
     public async Task A_number_out_of_range_is_refused(string words, string message)
     {
         (int code, _, string error) = await Run(["fail", .. words.Split(' ')], _ => 0);

@@ -1,3 +1,4 @@
+using System.Diagnostics;
 using System.Text;
 using System.Text.Json.Nodes;
 using TinyLlama.Cli;
@@ -40,6 +41,7 @@ public sealed class GenerateAndEvalTests
     [InlineData("--json-schema missing.json: Could not find file", "--json-schema", "missing.json")]
     [InlineData("'sliding'", "--overflow", "ignore")]
     [InlineData("--top-k is of one that is drawn", "--beams", "2", "--top-k", "3")]
+    [InlineData("it must be from 1 to 16777216", "--ctx", "2147483647")]
     [InlineData("say how many with --beams N", "--length-penalty", "2")]
     [InlineData("257 beams are asked for", "--beams", "257")]
     [InlineData("choose one of them", "--draft", "x", "--lookup", "2")]
@@ -51,6 +53,36 @@ public sealed class GenerateAndEvalTests
         Assert.Equal((2, ""), (code, output));
         Assert.Contains(problem, error, StringComparison.Ordinal);
         Assert.Single(error.TrimEnd('\n').Split('\n'));
+    }
+
+    [Theory]
+    [InlineData("Once upon a time\r\n", "generate", "-p", "-", "--temperature", "0", "--max-tokens", "8")]
+    [InlineData("Once upon a time\n", "generate", "-p", "-", "--temperature", "0", "--max-tokens", "8")]
+    public async Task A_prompt_from_standard_input_is_without_the_end_of_its_line(string input, string verb, params string[] options)
+    {
+        (int code, string output, _) = await RunProcessAsync(Encoding.UTF8.GetBytes(input), [verb, Stories, .. options]);
+        Assert.Equal((0, "Once upon a time, there was a little girl\n"), (code, output));
+    }
+
+    [Theory]
+    [InlineData("generate", "-p", "-")]
+    [InlineData("tokenizer", "encode")]
+    [InlineData("chat")]
+    public async Task Standard_input_that_is_not_UTF_8_is_refused(params string[] words)
+    {
+        string model = words[0] == "tokenizer" ? SharedFiles.Require("oracles/stories260K/tok512.bin") : Stories;
+        (int code, _, string error) = await RunProcessAsync([0x61, 0xFF], words[0] == "generate" ? [words[0], model, .. words[1..]] : [.. words, model]);
+        Assert.Equal(2, code);
+        Assert.EndsWith("error: the input is not UTF-8 text; convert it first\n", error, StringComparison.Ordinal);
+    }
+
+    [Fact]
+    public async Task A_mistake_in_a_conversation_from_a_file_is_told_by_the_exit_code()
+    {
+        (int code, string output, string error) = await RunProcessAsync("/nope\nOnce\n"u8.ToArray(), ["chat", Stories, "--set", "max_tokens=4"]);
+        Assert.Equal(2, code);
+        Assert.EndsWith("error: there is no command /nope; /help shows them all\n", error, StringComparison.Ordinal);
+        Assert.Single(output.TrimEnd('\n').Split('\n'));
     }
 
     [Fact]
@@ -139,6 +171,24 @@ public sealed class GenerateAndEvalTests
             Assert.Equal(2, code);
             Assert.Contains("--data DIR", error, StringComparison.Ordinal);
         }
+    }
+
+    private static async Task<(int Code, string Output, string Error)> RunProcessAsync(byte[] input, string[] arguments)
+    {
+        var start = new ProcessStartInfo("dotnet", [Path.Combine(AppContext.BaseDirectory, "TinyLlama.Cli.dll"), .. arguments])
+        {
+            UseShellExecute = false,
+            RedirectStandardInput = true,
+            RedirectStandardError = true,
+            RedirectStandardOutput = true,
+        };
+        using Process process = Process.Start(start)!;
+        await process.StandardInput.BaseStream.WriteAsync(input, TestContext.Current.CancellationToken);
+        process.StandardInput.Close();
+        Task<string> output = process.StandardOutput.ReadToEndAsync(TestContext.Current.CancellationToken);
+        string error = await process.StandardError.ReadToEndAsync(TestContext.Current.CancellationToken);
+        await process.WaitForExitAsync(TestContext.Current.CancellationToken);
+        return (process.ExitCode, await output, error);
     }
 
     private static async Task<(int Code, string Output, string Error)> RunAsync(params string[] arguments)

@@ -1,6 +1,7 @@
 using System.Runtime.InteropServices;
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute.Collectives;
+using TinyLlama.Compute.Cuda;
 using TinyLlama.Data;
 using TinyLlama.Tests.Checkpoints;
 using TinyLlama.Tests.Common;
@@ -52,6 +53,43 @@ public sealed class GpuRunTests
     }
 
     [Fact]
+    public void A_run_that_goes_on_with_atomics_says_so()
+    {
+        CudaEmulator.Require();
+        using var folder = new TemporaryFolder();
+        Recipe recipe = Prepare(folder, "cuda");
+        var observer = new Listener();
+        Run(recipe, lastStep: 1);
+        Assert.Empty(observer.Warnings);
+        Run(recipe with { Deterministic = false }, lastStep: 2);
+        Assert.Contains(observer.Warnings, warning => warning.Contains(", atomics'", StringComparison.Ordinal) && warning.Contains("last bits may differ", StringComparison.Ordinal));
+        Assert.Contains(observer.Notes, note => note.Text == "changed deterministic true → false");
+
+        void Run(Recipe recipe, long lastStep)
+        {
+            using TrainingRun run = TrainingRun.Open(recipe, folder["run"], observer);
+            run.Trainer.Run(CancellationToken.None, lastStep);
+        }
+    }
+
+    [Fact]
+    public void The_plan_counts_the_sums_that_atomics_add_up()
+    {
+        TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(
+            "model: tinyllama-1.1b\nbatch: { global_tokens: 16384, micro_sequences: 8 }\nbudget: { steps: 1 }", "recipe"));
+        using CudaBackend without = CudaBackend.Plan(80L << 30), with = CudaBackend.Plan(80L << 30, deterministic: false);
+        Assert.Equal(16384L * plan.Model.Channels * sizeof(float), new MemoryPlan(plan, with).Bytes - new MemoryPlan(plan, without).Bytes);
+    }
+
+    [Fact]
+    public void On_a_CPU_a_recipe_that_allows_atomics_says_that_it_has_none()
+    {
+        List<string> warnings = [];
+        TrainingRun.OpenDevice(new Recipe { Deterministic = false, Threads = 1 }, warnings.Add).Dispose();
+        Assert.EndsWith("is false, which has no effect: a CPU gives the same bits every time", Assert.Single(warnings), StringComparison.Ordinal);
+    }
+
+    [Fact]
     public void Ranks_cannot_share_the_GPU_that_a_device_names()
     {
         CudaEmulator.RequireEmulated();
@@ -68,7 +106,7 @@ public sealed class GpuRunTests
 
     private static float[][] Train(Recipe recipe, string folder, Collective world)
     {
-        using TrainingRun run = TrainingRun.Open(recipe, folder, new Silent(), world);
+        using TrainingRun run = TrainingRun.Open(recipe, folder, new Listener(), world);
         run.Trainer.Run(CancellationToken.None);
         return
         [
@@ -81,14 +119,20 @@ public sealed class GpuRunTests
         ];
     }
 
-    private sealed class Silent : ITrainingObserver
+    private sealed class Listener : ITrainingObserver
     {
+        public List<string> Warnings { get; } = [];
+
+        public List<NoteMetrics> Notes { get; } = [];
+
         public void Measured(Metrics metrics)
         {
+            if (metrics is NoteMetrics note)
+            {
+                Notes.Add(note);
+            }
         }
 
-        public void Warn(string message)
-        {
-        }
+        public void Warn(string message) => Warnings.Add(message);
     }
 }

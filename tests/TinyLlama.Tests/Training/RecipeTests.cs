@@ -46,6 +46,8 @@ public sealed class RecipeTests
     [InlineData("sead: 1", "r.yaml:4:1: sead is no key of a recipe; did you mean seed?")]
     [InlineData("learning_rate: 1", "r.yaml:4:1: learning_rate is no key of a recipe; did you mean optimizer.learning_rate?")]
     [InlineData("optimizer: {learning_rat: 1}", "r.yaml:4:13: optimizer.learning_rat is no key of a recipe; did you mean optimizer.learning_rate?")]
+    [InlineData("schedule: {lr: 1}", "r.yaml:4:12: schedule.lr is no key of a recipe; below schedule may stand kind, by, warmup, decay_share, offset")]
+    [InlineData("data:\n\tpath: d", "r.yaml:5:1: indented with a tab; YAML is indented with spaces")]
     [InlineData("optimiser: {beta1: 0.9}", "r.yaml:4:1: optimiser is no key of a recipe; did you mean optimizer?")]
     [InlineData("schedule: cosine", "r.yaml:4:1: schedule is a section; below it may stand kind, by, warmup, decay_share, offset")]
     [InlineData("seed: {a: 1}", "r.yaml:4:1: seed has keys below it, but a single value is wanted")]

@@ -46,7 +46,7 @@ internal sealed class SlurmCluster : IDisposable
             _processes[^1].BeginOutputReadLine();
         }
 
-        if (!SpinWait.SpinUntil(() => Ask("sinfo", "-h", "-o", "%T") == "idle", TimeSpan.FromSeconds(60)))
+        if (!WaitUntilIdle())
         {
             Dispose();
             throw new InvalidOperationException("SLURM does not start");
@@ -81,6 +81,8 @@ internal sealed class SlurmCluster : IDisposable
     /// <inheritdoc/>
     public void Dispose()
     {
+        // A task's keeper (slurmstepd) that ends without slurmd stays for ever.
+        WaitUntilIdle();
         foreach (Process process in _processes.AsEnumerable().Reverse())
         {
             process.Kill(entireProcessTree: true);
@@ -90,6 +92,8 @@ internal sealed class SlurmCluster : IDisposable
 
         _folder.Dispose();
     }
+
+    private bool WaitUntilIdle() => SpinWait.SpinUntil(() => Ask("sinfo", "-h", "-o", "%T") == "idle", TimeSpan.FromSeconds(60));
 
     private string[] Command(params string[] words) => [$"SLURM_CONF={_folder["slurm.conf"]}", .. words];
 

@@ -231,6 +231,14 @@ public sealed class TrainingPlanTests
     }
 
     [Fact]
+    public void The_recipe_that_a_run_keeps_is_warned_of_as_little_as_the_one_that_began_it()
+    {
+        Recipe recipe = RecipeFile.Parse(Least, "r", null, "validation.every_steps=50");
+        Assert.Empty(TrainingPlan.Create(recipe).Warnings);
+        Assert.Empty(TrainingPlan.Create(RecipeFile.Parse(RecipeFile.Write(recipe), "r")).Warnings);
+    }
+
+    [Fact]
     public void Packed_weights_take_half_the_memory_in_bf16_and_all_else_the_same()
     {
         TrainingPlan plan = TrainingPlan.Create(RecipeFile.Parse(Least, "r"));

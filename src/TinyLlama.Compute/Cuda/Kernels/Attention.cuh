@@ -8,17 +8,19 @@
 // head r % group of the group. A block of 4 warps takes one tile of such rows (output, dQuery) or one tile of keys (dKeys,
 // dValues) of one segment and one key head: block x stands for segment and tile, y for the key head.
 //
-// Probabilities and their gradients never leave registers: what one product accumulates is, rounded to bf16, the left
-// operand of the next. All sums have one order: no atomics, and no bit depends on the other rows of a batch.
+// Probabilities and their gradients stay in registers: what one product accumulates is, rounded to bf16, the left operand of
+// the next. All sums have one order, and no bit depends on the other rows of a batch; but for attention_gradients, which adds
+// dQuery up by atomics.
 //
 // Kernels of 128 threads. Of each, for D = 16, 32, 64 and 128: shared memory in bytes, and the 32-bit values that live at once in
-// clang's PTX, 20 to 40 of them arguments and addresses made of these, which a GPU keeps elsewhere; 255 registers are the most.
-// What NVRTC makes of it is unproved.
-//   attention_forward      12,288  24,576  49,152  81,920    150  182  231  177
-//   attention_cached       10,240  20,480  40,960  81,920    129  154  197  261
-//   attention_cached_q8_0  12,288  24,576  49,152  98,304    142  167  217  284
-//   attention_d_query      16,384  32,768  65,536  98,304    153  192  243  212
-//   attention_d_key_value  13,312  25,600  50,176  66,048    147  179  228  248
+// clang's PTX, 20 to 40 of them arguments and addresses made of these, which a GPU keeps elsewhere, and in attention_gradients 30 more
+// sums of addresses, which it forms as it loads; 255 registers are the most. What NVRTC makes of it is unproved.
+//   attention_forward      12,288  24,576  49,152  81,920    151  184  232  176
+//   attention_cached       10,240  20,480  40,960  81,920    130  156  198  263
+//   attention_cached_q8_0  12,288  24,576  49,152  98,304    143  170  218  286
+//   attention_d_query      16,384  32,768  65,536  98,304    155  194  244  212
+//   attention_d_key_value  13,312  25,600  50,176  66,048    150  182  230  251
+//   attention_gradients    21,504  33,792  58,368  70,144    186  224  264  298
 
 struct alignas(8) Floats2 {
     float v[2];
@@ -92,8 +94,8 @@ __device__ __forceinline__ SharedAddress address(SharedAddress tile, int row, in
     return tile + place<D>(row, chunk) * (int)sizeof(bf16);
 }
 
-// What lies so many rows (a multiple of 8) below and chunks (even) to the right of an address of an upper row and left chunk
-// pair. Cheaper than an address of its own: tiles begin at multiples of 1024 bytes.
+// What lies so many rows (a multiple of 8) below and chunks to the right of an address of an upper row: of the first chunk, or of the
+// first two where the chunks are even. Cheaper than an address of its own: tiles begin at multiples of 1024 bytes.
 template<int D>
 __device__ __forceinline__ SharedAddress moved(SharedAddress from, int rows, int chunks) {
     return (from ^ chunks * 16) + rows * D * (int)sizeof(bf16);
@@ -135,6 +137,20 @@ __device__ __forceinline__ void load_heads(
     }
 }
 
+// 16 rows of a tile = what a warp accumulated, rounded, that of each half times a factor.
+template<int D>
+__device__ __forceinline__ void store_rows(SharedAddress rows, const float (&c)[D / 8][4], const float (&factors)[2]) {
+    const int lane = threadIdx.x % 32;
+    const SharedAddress to = address<D>(rows, lane / 4, 0) + lane % 4 * (int)sizeof(u32);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            store_shared_4(moved<D>(to, half * 8, j), pack_bf16x2(c[j][half * 2] * factors[half], c[j][half * 2 + 1] * factors[half]));
+        }
+    }
+}
+
 // Writes the 16 head rows that a warp accumulated, those of each half times a factor, in pieces of 16 bytes by way of
 // `room`: 16 rows of a tile that only this warp still uses.
 template<int D>
@@ -144,15 +160,7 @@ __device__ __forceinline__ void store_heads(
     constexpr int Chunks = D / 8;
     const int lane = threadIdx.x % 32;
     __syncwarp();
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int j = 0; j < Chunks; j++) {
-            *(u32*)(room + place<D>(lane / 4 + half * 8, j) + lane % 4 * 2) =
-                pack_bf16x2(c[j][half * 2] * factors[half], c[j][half * 2 + 1] * factors[half]);
-        }
-    }
-
+    store_rows<D>(shared_address(room), c, factors);
     __syncwarp();
 #pragma unroll
     for (int at = lane; at < WarpRows * Chunks; at += 32) {
@@ -240,6 +248,21 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[R][N / 8][4], con
     }
 }
 
+// c += left · 16 rows of a tile from `row` on, R times (16, 16) by (16, C); `from` is the lane's address for the first of C columns.
+template<int D, int R, int C>
+__device__ __forceinline__ void multiply_add_rows(float (&c)[R][C][4], const u32 (&left)[R][4], SharedAddress from, int row) {
+#pragma unroll
+    for (int j = 0; j < C; j += 2) {
+        u32 right[4];
+        ldmatrix_x4_trans(right, moved<D>(from, row, j));
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            mma_m16n8k16(c[r][j], left[r], right[0], right[1]);
+            mma_m16n8k16(c[r][j + 1], left[r], right[2], right[3]);
+        }
+    }
+}
+
 // c += p · tile, R times (16, N) by (N, D), p rounded to bf16.
 template<int D, int R, int N>
 __device__ __forceinline__ void multiply_add(float (&c)[R][D / 8][4], const float (&p)[R][N / 8][4], SharedAddress tile) {
@@ -257,16 +280,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[R][D / 8][4], const floa
             }
         }
 
-#pragma unroll
-        for (int j = 0; j < D / 8; j += 2) {
-            u32 right[4];
-            ldmatrix_x4_trans(right, moved<D>(from, step * 16, j));
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                mma_m16n8k16(c[r][j], left[r], right[0], right[1]);
-                mma_m16n8k16(c[r][j + 1], left[r], right[2], right[3]);
-            }
-        }
+        multiply_add_rows<D>(c, left, from, step * 16);
     }
 }
 

@@ -124,18 +124,55 @@ __device__ __forceinline__ void query_gradient(
     }
 }
 
+// dQuery += scale · dScores · keys of a tile of head rows: dScores, (64, Rows) with keys as rows, and keys lie in shared memory. A warp
+// takes 16 rows; where two warps share them, half of the channels.
+template<int D, int Rows>
+__device__ __forceinline__ void add_query_gradient(
+    float* d_query, SharedAddress d_scores, SharedAddress key_tile, const Work& work, int first, int key_head, int key_heads, int group, float scale) {
+    constexpr int RowGroups = Rows / WarpRows, Columns = D * RowGroups / Warps;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp % RowGroups * WarpRows, column = warp / RowGroups * Columns;
+    const SharedAddress rows = address<Rows>(d_scores, lane % 8 + lane / 16 * 8, warp_row / 8 + lane / 8 % 2);
+    const SharedAddress keys = address<D>(key_tile, lane % 16, column / 8 + lane / 16);
+    float dq[1][Columns / 8][4];
+    clear(dq[0]);
+#pragma unroll
+    for (int step = 0; step < Keys / 16; step++) {
+        u32 left[1][4];
+        ldmatrix_x4_trans(left[0], moved<Rows>(rows, step * 16, 0));
+        multiply_add_rows<D>(dq, left, keys, step * 16);
+    }
+
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = first + warp_row + half * 8 + lane / 4;
+        if (row < work.rows) {
+            const i64 stride = (i64)key_heads * group * work.head_dim;
+            float* to = d_query + head_row(row, work.segment.first_row, key_head, group, stride, work.head_dim) + column + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < Columns / 8; j++) {
+                if (column + j * 8 < work.head_dim) {
+                    atomic_add(to + j * 8, dq[0][j][half * 2] * scale, dq[0][j][half * 2 + 1] * scale);
+                }
+            }
+        }
+    }
+}
+
 // dKeys and dValues of 64 keys, 16 a warp, over the rows of all query heads that read them. The products are those of
-// query_gradient transposed, with keys as rows.
-template<int D>
+// query_gradient transposed, with keys as rows. With AddsQuery the gradients of scores also give what these keys add to dQuery,
+// which is zero before all blocks: to whose sum a block adds when, nobody knows.
+template<int D, bool AddsQuery>
 __device__ __forceinline__ void key_value_gradient(
-    bf16* d_keys, bf16* d_values, const float* delta, const bf16* d_output, const float* log_sums, const bf16* query, const bf16* keys,
-    const bf16* values, Work work, int key_heads, int group, i64 d_key_stride, i64 d_value_stride, i64 d_output_stride, i64 query_stride,
-    i64 key_stride, i64 value_stride, float scale) {
+    bf16* d_keys, bf16* d_values, float* d_query, const float* delta, const bf16* d_output, const float* log_sums, const bf16* query,
+    const bf16* keys, const bf16* values, Work work, int key_heads, int group, i64 d_key_stride, i64 d_value_stride, i64 d_output_stride,
+    i64 query_stride, i64 key_stride, i64 value_stride, float scale) {
     constexpr int Rows = D <= 64 ? 64 : 32;  // head rows of a tile
     DYNAMIC_SHARED(shared);
-    constexpr int KeyBytes = Keys * D * sizeof(bf16), RowBytes = Rows * D * sizeof(bf16);
+    constexpr int KeyBytes = Keys * D * sizeof(bf16), RowBytes = Rows * D * sizeof(bf16), TileBytes = 2 * KeyBytes + 4 * RowBytes;
+    constexpr int ScoreBytes = AddsQuery ? Keys * Rows * sizeof(bf16) : 0;
     const SharedAddress key_tile = shared_address(shared), value_tile = key_tile + KeyBytes, stages = value_tile + KeyBytes;
-    float* statistics = (float*)(shared + 2 * KeyBytes + 4 * RowBytes);  // of each stage: log sums, then delta
+    const SharedAddress d_scores = stages + 4 * RowBytes;  // (64, Rows), with AddsQuery
+    float* statistics = (float*)(shared + TileBytes + ScoreBytes);  // of each stage: log sums, then delta
 
     const int lane = threadIdx.x % 32, warp_key = threadIdx.x / 32 * WarpRows;
     const int key_head = blockIdx.y, heads = key_heads * group, first_token = work.segment.first_row;
@@ -166,7 +203,7 @@ __device__ __forceinline__ void key_value_gradient(
     begin(tile, statistic);
     cp_async_wait<0>();
     __syncthreads();
-    LeftRows<D, D <= 64> k[1], v[1];
+    LeftRows<D, D <= (AddsQuery ? 32 : 64)> k[1], v[1];
     k[0].set(key_tile + warp_key * D * (int)sizeof(bf16));
     v[0].set(value_tile + warp_key * D * (int)sizeof(bf16));
     float dk[1][D / 8][4], dv[1][D / 8][4];
@@ -186,8 +223,9 @@ __device__ __forceinline__ void key_value_gradient(
             begin(tile + 1, statistic);
         }
 
+        float ds[1][Rows / 8][4];
         if (warp_first < work.rows && (tile + 1) * Rows > first_seeing) {
-            float p[1][Rows / 8][4], ds[1][Rows / 8][4];
+            float p[1][Rows / 8][4];
             multiply_transposed<D, 1, Rows>(p, k, query_tile);
 #pragma unroll
             for (int j = 0; j < Rows / 8; j++) {
@@ -221,7 +259,19 @@ __device__ __forceinline__ void key_value_gradient(
             }
 
             multiply_add<D, 1, Rows>(dk, ds, query_tile);
+        } else {
+            clear(ds[0]);
         }
+
+        if constexpr (AddsQuery) {
+            store_rows<Rows>(d_scores + warp_key * Rows * (int)sizeof(bf16), ds[0], {1.0f, 1.0f});
+            __syncthreads();
+            add_query_gradient<D, Rows>(d_query, d_scores, key_tile, row_work, tile * Rows, key_head, key_heads, group, scale);
+        }
+    }
+
+    if constexpr (AddsQuery) {
+        __syncthreads();  // all have read the keys
     }
 
     store_heads<D>(d_keys, d_key_stride, work, warp_first, key_head, 1, (bf16*)shared + warp_key * D, dk[0], {scale, scale});
@@ -261,24 +311,59 @@ KERNEL(128) void attention_d_query_64(D_QUERY_PARAMETERS) { attention_d_query<64
 KERNEL(128) void attention_d_query_128(D_QUERY_PARAMETERS) { attention_d_query<128>(D_QUERY_ARGUMENTS); }
 
 #define D_KEY_VALUE_PARAMETERS \
-    bf16 *dk, bf16 *dv, const float *delta, const bf16 *d_output, const float *log_sums, const bf16 *query, const bf16 *keys, \
+    bf16 *dk, bf16 *dv, float *dq, const float *delta, const bf16 *d_output, const float *log_sums, const bf16 *query, const bf16 *keys, \
         const bf16 *values, const int *segments, int segment_count, int key_heads, int group, int head_dim, i64 dk_stride, i64 dv_stride, \
         i64 d_output_stride, i64 query_stride, i64 key_stride, i64 value_stride, float scale
 #define D_KEY_VALUE_ARGUMENTS \
-    dk, dv, delta, d_output, log_sums, query, keys, values, segments, segment_count, key_heads, group, head_dim, dk_stride, dv_stride, \
+    dk, dv, dq, delta, d_output, log_sums, query, keys, values, segments, segment_count, key_heads, group, head_dim, dk_stride, dv_stride, \
         d_output_stride, query_stride, key_stride, value_stride, scale
 
-template<int D>
+template<int D, bool AddsQuery>
 __device__ __forceinline__ void attention_d_key_value(D_KEY_VALUE_PARAMETERS) {
     Work work;
     if (find_work<Keys>(work, segments, segment_count, 1, head_dim)) {
-        key_value_gradient<D>(
-            dk, dv, delta, d_output, log_sums, query, keys, values, work, key_heads, group, dk_stride, dv_stride, d_output_stride,
+        key_value_gradient<D, AddsQuery>(
+            dk, dv, dq, delta, d_output, log_sums, query, keys, values, work, key_heads, group, dk_stride, dv_stride, d_output_stride,
             query_stride, key_stride, value_stride, scale);
     }
 }
 
-KERNEL(128) void attention_d_key_value_16(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<16>(D_KEY_VALUE_ARGUMENTS); }
-KERNEL(128) void attention_d_key_value_32(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<32>(D_KEY_VALUE_ARGUMENTS); }
-KERNEL(128) void attention_d_key_value_64(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<64>(D_KEY_VALUE_ARGUMENTS); }
-KERNEL(128) void attention_d_key_value_128(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<128>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_d_key_value_16(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<16, false>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_d_key_value_32(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<32, false>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_d_key_value_64(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<64, false>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_d_key_value_128(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<128, false>(D_KEY_VALUE_ARGUMENTS); }
+
+// The same, and dq (N, Hq · D) of fp32 without gaps += these keys' part.
+KERNEL(128) void attention_gradients_16(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<16, true>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_gradients_32(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<32, true>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_gradients_64(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<64, true>(D_KEY_VALUE_ARGUMENTS); }
+KERNEL(128) void attention_gradients_128(D_KEY_VALUE_PARAMETERS) { attention_d_key_value<128, true>(D_KEY_VALUE_ARGUMENTS); }
+
+// What attention_gradients begins with: delta = the row sums of dOutput · output, dq = 0. Eight lanes have a head of a token, of which
+// there are `rows`.
+KERNEL(128) void attention_delta(
+    float* delta, float* dq, const bf16* d_output, const bf16* output, int rows, int heads, int head_dim, i64 d_output_stride, i64 output_stride) {
+    const i64 row = (i64)blockIdx.x * (Threads / 8) + threadIdx.x / 8;
+    const float zero[8] = {};
+    float sum = 0.0f;
+    if (row < rows) {
+        const i64 token = row / heads, column = row % heads * head_dim;
+        for (int c = threadIdx.x % 8 * 8; c < head_dim; c += 64) {
+            float dy[8], y[8];
+            load(dy, d_output + token * d_output_stride + column + c);
+            load(y, output + token * output_stride + column + c);
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                sum = fmaf(dy[k], y[k], sum);
+            }
+
+            store(dq + row * head_dim + c, zero);
+        }
+    }
+
+    sum = row_sum(sum);
+    sum += __shfl_xor_sync(~0u, sum, 4);
+    if (row < rows && threadIdx.x % 8 == 0) {
+        delta[row] = sum;
+    }
+}

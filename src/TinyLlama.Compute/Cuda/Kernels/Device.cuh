@@ -94,8 +94,22 @@ __device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from, 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_4(SharedAddress to, u32 word) {
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(to), "r"(word) : "memory");
+}
+
 __device__ __forceinline__ void store_shared_16(SharedAddress to, const u32 (&words)[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" :: "r"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
+}
+
+// Adds to two neighbours in global memory, at a multiple of 8 bytes; nothing is lost of what others add, in whatever order they come.
+__device__ __forceinline__ void atomic_add(float* to, float x, float y) {
+#if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
+    asm volatile("red.global.add.v2.f32 [%0], {%1,%2};" :: "l"(to), "f"(x), "f"(y) : "memory");
+#else
+    asm volatile("red.global.add.f32 [%0], %1;" :: "l"(to), "f"(x) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" :: "l"(to + 1), "f"(y) : "memory");
+#endif
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
