@@ -1,5 +1,6 @@
 using System.Diagnostics;
 using System.Runtime.InteropServices;
+using TinyLlama.Compute.Cuda;
 
 namespace TinyLlama.Tests.Common;
 
@@ -59,6 +60,12 @@ internal static class CudaEmulator
         foreach (string variable in (string[])["TINYLLAMA_CUDA_DRIVER", "TINYLLAMA_NVRTC", "TINYLLAMA_CUBLASLT", "TINYLLAMA_NCCL"])
         {
             Environment.SetEnvironmentVariable(variable, library);
+        }
+
+        if (!Gpu.Libraries.Any(found => found.EndsWith(library, StringComparison.Ordinal)))
+        {
+            throw new InvalidOperationException(
+                "a test looked for GPUs before CudaEmulator.Require, and a process looks for NVIDIA's libraries once: require it first there, or start a process for that test");
         }
 
         // Where the product keeps compiled kernels.

@@ -4,6 +4,7 @@ using System.Text.Json;
 using TinyLlama.Cli;
 using TinyLlama.Compute;
 using TinyLlama.Data;
+using TinyLlama.Tests.Training;
 
 namespace TinyLlama.Tests.Cli;
 
@@ -110,7 +111,11 @@ public sealed class CommandLineTests
     {
         using JsonDocument presets = JsonDocument.Parse((await Run(["presets", "--json"], _ => 0)).Output);
         Assert.Contains(presets.RootElement.EnumerateArray(), preset => preset.GetProperty("parameters").GetInt64() == 1_100_048_384);
-        using JsonDocument env = JsonDocument.Parse((await Run(["env", "--json"], _ => 0)).Output);
+
+        // In a process of its own: a process looks for NVIDIA's libraries once, and the emulator may come later in this one.
+        (int code, string said) = TinyRun.End(TinyRun.Launch([], ["env", "--json"]));
+        Assert.Equal(0, code);
+        using JsonDocument env = JsonDocument.Parse(said);
         Assert.Equal(Environment.ProcessorCount, env.RootElement.GetProperty("cores").GetInt32());
     }
 

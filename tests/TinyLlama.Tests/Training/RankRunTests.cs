@@ -40,15 +40,16 @@ public sealed class RankRunTests : IDisposable
     [Theory]
     [InlineData("checkpoints.asynchronous=true")]
     [InlineData("checkpoints.asynchronous=false")]
-    public void A_run_goes_on_with_another_number_of_ranks_and_another_stage_to_the_same_bits(string when)
+    [InlineData("checkpoints.asynchronous=true", "precision=bf16")]
+    public void A_run_goes_on_with_another_number_of_ranks_and_another_stage_to_the_same_bits(string when, params string[] precision)
     {
-        string whole = Train("whole", 1);
-        Train("parts", 4, 1, when, "distribution.zero=1");
-        Train("parts", 1, 2, when);
-        Train("parts", 2, 3, when, "distribution.zero=3");
-        Train("parts", 4, 4, when, "distribution.zero=2", "distribution.shard=2");
-        Train("parts", 2, 5, when, "distribution.zero=1");
-        Assert.Equal(whole, Train("parts", 4, Steps, when, "distribution.zero=3"));
+        string whole = Train("whole", 1, Steps, precision);
+        Train("parts", 4, 1, [when, "distribution.zero=1", .. precision]);
+        Train("parts", 1, 2, [when, .. precision]);
+        Train("parts", 2, 3, [when, "distribution.zero=3", .. precision]);
+        Train("parts", 4, 4, [when, "distribution.zero=2", "distribution.shard=2", .. precision]);
+        Train("parts", 2, 5, [when, "distribution.zero=1", .. precision]);
+        Assert.Equal(whole, Train("parts", 4, Steps, [when, "distribution.zero=3", .. precision]));
         Assert.Empty(_warnings);
     }
 
@@ -213,6 +214,7 @@ public sealed class RankRunTests : IDisposable
         $$"""
         model: { vocabulary: 258, context: 32, layers: 4, heads: 8, key_value_heads: 4, channels: 32, hidden: 80 }
         threads: 1
+        precision: fp32
         data: { path: '{{_folder["data"]}}' }
         batch: { global_tokens: 128, micro_sequences: 1 }
         budget: { steps: {{Steps}} }

@@ -16,11 +16,8 @@ public sealed class ShardedTrainingTests
     private const int Context = 16;
     private const int Steps = 3;
 
-    /// <summary>How far the losses of split blocks may be from those of whole ones, as vectors, of their length.</summary>
-    private const double SplitLossTolerance = 1e-5;
-
-    /// <summary>The same of norms and weights: AdamW moves a weight as far whichever way a gradient near zero points, so a few differ by more.</summary>
-    private const double SplitTolerance = 2e-4;
+    /// <summary>How far the losses, norms and weights of split blocks may be from those of whole ones, as vectors, of their length.</summary>
+    private const double SplitTolerance = 1e-5;
 
     /// <summary>(ranks, shards, stage, micro-batches, tied).</summary>
     public static TheoryData<int, int, int, int, bool> Meshes
@@ -96,7 +93,7 @@ public sealed class ShardedTrainingTests
         Result[] ranks = Train(new Sharding(split * stages * replicas, 1, 1, Lanes, Tensor: split, Pipeline: stages), Lanes, tied);
         for (int rank = 0; rank < ranks.Length; rank++)
         {
-            AssertClose(expected.Losses, ranks[rank].Losses, SplitLossTolerance, "losses");
+            AssertClose(expected.Losses, ranks[rank].Losses, SplitTolerance, "losses");
             AssertClose(expected.Norms, ranks[rank].Norms, SplitTolerance, "norms");
             foreach ((string name, float[] values) in ranks[rank].Weights)
             {
@@ -337,7 +334,8 @@ public sealed class ShardedTrainingTests
         });
     }
 
-    // An odd number of blocks, so that neither turn of the blocks is the same at both ends.
+    // An odd number of blocks, so that neither turn of the blocks is the same at both ends. AdamW's epsilon is above the
+    // rounding of gradients: below it, a weight moves as far whichever way a gradient near zero is rounded.
     private static TrainingShape Shape(Sharding sharding, bool tied, bool gpus = false) => new(
         new ModelConfig
         {
@@ -350,7 +348,7 @@ public sealed class ShardedTrainingTests
             Hidden = 96,
             TiedEmbeddings = tied,
         },
-        Sequences: 1, Context, Keep.Everything, new AdamWSettings(0.9f, 0.95f, 1e-8f, 0.1f, 1), DecayGroup.Matrices, RateFactors.Same,
+        Sequences: 1, Context, Keep.Everything, new AdamWSettings(0.9f, 0.95f, 1e-4f, 0.1f, 1), DecayGroup.Matrices, RateFactors.Same,
         PackedForms.Both, sharding);
 
     private sealed record Result(double[] Losses, double[] Norms, Dictionary<string, float[]> Weights, Dictionary<string, (int Rows, int Columns)> Shapes);

@@ -213,6 +213,7 @@ public sealed class TrainerTests : IDisposable
         model: { vocabulary: 258, context: 32, layers: 2, heads: 4, key_value_heads: 2, channels: 32, hidden: 80 }
         seed: 7
         threads: 2
+        precision: fp32
         data: { path: '{{Data}}' }
         batch: { global_tokens: 128, micro_sequences: 2 }
         budget: { steps: {{Steps}} }
