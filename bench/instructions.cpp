@@ -1,8 +1,10 @@
 // What the integer instructions of quantized products cost on an x86-64 processor with AVX2, from registers and the first
-// cache, beside a fused multiply-add of the same run, of which Zen 3 does two a cycle:
+// cache, beside a fused multiply-add of the same run, of which Zen 3 does two a cycle; then those of AVX-512 and AMX, if there:
 //   g++ -O2 bench/instructions.cpp -o /tmp/instructions && /tmp/instructions
 #include <chrono>
 #include <cstdio>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static const long Rounds = 100000;
 alignas(64) static unsigned char memory[512];
@@ -25,6 +27,13 @@ alignas(64) static unsigned char memory[512];
         fma = fma == 0 ? each : fma; \
         printf("%-58s %.3f ns, %.2f of the time of a multiply-add\n", name, each, each / fma); \
     } while (0)
+
+#define EIGHT_WIDE(instruction) \
+    instruction "%%zmm0\n" instruction "%%zmm1\n" instruction "%%zmm2\n" instruction "%%zmm3\n" \
+    instruction "%%zmm4\n" instruction "%%zmm5\n" instruction "%%zmm6\n" instruction "%%zmm7\n"
+
+#define SIX_TILES(instruction) \
+    instruction "%%tmm0\n" instruction "%%tmm1\n" instruction "%%tmm2\n" instruction "%%tmm3\n" instruction "%%tmm4\n" instruction "%%tmm5\n"
 
 #define EIGHT(instruction) \
     instruction "%%ymm0\n" instruction "%%ymm1\n" instruction "%%ymm2\n" instruction "%%ymm3\n" \
@@ -55,4 +64,22 @@ int main() {
     TIME("32 products of 4 bits: broadcast, multiply, add", 4, FOUR_ROWS(UNSIGNED));
     TIME("32 products of 8 bits: broadcast, sign, multiply, widen, add", 4,
          "vmovups 256(%0), %%ymm9\n vpabsb %%ymm9, %%ymm10\n" FOUR_ROWS(SIGNED));
+
+    if (!__builtin_cpu_supports("avx512bf16")) return 0;
+    TIME("vfmadd231ps of 512 bits (16 products in fp32)", 8, EIGHT_WIDE("vfmadd231ps %%zmm14, %%zmm15, "));
+    TIME("vdpbf16ps (32 products)", 8, EIGHT_WIDE("vdpbf16ps %%zmm14, %%zmm15, "));
+    TIME("vpdpbusd (64 products)", 8, EIGHT_WIDE("vpdpbusd %%zmm14, %%zmm15, "));
+
+    // Linux gives tiles to a process that asks for them; palette 1, 16 rows of 64 bytes each.
+    if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 0;
+    memory[0] = 1;
+    for (int tile = 0; tile < 8; tile++) {
+        memory[16 + 2 * tile] = 64;
+        memory[48 + tile] = 16;
+    }
+
+    asm volatile("ldtilecfg (%0)" : : "r"(memory) : "memory");
+    TIME("tdpbf16ps (8192 products)", 6, SIX_TILES("tdpbf16ps %%tmm7, %%tmm6, "));
+    TIME("tdpbssd (16384 products)", 6, SIX_TILES("tdpbssd %%tmm7, %%tmm6, "));
+    asm volatile("tilerelease");
 }

@@ -130,6 +130,7 @@ internal static class EnvCommand
         string? forced = Environment.GetEnvironmentVariable(CpuPaths.Variable);
         string best = CpuPaths.Best switch
         {
+            CpuPath.Vector512Amx => "the processor has AMX with BF16",
             CpuPath.Vector512Bf16 => "the processor has AVX-512 with BF16",
             CpuPath.Vector512 => "the processor has AVX-512",
             CpuPath.Vector256 => "the processor has AVX2 and FMA, no AVX-512",
@@ -141,11 +142,14 @@ internal static class EnvCommand
             : $"{CpuPaths.Variable}={forced} asks for it; without it {CpuPaths.Best}: {best}";
     }
 
-    private static string Bf16Products() => CpuPaths.Choose() != CpuPath.Vector512Bf16
-        ? "instructions of fp32, at its speed at best"
-        : CpuPaths.Bf16Fault is string fault
-            ? $"instructions of fp32: {fault}"
-            : "vdpbf16ps, in code emitted at run time";
+    private static string Bf16Products() => CpuPaths.Bf16Fault is string fault
+        ? $"instructions of fp32: {fault}"
+        : CpuPaths.Choose() switch
+        {
+            CpuPath.Vector512Amx => "tdpbf16ps on tiles of AMX, in code emitted at run time",
+            CpuPath.Vector512Bf16 => "vdpbf16ps, in code emitted at run time",
+            _ => "instructions of fp32, at its speed at best",
+        };
 
     private static string ProcessorName()
     {

@@ -21,7 +21,7 @@ public sealed class MatMulTests
 
     /// <summary>Each width in both types, and the emitted code or what stands for it.</summary>
     public static TheoryData<CpuPath, DType> Paths =>
-        [.. s_paths.SelectMany(path => new[] { (path, DType.F32), (path, DType.BF16) }), (CpuPath.Vector512Bf16, DType.BF16)];
+        [.. s_paths.SelectMany(path => new[] { (path, DType.F32), (path, DType.BF16) }), (CpuPath.Vector512Bf16, DType.BF16), (CpuPath.Vector512Amx, DType.BF16)];
 
     [Theory]
     [MemberData(nameof(Paths))]
@@ -264,9 +264,12 @@ public sealed class MatMulTests
     }
 
     private static CpuBackend On(int threads, CpuPath path, DType products) =>
-        path == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is not null
-            ? new CpuBackend<Lanes512, PairTile>(path, threads)
-            : CpuBackend.Create(threads, path, products);
+        (path, CpuPaths.Bf16FaultOf(path)) switch
+        {
+            (CpuPath.Vector512Amx, not null) => new CpuBackend<Lanes512, AmxPairTile>(path, threads),
+            (CpuPath.Vector512Bf16, not null) => new CpuBackend<Lanes512, PairTile>(path, threads),
+            _ => CpuBackend.Create(threads, path, products),
+        };
 
     private static void AssertClose(Tensor expected, Tensor actual, int depth, string where)
     {

@@ -47,16 +47,16 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
     public static void MultiplyRow(float* sums, float* left, float* panels, nint nextPanel, nint steps, bool accumulate) =>
         MultiplyRow<Avx512Bf16Tile>(sums, left, panels, nextPanel, steps, accumulate);
 
-    /// <summary>The same by another tile of this size: all its rows are the one row.</summary>
+    /// <summary>The same by any tile: all its rows are the one row.</summary>
     [SkipLocalsInit]
     internal static void MultiplyRow<T>(float* sums, float* left, float* panels, nint nextPanel, nint steps, bool accumulate)
         where T : struct, ITile
     {
-        float* tile = stackalloc float[Rows * Columns];
-        for (int panel = 0; panel < 4; panel++, panels += nextPanel, sums += Columns)
+        float* tile = stackalloc float[T.Rows * T.Columns];
+        for (int panel = 0; panel < 4; panel++, panels += nextPanel, sums += T.Columns)
         {
-            T.Multiply(tile, Columns, left, leftRow: 0, leftStep: 1, panels, steps, accumulate: false);
-            for (int j = 0; j < Columns; j++)
+            T.Multiply(tile, T.Columns, left, leftRow: 0, leftStep: 1, panels, steps, accumulate: false);
+            for (int j = 0; j < T.Columns; j++)
             {
                 sums[j] = accumulate ? sums[j] + tile[j] : tile[j];
             }

@@ -50,8 +50,8 @@ public abstract class CpuBackend : Backend
     /// <param name="path">The width of the kernels; by default what <see cref="CpuPaths.Choose"/> says.</param>
     /// <param name="products">The type that operands of matrix products are rounded to: F32 or BF16.</param>
     /// <remarks>
-    /// <see cref="CpuPath.Vector512Bf16"/> differs from <see cref="CpuPath.Vector512"/> in products of BF16 alone; where
-    /// its code is not asked for or cannot be used (<see cref="CpuPaths.Bf16Fault"/>), the backend is and says Vector512.
+    /// <see cref="CpuPath.Vector512Amx"/> and <see cref="CpuPath.Vector512Bf16"/> differ from <see cref="CpuPath.Vector512"/> in products
+    /// of BF16 alone; where their code is not asked for or cannot be used (<see cref="CpuPaths.Bf16Fault"/>), the backend is and says Vector512.
     /// </remarks>
     /// <exception cref="DeviceException">The environment names a path that does not exist.</exception>
     public static CpuBackend Create(int threads = 0, CpuPath? path = null, DType products = DType.F32)
@@ -59,11 +59,12 @@ public abstract class CpuBackend : Backend
         Shape.Require(products is DType.F32 or DType.BF16, "products in F32 or BF16");
         threads = threads > 0 ? threads : Environment.ProcessorCount;
         bool bf16 = products == DType.BF16;
-        return (path ?? CpuPaths.Choose()) switch
+        CpuPath chosen = path ?? CpuPaths.Choose();
+        return chosen switch
         {
-            CpuPath.Vector512Bf16 when bf16 && CpuPaths.Bf16Fault is null =>
-                new CpuBackend<Lanes512, Avx512Bf16Tile>(CpuPath.Vector512Bf16, threads),
-            CpuPath.Vector512 or CpuPath.Vector512Bf16 => On<Lanes512>(CpuPath.Vector512),
+            CpuPath.Vector512Amx when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, AmxTile>(chosen, threads),
+            CpuPath.Vector512Bf16 when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, Avx512Bf16Tile>(chosen, threads),
+            CpuPath.Vector512Amx or CpuPath.Vector512Bf16 or CpuPath.Vector512 => On<Lanes512>(CpuPath.Vector512),
             CpuPath.Vector256 => On<Lanes256>(CpuPath.Vector256),
             CpuPath.Vector128 => On<Lanes128>(CpuPath.Vector128),
             CpuPath.Scalar => On<Lanes1>(CpuPath.Scalar),

@@ -30,7 +30,7 @@ public sealed record CpuCeiling(
         ArgumentNullException.ThrowIfNull(backend);
         return backend.Path switch
         {
-            CpuPath.Vector512Bf16 or CpuPath.Vector512 => Measure<Lanes512>(backend),
+            CpuPath.Vector512Amx or CpuPath.Vector512Bf16 or CpuPath.Vector512 => Measure<Lanes512>(backend),
             CpuPath.Vector256 => Measure<Lanes256>(backend),
             CpuPath.Vector128 => Measure<Lanes128>(backend),
             _ => Measure<Lanes1>(backend),
@@ -47,9 +47,13 @@ public sealed record CpuCeiling(
         // Pages that nobody has written to are all one page of zeros.
         memory.HostSpan<float>().Fill(1);
         Read<V> read = new() { Memory = memory.F32() };
-        (double one, double all) = backend is { Path: CpuPath.Vector512Bf16, Products: DType.BF16 }
-            ? Rates(alone, backend.Team, new TileBurst { Operands = memory.F32() }, TileBurst.Operations)
-            : Rates(alone, backend.Team, default(Burst<V>), 2.0 * V.Count * Burst<V>.Sums * Burst<V>.Steps);
+        (double one, double all) = (backend.Products, backend.Path) switch
+        {
+            (DType.BF16, CpuPath.Vector512Amx) => Rates(alone, backend.Team, new TileBurst<AmxTile> { Operands = memory.F32() }, TileBurst<AmxTile>.Operations),
+            (DType.BF16, CpuPath.Vector512Bf16) =>
+                Rates(alone, backend.Team, new TileBurst<Avx512Bf16Tile> { Operands = memory.F32() }, TileBurst<Avx512Bf16Tile>.Operations),
+            _ => Rates(alone, backend.Team, default(Burst<V>), 2.0 * V.Count * Burst<V>.Sums * Burst<V>.Steps),
+        };
         return new CpuCeiling(
             backend.Path,
             backend.Threads,
@@ -115,24 +119,26 @@ public sealed record CpuCeiling(
     }
 
     // A tile whose operands stay in the first cache runs at the rate of its instruction.
-    private unsafe struct TileBurst : IWork
+    private unsafe struct TileBurst<T> : IWork
+        where T : struct, ITile
     {
-        public const double Operations = 2.0 * 8 * 32 * 2 * Steps * Tiles;
-
         public float* Operands;
 
         private const int Steps = 128;
         private const int Tiles = 1000;
 
+        public static double Operations => 2.0 * T.Rows * T.Columns * 2 * Steps * Tiles;
+
         public readonly void Run(int task, int thread)
         {
-            float* sums = stackalloc float[Avx512Bf16Tile.Rows * Avx512Bf16Tile.Columns];
-            float* panel = Operands + (Avx512Bf16Tile.Rows * Steps);
+            float* sums = stackalloc float[T.Rows * T.Columns];
+            T.Begin();
             for (int tile = 0; tile < Tiles; tile++)
             {
-                Avx512Bf16Tile.Multiply(
-                    sums, Avx512Bf16Tile.Columns, Operands, leftRow: 1, leftStep: Avx512Bf16Tile.Rows, panel, Steps, accumulate: false);
+                T.Multiply(sums, T.Columns, Operands, T.PackedRow, T.Rows, Operands + (T.Rows * Steps), Steps, accumulate: false);
             }
+
+            T.End();
         }
     }
 

@@ -7,6 +7,9 @@ namespace TinyLlama.Compute.Cpu;
 /// <summary>The widths that CPU kernels are compiled for.</summary>
 public enum CpuPath
 {
+    /// <summary>16 floats a register, and products in bf16 by the tiles of AMX, in code emitted at run time: AMX with BF16, Linux on x64.</summary>
+    Vector512Amx,
+
     /// <summary>16 floats a register, and products in bf16 by vdpbf16ps, in code emitted at run time: AVX-512 with BF16, Linux on x64.</summary>
     Vector512Bf16,
 
@@ -26,7 +29,7 @@ public enum CpuPath
 /// <summary>Which path this machine runs, and why.</summary>
 public static class CpuPaths
 {
-    /// <summary>Forces a path: <c>512bf16</c>, <c>512</c> (which emits no code), <c>256</c>, <c>128</c> or <c>scalar</c>.</summary>
+    /// <summary>Forces a path: <c>512amx</c>, <c>512bf16</c>, <c>512</c> (which emits no code), <c>256</c>, <c>128</c> or <c>scalar</c>.</summary>
     public const string Variable = "TINYLLAMA_CPU";
 
     /// <summary>Gets a value indicating whether 128-bit fused multiply-add is one instruction here.</summary>
@@ -34,27 +37,32 @@ public static class CpuPaths
 
     /// <summary>Gets the widest path whose instructions this machine has; asked for what kernels need, not for a width.</summary>
     public static CpuPath Best =>
-        Avx512Bf16Tile.IsSupported ? CpuPath.Vector512Bf16
+        Amx.IsSupported ? CpuPath.Vector512Amx
+        : Avx512Bf16Tile.IsSupported ? CpuPath.Vector512Bf16
         : Avx512F.IsSupported ? CpuPath.Vector512
         : Avx2.IsSupported && Fma.IsSupported ? CpuPath.Vector256
         : Vector128.IsHardwareAccelerated ? CpuPath.Vector128
         : CpuPath.Scalar;
 
     /// <summary>
-    /// Gets why the code of <see cref="CpuPath.Vector512Bf16"/> cannot be used, in one line, or null. Emits, loads and
-    /// checks it when first asked.
+    /// Gets why the code for bf16 of the path to use cannot be used, in one line, or null; also where the path has none. Emits, loads
+    /// and checks it when first asked.
     /// </summary>
-    public static string? Bf16Fault => Avx512Bf16Tile.Fault;
+    /// <exception cref="DeviceException">The variable names no path.</exception>
+    public static string? Bf16Fault => Bf16FaultOf(Choose());
 
     /// <summary>Gets the type in which matrix products are fastest on the path to use: BF16 where it has instructions for it.</summary>
     /// <exception cref="DeviceException">The variable names no path.</exception>
-    public static DType FastestProducts => Choose() == CpuPath.Vector512Bf16 && Bf16Fault is null ? DType.BF16 : DType.F32;
+    public static DType FastestProducts => Choose() <= CpuPath.Vector512Bf16 && Bf16Fault is null ? DType.BF16 : DType.F32;
 
     /// <summary>The path to use: the one that <see cref="Variable"/> names, else the best.</summary>
     /// <exception cref="DeviceException">The variable names no path.</exception>
     public static CpuPath Choose() => Environment.GetEnvironmentVariable(Variable) switch
     {
         null or "" => Best,
+        "512amx" => Amx.IsSupported
+            ? CpuPath.Vector512Amx
+            : throw new DeviceException($"{Variable}=512amx needs a processor with AMX for BF16 and Linux on x64; use 512bf16, 512, 256, 128 or scalar"),
         "512bf16" => Avx512Bf16Tile.IsSupported
             ? CpuPath.Vector512Bf16
             : throw new DeviceException($"{Variable}=512bf16 needs a processor with AVX512-BF16 and Linux on x64; use 512, 256, 128 or scalar"),
@@ -62,6 +70,14 @@ public static class CpuPaths
         "256" => CpuPath.Vector256,
         "128" => CpuPath.Vector128,
         "scalar" => CpuPath.Scalar,
-        string other => throw new DeviceException($"{Variable}={other} names no path; use 512bf16, 512, 256, 128 or scalar"),
+        string other => throw new DeviceException($"{Variable}={other} names no path; use 512amx, 512bf16, 512, 256, 128 or scalar"),
+    };
+
+    /// <summary>Why the code for bf16 of a path cannot be used, in one line, or null; also where the path has none.</summary>
+    internal static string? Bf16FaultOf(CpuPath path) => path switch
+    {
+        CpuPath.Vector512Amx => AmxTile.Fault,
+        CpuPath.Vector512Bf16 => Avx512Bf16Tile.Fault,
+        _ => null,
     };
 }

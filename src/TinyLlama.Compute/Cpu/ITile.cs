@@ -19,11 +19,27 @@ internal unsafe interface ITile
     /// <summary>Gets the dwords that a row of the left operand has for a step: 1, or 2 where the k of a pair are floats side by side.</summary>
     static abstract int LeftDwords { get; }
 
-    /// <summary>Gets the rows of a tile, at most 8.</summary>
+    /// <summary>Gets the rows of a tile, at most 32.</summary>
     static abstract int Rows { get; }
 
     /// <summary>Gets the columns of a tile and of a panel, at most 32.</summary>
     static abstract int Columns { get; }
+
+    /// <summary>Gets the dwords from one row to the next of a packed left operand, whose dwords are <see cref="Rows"/> from each other.</summary>
+    static virtual int PackedRow => 1;
+
+    /// <summary>Gets the steps that are packed together: blocks of steps are multiples of it, but for the last.</summary>
+    static virtual int StepUnit => 8;
+
+    /// <summary>Makes this thread ready to multiply. Between this and <see cref="End"/> nothing but one product runs in it.</summary>
+    static virtual void Begin()
+    {
+    }
+
+    /// <summary>Ends what <see cref="Begin"/> began.</summary>
+    static virtual void End()
+    {
+    }
 
     /// <summary>sums[r, j] = or += Σₛ left[r, s] · panel[s, j] for a whole tile.</summary>
     /// <param name="sums">First of the tile's sums.</param>
@@ -67,7 +83,8 @@ internal unsafe interface IPackingTile : ITile
 
     /// <summary>
     /// Fills a tile of the left operand whose rows are side by side in the source: row r, k from <c>source[r + k · step]</c>;
-    /// dword d of row r to <c>tile[d · <see cref="ITile.Rows"/> + r]</c>. Rows beyond <paramref name="rows"/> keep what they hold.
+    /// dword d of row r to <c>tile[d · <see cref="ITile.Rows"/> + r]</c>, if a tile has no layout of its own. Rows beyond
+    /// <paramref name="rows"/> may be left as they are. Any number of <see cref="ITile.StepUnit"/>s may be packed by a call, and what is left by the last.
     /// </summary>
     static abstract void PackRows(float* tile, float* source, nint step, int rows, nint depth);
 }

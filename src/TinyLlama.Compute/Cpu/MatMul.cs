@@ -36,9 +36,6 @@ internal static unsafe class MatMul
     private const int MaxBlockSteps = 384;
     private const int MaxBlockRows = 88;
 
-    // Steps that are packed together; blocks of steps are multiples of it.
-    private const int StepUnit = 8;
-
     // Dwords of a block of the left operand.
     private const int MaxBlock = MaxBlockRows * ((2 * MaxBlockSteps) + RowPadding);
 
@@ -47,7 +44,7 @@ internal static unsafe class MatMul
 
     // The widest panel, and the largest tile, of any width.
     private const int MaxColumns = 32;
-    private const int MaxTileCount = 8 * 32;
+    private const int MaxTileCount = 32 * 32;
 
     // Rows of the copied block start at different places of the first cache.
     private const int RowPadding = 16;
@@ -267,7 +264,7 @@ internal static unsafe class MatMul
     {
         int steps = Steps<T>(depth);
         int blocks = (steps + MaxBlockSteps - 1) / MaxBlockSteps;
-        return Math.Min(MaxBlockSteps, RoundUp((steps + blocks - 1) / blocks, StepUnit));
+        return Math.Min(MaxBlockSteps, RoundUp((steps + blocks - 1) / blocks, T.StepUnit));
     }
 
     // For each block of k, panel after panel, or tile after tile of the left operand, whose rows are then the columns of
@@ -284,7 +281,7 @@ internal static unsafe class MatMul
         // Columns side by side are read row by row, some rows a task; columns that are rows are read panel by panel.
         bool sideBySide = source.Column == 1;
         int steps = Steps<T>(depth);
-        int stepsPerTask = sideBySide ? RoundUp(Math.Max(1, 8192 / columns), StepUnit) : steps;
+        int stepsPerTask = sideBySide ? RoundUp(Math.Max(1, 8192 / columns), T.StepUnit) : steps;
         PackWork<T> work = new()
         {
             Panels = panels,
@@ -299,7 +296,7 @@ internal static unsafe class MatMul
             PanelsPerBlock = panelsPerBlock,
             StepsPerTask = stepsPerTask,
             BlockSteps = blockSteps,
-            StepsAtOnce = sideBySide ? StepUnit : blockSteps,
+            StepsAtOnce = sideBySide ? T.StepUnit : blockSteps,
             PanelsPerTask = sideBySide ? panelCount : 1,
             PanelTasks = sideBySide ? 1 : panelCount,
         };
@@ -473,6 +470,7 @@ internal static unsafe class MatMul
             int firstPanel = (int)((long)PanelCount * columnBlock / ColumnBlocks);
             int endPanel = (int)((long)PanelCount * (columnBlock + 1) / ColumnBlocks);
             float* block = Scratch.Of(thread);
+            T.Begin();
             for (int step = 0; step < Steps; step += BlockSteps)
             {
                 int steps = Math.Min(BlockSteps, Steps - step);
@@ -481,7 +479,7 @@ internal static unsafe class MatMul
                 {
                     nint perRow = steps * T.LeftDwords;
                     float* tiles = Tiles + ((nint)step * TileRows * T.Rows * T.LeftDwords) + (firstRow * perRow);
-                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, tiles, 1, T.Rows, perRow, accumulate);
+                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, tiles, T.PackedRow, T.Rows, perRow, accumulate);
                 }
                 else
                 {
@@ -496,6 +494,8 @@ internal static unsafe class MatMul
                     Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, block, row, 1, row, accumulate);
                 }
             }
+
+            T.End();
         }
 
         // Dwords from one row of the copied block to the next.

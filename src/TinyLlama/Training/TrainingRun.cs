@@ -132,7 +132,7 @@ public sealed class TrainingRun : IDisposable
                 world = gpus = NcclCollective.Create(gpu, world, TimeSpan.FromSeconds(recipe.Distribution.TimeoutSeconds));
             }
 
-            if (backend is CpuBackend && recipe.Precision != DType.F32 && CpuPaths.Choose() == CpuPath.Vector512Bf16 && CpuPaths.Bf16Fault is string fault)
+            if (backend is CpuBackend && recipe.Precision != DType.F32 && CpuPaths.Bf16Fault is string fault)
             {
                 observer.Warn(fault);
             }

@@ -21,6 +21,7 @@ internal sealed class MachineCode(byte[] code)
     private readonly List<(ulong Start, uint[] Dwords, bool Writable)> _regions = [];
     private readonly Dictionary<Register, ulong> _registers = [];
     private readonly uint[][] _vectors = [.. Enumerable.Range(0, 32).Select(_ => Enumerable.Repeat(0x7FC0_1234u, 16).ToArray())];
+    private readonly uint[][] _tiles = [.. Enumerable.Range(0, 8).Select(_ => Enumerable.Repeat(0x7FC0_1234u, 256).ToArray())];
     private bool _zero;
     private bool _upperCleared;
 
@@ -51,7 +52,7 @@ internal sealed class MachineCode(byte[] code)
     /// <summary>Calls the code at address 0 and returns the first region.</summary>
     public uint[] Call(params ulong[] arguments)
     {
-        ulong[] onStack = [ReturnAddress, .. arguments[s_arguments.Length..]];
+        ulong[] onStack = [ReturnAddress, .. arguments.Skip(s_arguments.Length)];
         _regions.Add((StackTop, [.. onStack.SelectMany(word => new[] { (uint)word, (uint)(word >> 32) })], false));
         foreach (Register register in s_preserved)
         {
@@ -59,7 +60,7 @@ internal sealed class MachineCode(byte[] code)
         }
 
         _registers[Register.RSP] = StackTop;
-        for (int i = 0; i < s_arguments.Length; i++)
+        for (int i = 0; i < Math.Min(s_arguments.Length, arguments.Length); i++)
         {
             _registers[s_arguments[i]] = arguments[i];
         }
@@ -135,6 +136,26 @@ internal sealed class MachineCode(byte[] code)
             case Mnemonic.Vdpbf16ps:
                 Lanes(instruction, (sum, a, b) => FusedProduct(FusedProduct(sum, a & 0xFFFF_0000, b & 0xFFFF_0000), a << 16, b << 16));
                 break;
+            case Mnemonic.Tilezero:
+                Tile(instruction, 0).AsSpan().Clear();
+                break;
+            case Mnemonic.Tileloadd:
+                for (int row = 0; row < 16; row++)
+                {
+                    Read(RowOf(instruction, 1, row), 16).CopyTo(Tile(instruction, 0), 16 * row);
+                }
+
+                break;
+            case Mnemonic.Tilestored:
+                for (int row = 0; row < 16; row++)
+                {
+                    Write(RowOf(instruction, 0, row), Tile(instruction, 1)[(16 * row)..(16 * (row + 1))]);
+                }
+
+                break;
+            case Mnemonic.Tdpbf16ps:
+                TileProducts(Tile(instruction, 0), Tile(instruction, 1), Tile(instruction, 2));
+                break;
             default:
                 Assert.Fail($"{instruction} is not known");
                 break;
@@ -151,6 +172,36 @@ internal sealed class MachineCode(byte[] code)
         static float Float(uint bits) => BitConverter.UInt32BitsToSingle(Flushed(bits));
 
         static uint Flushed(uint bits) => (bits & 0x7F80_0000) == 0 ? bits & 0x8000_0000 : bits;
+    }
+
+    // The same of TDPBF16PS: the first of each pair and the second are summed each by themselves.
+    private static void TileProducts(uint[] sums, uint[] rows, uint[] pairs)
+    {
+        for (int at = 0; at < 256; at++)
+        {
+            uint first = 0, second = 0;
+            for (int k = 0; k < 16; k++)
+            {
+                uint a = rows[(at & -16) + k], b = pairs[(16 * k) + (at % 16)];
+                first = FusedProduct(first, a << 16, b << 16);
+                second = FusedProduct(second, a & 0xFFFF_0000, b & 0xFFFF_0000);
+            }
+
+            sums[at] = Sum(sums[at], Sum(first, second));
+        }
+
+        static uint Sum(uint a, uint b) => FusedProduct(a, b, BitConverter.SingleToUInt32Bits(1));
+    }
+
+    // The index is the distance of two rows, and no part of the address.
+    private ulong RowOf(Instruction instruction, int operand, int row) =>
+        Address(instruction, operand) + ((ulong)row * General(instruction.MemoryIndex));
+
+    private uint[] Tile(Instruction instruction, int operand)
+    {
+        Register register = instruction.GetOpRegister(operand);
+        Assert.InRange(register, Register.TMM0, Register.TMM7);
+        return _tiles[register - Register.TMM0];
     }
 
     private void Lanes(Instruction instruction, Func<uint, uint, uint, uint> function)
