@@ -26,4 +26,20 @@ internal static class SmallModel
         TrainingCheckpoint.Save(run, 0, writer => writer.WriteModel(config, model.Backend, model.Model.Parameters, tokenizer));
         return run;
     }
+
+    /// <summary>Writes a checkpoint of a model of 100 thousand weights with a tokenizer; returns its folder.</summary>
+    public static string SaveCheckpoint(string run)
+    {
+        var config = new ModelConfig
+        {
+            VocabularySize = 400,
+            ContextLength = 16,
+            Layers = 2,
+            Heads = 2,
+            KeyValueHeads = 2,
+            Channels = 64,
+            Hidden = 64,
+        };
+        return TrainingCheckpoint.List(Save(run, config, Tokenizer(config.VocabularySize)))[^1].Path;
+    }
 }

@@ -1,6 +1,4 @@
 using System.Diagnostics;
-using TinyLlama.Checkpoints;
-using TinyLlama.Model;
 using TinyLlama.Tests.Checkpoints;
 
 namespace TinyLlama.Tests.Cli;
@@ -24,17 +22,7 @@ public sealed class FullDiskTests : IDisposable
     {
         const string Shell = "/bin/bash";
         Assert.SkipUnless(OperatingSystem.IsLinux() && File.Exists(Shell), "needs Linux and bash, which limits the size of files");
-        var config = new ModelConfig
-        {
-            VocabularySize = 400,
-            ContextLength = 16,
-            Layers = 2,
-            Heads = 2,
-            KeyValueHeads = 2,
-            Channels = 64,
-            Hidden = 64,
-        };
-        string model = TrainingCheckpoint.List(SmallModel.Save(_folder["model"], config, SmallModel.Tokenizer(config.VocabularySize)))[^1].Path;
+        string model = SmallModel.SaveCheckpoint(_folder["model"]);
         string results = Directory.CreateDirectory(_folder["results"]).FullName;
         (int code, string error) = Run(
             [Shell, "-c", $"trap '' XFSZ; ulimit -f {LimitKilobytes}; exec \"$0\" \"$@\"", "dotnet"], [verb, model, "--out", Path.Combine(results, name), .. options]);

@@ -1,6 +1,5 @@
 using TinyLlama.Checkpoints;
 using TinyLlama.Cli;
-using TinyLlama.Model;
 using TinyLlama.Tests.Checkpoints;
 
 namespace TinyLlama.Tests.Cli;
@@ -76,18 +75,5 @@ public sealed class WritingCommandTests : IDisposable
         return (await CommandLine.RunAsync(Program.CreateRoot(), arguments, output, error, stop), error.ToString());
     }
 
-    private string Model()
-    {
-        var config = new ModelConfig
-        {
-            VocabularySize = 400,
-            ContextLength = 16,
-            Layers = 2,
-            Heads = 2,
-            KeyValueHeads = 2,
-            Channels = 64,
-            Hidden = 64,
-        };
-        return TrainingCheckpoint.List(SmallModel.Save(_folder["model"], config, SmallModel.Tokenizer(config.VocabularySize)))[^1].Path;
-    }
+    private string Model() => SmallModel.SaveCheckpoint(_folder["model"]);
 }
