@@ -227,8 +227,8 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
-// The sum over the block in one fixed tree, known to every thread; all threads must come here.
-__device__ __forceinline__ float block_sum(float value) {
+// The sum over the first warps of the block, as many for all threads of a warp, in one fixed tree; all threads must come here.
+__device__ __forceinline__ float sum_of_warps(float value, int count) {
     SHARED(float, warps, 32);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     value = warp_sum(value);
@@ -238,8 +238,11 @@ __device__ __forceinline__ float block_sum(float value) {
     }
 
     __syncthreads();
-    return warp_sum(lane < (int)blockDim.x / 32 ? warps[lane] : 0.0f);
+    return warp_sum(lane < count ? warps[lane] : 0.0f);
 }
+
+// The sum over the block, known to every thread.
+__device__ __forceinline__ float block_sum(float value) { return sum_of_warps(value, (int)blockDim.x / 32); }
 
 // The largest of the block, as block_sum.
 __device__ __forceinline__ float block_max(float value) {

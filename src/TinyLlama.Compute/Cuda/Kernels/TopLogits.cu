@@ -31,20 +31,6 @@ __device__ __forceinline__ u64 threshold_of(const float* row, int vocabulary, in
     return threshold;
 }
 
-// The sum over the warps of the block that come before this one.
-__device__ __forceinline__ float sum_of_warps_before(float value) {
-    SHARED(float, warps, 32);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    value = warp_sum(value);
-    __syncthreads();  // the sums of the call before have been read
-    if (lane == 0) {
-        warps[warp] = value;
-    }
-
-    __syncthreads();
-    return warp_sum(lane < warp ? warps[lane] : 0.0f);
-}
-
 // The sum over the lanes of the warp that come before this one.
 __device__ __forceinline__ float sum_of_lanes_before(float value) {
     const int lane = threadIdx.x % 32;
@@ -87,8 +73,8 @@ KERNEL(1024) void top_logits(float* top, const float* logits, i64 stride, const 
         }
     }
 
-    int place = (int)sum_of_warps_before((float)winners);
-    const float before = sum_of_warps_before(others);
+    int place = (int)sum_of_warps((float)winners, warp);
+    const float before = sum_of_warps(others, warp);
     float passed = 0.0f;
     for (int tile = first; tile < end; tile += 32) {
         const int v = tile + lane;
