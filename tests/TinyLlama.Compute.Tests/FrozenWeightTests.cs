@@ -122,6 +122,38 @@ public sealed class FrozenWeightTests
         Assert.Equal(alone.Output.HostSpan<float>(), together.Output.HostSpan<float>());
     }
 
+    // Rows around whole tiles and pairs of them, and more than are multiplied at once.
+    [Theory]
+    [InlineData(DType.Q8_0, 96)]
+    [InlineData(DType.Q8_0, 1_600)]
+    [InlineData(DType.Q4_0, 96)]
+    [InlineData(DType.Q4_0, 1_600)]
+    [InlineData(DType.Q4_1, 96)]
+    [InlineData(DType.Q5_0, 416)]
+    [InlineData(DType.Q5_1, 96)]
+    [InlineData(DType.Q4_K, 768)]
+    [InlineData(DType.Q5_K, 256)]
+    [InlineData(DType.Q6_K, 512)]
+    public void Tiles_give_the_bits_of_rows(DType type, int inputs)
+    {
+        Assert.SkipWhen(AmxBytes.Fault is not null, $"{AmxBytes.Fault}");
+        foreach ((int rows, int outputs) in (ReadOnlySpan<(int, int)>)[(6, 52), (16, 16), (17, 130), (33, 48), (300, 70)])
+        {
+            using CpuBackend tiles = CpuBackend.Create(2, CpuPath.Vector512Amx);
+            using CpuBackend lanes = CpuBackend.Create(1, CpuPath.Vector512);
+            using Operands actual = new(tiles, type, rows, outputs, inputs);
+            using Operands expected = new(lanes, type, rows, outputs, inputs);
+            actual.Output.HostSpan<float>().Fill(0.5f);
+            expected.Output.HostSpan<float>().Fill(0.5f);
+            foreach (bool accumulate in (bool[])[true, false])
+            {
+                tiles.MatMul(actual.Output, actual.Input, actual.Weight, accumulate);
+                lanes.MatMul(expected.Output, expected.Input, expected.Weight, accumulate);
+                Assert.Equal(expected.Output.HostSpan<float>(), actual.Output.HostSpan<float>());
+            }
+        }
+    }
+
     // Rows of three tensors, of which the first two have the halves of a head next to each other.
     [Theory]
     [MemberData(nameof(ReadInPlace))]

@@ -25,6 +25,9 @@ internal unsafe interface IBlockFormat<V>
     /// <summary>Gets a value indicating whether there is an offset.</summary>
     static abstract bool HasOffsets { get; }
 
+    /// <summary>Gets a value indicating whether bytes are 8 too large: value = scale · (byte - 8).</summary>
+    static virtual bool IsEightTooLarge => false;
+
     /// <summary>Elements 4i … 4i + 3 of a group.</summary>
     static abstract V Bytes(byte* block, int group, int i);
 
@@ -116,17 +119,16 @@ internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
 
     public static bool HasHalfScales => false;
 
-    public static bool HasOffsets => true;
+    public static bool HasOffsets => false;
+
+    public static bool IsEightTooLarge => true;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Nibbles(block, 2, i);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Units(byte* block, byte* scales, out V scale, out V offset)
-    {
-        scale = Halves<V>.Load(block);
-        offset = scale * V.Create(-8);
-    }
+    public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
+        (scale, offset) = (Halves<V>.Load(block), default);
 
     public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
     {
@@ -291,6 +293,33 @@ internal readonly unsafe struct Q5KFormat<V> : IBlockFormat<V>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset) =>
         Q4KFormat<V>.Scale(block, scales, group, ref scale, ref offset);
+}
+
+/// <summary>A scale, then 32 signed bytes; for <see cref="TiledMatMul"/> alone, as <see cref="Q8MatMul"/> reads them by itself.</summary>
+/// <typeparam name="V">The register.</typeparam>
+internal readonly unsafe struct Q8Format<V> : IBlockFormat<V>
+    where V : struct, ILanes<V>
+{
+    public static int BlockBytes => 34;
+
+    public static int Groups => 1;
+
+    public static bool FitsWords => false;
+
+    public static bool HasHalfScales => false;
+
+    public static bool HasOffsets => false;
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Plane(block, 2, i);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
+        (scale, offset) = (Halves<V>.Load(block), default);
+
+    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
+    {
+    }
 }
 
 /// <summary>A scale of the block, nibbles, two high bits of each element, a signed scale of each 16 elements; values 32 too large.</summary>

@@ -3,9 +3,9 @@ namespace TinyLlama.Compute.Cpu;
 /// <summary>The CPU: checks the shapes of each operation once, then runs its kernel at the width chosen at start.</summary>
 public abstract class CpuBackend : Backend
 {
-    private protected CpuBackend(CpuPath path, int threads, DType products)
+    private protected CpuBackend(CpuPath path, int threads, DType products, bool multipliesTiles)
     {
-        (Path, Products, Scratch, Team) = (path, products, new Scratch(threads), new ThreadTeam(threads));
+        (Path, Products, MultipliesTiles, Scratch, Team) = (path, products, multipliesTiles, new Scratch(threads), new ThreadTeam(threads));
     }
 
     /// <summary>Gets the width of the kernels.</summary>
@@ -43,6 +43,9 @@ public abstract class CpuBackend : Backend
 
     internal ThreadTeam Team { get; }
 
+    /// <summary>Gets a value indicating whether many rows are multiplied by quantized weights on AMX, where its code can be used.</summary>
+    private protected bool MultipliesTiles { get; }
+
     private protected Scratch Scratch { get; }
 
     /// <summary>A backend for this machine.</summary>
@@ -52,6 +55,7 @@ public abstract class CpuBackend : Backend
     /// <remarks>
     /// <see cref="CpuPath.Vector512Amx"/> and <see cref="CpuPath.Vector512Bf16"/> differ from <see cref="CpuPath.Vector512"/> in products
     /// of BF16 alone; where their code is not asked for or cannot be used (<see cref="CpuPaths.Bf16Fault"/>), the backend is and says Vector512.
+    /// That of AMX also multiplies many rows by quantized weights, which changes no bit.
     /// </remarks>
     /// <exception cref="DeviceException">The environment names a path that does not exist.</exception>
     public static CpuBackend Create(int threads = 0, CpuPath? path = null, DType products = DType.F32)
@@ -60,9 +64,10 @@ public abstract class CpuBackend : Backend
         threads = threads > 0 ? threads : Environment.ProcessorCount;
         bool bf16 = products == DType.BF16;
         CpuPath chosen = path ?? CpuPaths.Choose();
+        bool tiles = chosen == CpuPath.Vector512Amx;
         return chosen switch
         {
-            CpuPath.Vector512Amx when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, AmxTile>(chosen, threads),
+            CpuPath.Vector512Amx when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, AmxTile>(chosen, threads, tiles),
             CpuPath.Vector512Bf16 when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, Avx512Bf16Tile>(chosen, threads),
             CpuPath.Vector512Amx or CpuPath.Vector512Bf16 or CpuPath.Vector512 => On<Lanes512>(CpuPath.Vector512),
             CpuPath.Vector256 => On<Lanes256>(CpuPath.Vector256),
@@ -73,7 +78,7 @@ public abstract class CpuBackend : Backend
 
         CpuBackend On<V>(CpuPath width)
             where V : struct, ILanes<V> =>
-            bf16 ? new CpuBackend<V, Bf16Tile<V>>(width, threads) : new CpuBackend<V, Tile<V>>(width, threads);
+            bf16 ? new CpuBackend<V, Bf16Tile<V>>(width, threads, tiles) : new CpuBackend<V, Tile<V>>(width, threads, tiles);
     }
 
     /// <inheritdoc/>
@@ -113,7 +118,7 @@ public abstract class CpuBackend : Backend
 /// <summary>The kernels, specialized to one register width.</summary>
 /// <typeparam name="V">The register.</typeparam>
 /// <typeparam name="T">The tile of matrix products.</typeparam>
-internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBackend(path, threads, T.Type)
+internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, bool multipliesTiles = false) : CpuBackend(path, threads, T.Type, multipliesTiles)
     where V : struct, ILanes<V>
     where T : struct, IPackingTile
 {
@@ -178,7 +183,11 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads) : CpuBa
             output.Rows == input.Rows && output.Columns == weight.Outputs && input.Columns == weight.Inputs,
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, output);
-        if (weight.Type == DType.Q8_0)
+        if (MultipliesTiles && input.Rows >= TiledMatMul.LeastRows && TiledMatMul.Multiplies(weight.Type) && AmxBytes.Fault is null)
+        {
+            TiledMatMul.Forward(Team, Scratch, output, input, weight, accumulate);
+        }
+        else if (weight.Type == DType.Q8_0)
         {
             Q8MatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
         }

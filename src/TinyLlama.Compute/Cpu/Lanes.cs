@@ -101,6 +101,9 @@ internal unsafe partial struct Lanes512(Vector512<float> value) : ILanes<Lanes51
 
     public static int Count => 16;
 
+    /// <summary>Gets the register.</summary>
+    public readonly Vector512<float> Value => _value;
+
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 Load(float* p) => new(Vector512.Load(p));
 

@@ -20,7 +20,8 @@ internal static unsafe class Q8MatMul
     public const int ThreadBytes = MaxLanes * BlockBytes * GroupsAtOnce;
 
     private const int Group = RoundedInputs.Group;
-    private const int BlockBytes = sizeof(ushort) + Group;
+    /// <summary>Bytes of a block.</summary>
+    public const int BlockBytes = sizeof(ushort) + Group;
     private const int MaxLanes = 16;
 
     // Rows whose sums of integers fit the registers, and the least for which weights are turned.
@@ -125,8 +126,8 @@ internal static unsafe class Q8MatMul
         }
     }
 
-    // The first row of a panel and the bytes to the next.
-    private static byte* Panel<V>(StoredRows[] ranges, nint rowBytes, int panel, out nint step)
+    /// <summary>The first row of a panel and the bytes to the next.</summary>
+    public static byte* Panel<V>(StoredRows[] ranges, nint rowBytes, int panel, out nint step)
         where V : struct, ILanes<V>
     {
         int row = panel * V.Count;
@@ -140,9 +141,9 @@ internal static unsafe class Q8MatMul
         return (byte*)address;
     }
 
-    // Rows become a panel: of each group the scales, then dword after dword of all rows.
+    /// <summary>Rows become a panel: of each group the scales, then dword after dword of all rows.</summary>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    private static void Turn<V>(byte* panel, byte* rows, nint step, int groups)
+    public static void Turn<V>(byte* panel, byte* rows, nint step, int groups)
         where V : struct, ILanes<V>
     {
         for (int group = 0; group < groups; group++)

@@ -113,6 +113,7 @@ internal static unsafe class QuantizedMatMul
                 for (int panel = first; panel < end; panel++)
                 {
                     byte* weights = Panels + (panel * PanelBytes);
+                    Begin(sums, row, rows, panel);
                     if (F.HasHalfScales)
                     {
                         Multiply<Halves>(sums, weights, rounded, rows, rows > 1 ? rows : 0);
@@ -142,7 +143,23 @@ internal static unsafe class QuantizedMatMul
             if (together < rows)
             {
                 byte* last = rounded + (together * RoundedInputs.GroupBytes);
-                MultiplyRow<TRows>(weights, last, Groups, rows).Store(sums + (together * V.Count));
+                float* sum = sums + (together * V.Count);
+                MultiplyRow<TRows>(V.Load(sum), weights, last, Groups, rows).Store(sum);
+            }
+        }
+
+        // What products are added to; the panel may stick out.
+        private readonly void Begin(float* sums, int row, int rows, int panel)
+        {
+            int column = panel * V.Count;
+            int columns = Math.Min(V.Count, Output.Columns - column);
+            for (int r = 0; r < rows; r++)
+            {
+                V.Create(0).Store(sums + (r * V.Count));
+                if (Accumulate)
+                {
+                    Copy(sums + (r * V.Count), Output.F32(row + r) + column, columns);
+                }
             }
         }
 
@@ -152,29 +169,19 @@ internal static unsafe class QuantizedMatMul
             int columns = Math.Min(V.Count, Output.Columns - column);
             for (int r = 0; r < rows; r++)
             {
-                float* destination = Output.F32(row + r) + column;
-                float* source = sums + (r * V.Count);
-                if (columns == V.Count)
-                {
-                    V sum = V.Load(source);
-                    (Accumulate ? V.Load(destination) + sum : sum).Store(destination);
-                    continue;
-                }
-
-                for (int lane = 0; lane < columns; lane++)
-                {
-                    destination[lane] = Accumulate ? destination[lane] + source[lane] : source[lane];
-                }
+                Copy(Output.F32(row + r) + column, sums + (r * V.Count), columns);
             }
         }
+
+        private static void Copy(float* destination, float* source, int count) =>
+            new ReadOnlySpan<float>(source, count).CopyTo(new Span<float>(destination, count));
 
         // One of so many rows that lie in a block, and one panel: the bits of MultiplyRows.
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static V MultiplyRow<TRows>(byte* weights, byte* rounded, int groups, int rows)
+        private static V MultiplyRow<TRows>(V sum, byte* weights, byte* rounded, int groups, int rows)
         {
             byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
-            V sum = V.Create(0);
             for (int done = 0; done < groups; done += F.Groups)
             {
                 F.Units(weights, scales, out V unit, out V offsetUnit);
@@ -226,11 +233,6 @@ internal static unsafe class QuantizedMatMul
             byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
             nint lanes = V.Count;
             float* end = sums + (together * lanes);
-            for (float* sum = sums; sum < end; sum += lanes)
-            {
-                V.Create(0).Store(sum);
-            }
-
             for (int done = 0; done < groups; done += F.Groups)
             {
                 F.Units(weights, scales, out V unit, out V offsetUnit);
@@ -316,7 +318,13 @@ internal static unsafe class QuantizedMatMul
                 sum = V.Fma(offset, V.Create(((float*)(rounded + RoundedInputs.Group))[2]), sum);
             }
 
-            return AddScaled(sum, F.FitsWords ? V.AddNeighbours(products) : products, scale, rounded);
+            V integers = F.FitsWords ? V.AddNeighbours(products) : products;
+            if (F.IsEightTooLarge)
+            {
+                integers = V.AddDwords(integers, Input(rounded + RoundedInputs.Group + (3 * sizeof(int))));
+            }
+
+            return AddScaled(sum, integers, scale, rounded);
         }
 
         [MethodImpl(MethodImplOptions.AggressiveInlining)]

@@ -5,7 +5,8 @@ namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
 /// Inputs of a product with a quantized weight, rounded to signed bytes: groups of 32 elements that share a scale. A group is
-/// its bytes, or the same as int16, then three dwords: the scale, the sums of both halves, times -16, as int16, and the scaled sum of all.
+/// its bytes, or the same as int16, then four dwords: the scale, the sums of both halves, times -16, as int16, the scaled sum of all,
+/// and -8 times their sum.
 /// </summary>
 internal static unsafe class RoundedInputs
 {
@@ -24,7 +25,7 @@ internal static unsafe class RoundedInputs
     /// <summary>Elements that rounded rows may have in all, so that they fit <see cref="Scratch.Shared"/>.</summary>
     public const int MaxElements = MatMul.SharedCount * sizeof(float) / WordGroupBytes * Group;
 
-    private const int DwordBytes = 3 * sizeof(float);
+    private const int DwordBytes = 4 * sizeof(float);
 
     /// <summary>Rounds rows; they lie in blocks of so many, in a block group after group of all its rows.</summary>
     public static void Round<V>(ThreadTeam team, byte* rounded, Tensor input, int blockRows, bool inWords)
@@ -33,6 +34,61 @@ internal static unsafe class RoundedInputs
         Rows rows = Rows.Of(input);
         RoundWork<V> work = new() { Rounded = rounded, Input = input, Rows = rows, BlockRows = blockRows, InWords = inWords };
         team.Run(ref work, rows.Tasks);
+    }
+
+    /// <summary>Rounds rows for <see cref="AmxBytes"/>; rows that the last block lacks are zero.</summary>
+    public static void RoundTiles<V>(ThreadTeam team, byte* rounded, Tensor input)
+        where V : struct, ILanes<V>
+    {
+        Rows rows = Rows.Of(input);
+        TileWork<V> work = new() { Rounded = rounded, Input = input, Rows = rows };
+        team.Run(ref work, rows.Tasks);
+    }
+
+    // 32 bytes, and the four dwords.
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static void RoundGroup<V>(byte* destination, byte* dwords, float* x)
+        where V : struct, ILanes<V>
+    {
+        V largest = V.Create(0);
+        V notFinite = V.Create(0);
+        for (int i = 0; i < Group; i += V.Count)
+        {
+            V value = V.Load(x + i);
+            largest = V.Max(largest, V.Max(value, V.Create(0) - value));
+            notFinite += (value - value);
+        }
+
+        // Adding 1.5 · 2²³ rounds to the nearest whole number, ties to even, and leaves it in the low bits.
+        float scale = largest.Max() / 127;
+        V inverse = V.Create(scale > 0 ? 1 / scale : 0);
+        V shift = V.Create(12_582_912f);
+        V first = V.Create(0);
+        V second = V.Create(0);
+        for (int i = 0; i < Group; i += V.Count)
+        {
+            V shifted = V.Fma(V.Load(x + i), inverse, shift);
+            shifted.StoreLowBytes((sbyte*)destination + i);
+            if (i < Group / 2)
+            {
+                first += shifted - shift;
+            }
+            else
+            {
+                second += shifted - shift;
+            }
+        }
+
+        // What is not a number stays none: the scale carries it.
+        scale += notFinite.Sum();
+        (float firstSum, float secondSum) = (first.Sum(), second.Sum());
+        float* scales = (float*)dwords;
+        short* halves = (short*)(scales + 1);
+        scales[0] = scale;
+        halves[0] = (short)(-16 * firstSum);
+        halves[1] = (short)(-16 * secondSum);
+        scales[2] = scale * (firstSum + secondSum);
+        ((int*)scales)[3] = (int)(-8 * (firstSum + secondSum));
     }
 
     private struct RoundWork<V> : IWork
@@ -60,12 +116,12 @@ internal static unsafe class RoundedInputs
                 {
                     if (InWords)
                     {
-                        RoundGroup(destination, destination + WordsBytes, source);
+                        RoundGroup<V>(destination, destination + WordsBytes, source);
                         Widen(destination);
                     }
                     else
                     {
-                        RoundGroup(destination, destination + Group, source);
+                        RoundGroup<V>(destination, destination + Group, source);
                     }
 
                     source += Group;
@@ -85,48 +141,49 @@ internal static unsafe class RoundedInputs
             }
         }
 
-        // 32 bytes; their scale and sums.
-        [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void RoundGroup(byte* destination, byte* dwords, float* x)
+    }
+
+    private struct TileWork<V> : IWork
+        where V : struct, ILanes<V>
+    {
+        public byte* Rounded;
+        public Tensor Input;
+        public Rows Rows;
+
+        [SkipLocalsInit]
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+        public readonly void Run(int task, int thread)
         {
-            V largest = V.Create(0);
-            V notFinite = V.Create(0);
-            for (int i = 0; i < Group; i += V.Count)
+            int* dwords = stackalloc int[DwordBytes / sizeof(int)];
+            int groups = Input.Columns / Group;
+            for (int row = Rows.First(task); row < Rows.End(task); row++)
             {
-                V value = V.Load(x + i);
-                largest = V.Max(largest, V.Max(value, V.Create(0) - value));
-                notFinite += (value - value);
-            }
-
-            // Adding 1.5 · 2²³ rounds to the nearest whole number, ties to even, and leaves it in the low bits.
-            float scale = largest.Max() / 127;
-            V inverse = V.Create(scale > 0 ? 1 / scale : 0);
-            V shift = V.Create(12_582_912f);
-            V first = V.Create(0);
-            V second = V.Create(0);
-            for (int i = 0; i < Group; i += V.Count)
-            {
-                V shifted = V.Fma(V.Load(x + i), inverse, shift);
-                shifted.StoreLowBytes((sbyte*)destination + i);
-                if (i < Group / 2)
+                (int block, int inBlock) = Math.DivRem(row, AmxBytes.Rows);
+                byte* group = Rounded + ((nint)block * groups * AmxBytes.InputBytes);
+                float* source = Input.F32(row);
+                for (int i = 0; i < groups; i++, group += AmxBytes.InputBytes, source += Group)
                 {
-                    first += shifted - shift;
-                }
-                else
-                {
-                    second += shifted - shift;
+                    RoundGroup<V>(group + (inBlock * Group), (byte*)dwords, source);
+                    int* places = (int*)(group + AmxBytes.BytesOfGroup) + inBlock;
+                    places[0] = dwords[0];
+                    places[AmxBytes.Rows] = dwords[1];
+                    places[2 * AmxBytes.Rows] = dwords[2];
+                    if (row == Input.Rows - 1)
+                    {
+                        Clear(group, inBlock + 1);
+                    }
                 }
             }
+        }
 
-            // What is not a number stays none: the scale carries it.
-            scale += notFinite.Sum();
-            (float firstSum, float secondSum) = (first.Sum(), second.Sum());
-            float* scales = (float*)dwords;
-            short* halves = (short*)(scales + 1);
-            scales[0] = scale;
-            halves[0] = (short)(-16 * firstSum);
-            halves[1] = (short)(-16 * secondSum);
-            scales[2] = scale * (firstSum + secondSum);
+        private static void Clear(byte* group, int firstRow)
+        {
+            int rows = AmxBytes.Rows - firstRow;
+            new Span<byte>(group + (firstRow * Group), rows * Group).Clear();
+            for (int i = 0; i < 3; i++)
+            {
+                new Span<int>((int*)(group + AmxBytes.BytesOfGroup) + (i * AmxBytes.Rows) + firstRow, rows).Clear();
+            }
         }
     }
 }

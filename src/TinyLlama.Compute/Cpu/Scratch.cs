@@ -22,7 +22,8 @@ internal sealed unsafe class Scratch : IDisposable
     private static int SharedCount => Math.Max(RmsNorm.Partials * RmsNorm.MaxChannels, MatMul.SharedCount);
 
     // A multiple of a page, so that no two threads write to the same cache line.
-    private static int ThreadCount => (Math.Max(Math.Max(MatMul.ThreadCount, Q8MatMul.ThreadBytes / sizeof(float)), Attention.ScratchCount) + 1023) & -1024;
+    private static int ThreadCount =>
+        (Math.Max(Math.Max(MatMul.ThreadCount, Attention.ScratchCount), Math.Max(Q8MatMul.ThreadBytes, TiledMatMul.ThreadBytes) / sizeof(float)) + 1023) & -1024;
 
     /// <summary>The part that one thread uses in one task, enough for any operation.</summary>
     public float* Of(int thread) => _memory + SharedCount + ((nint)thread * ThreadCount);

@@ -1,0 +1,228 @@
+using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
+
+namespace TinyLlama.Compute.Cpu;
+
+/// <summary>
+/// output (N, O) = input (N, I) · weightᵀ of many rows and a quantized weight, on AMX: weights are unpacked to signed bytes and scales once
+/// for many rows, which <see cref="AmxBytes"/> multiplies 16 by 16.
+/// </summary>
+/// <remarks>The bits are those of <see cref="QuantizedMatMul"/> and <see cref="Q8MatMul"/>.</remarks>
+internal static unsafe class TiledMatMul
+{
+    /// <summary>The rows from which on this is faster than kernels that multiply row by row: a tile takes the time of sixteen.</summary>
+    public const int LeastRows = 6;
+
+    /// <summary>Bytes that <see cref="Scratch.Of"/> must hold.</summary>
+    public const int ThreadBytes = SumsBytes + WeightsBytes + AmxBytes.WaitingBytes + TurnedBytes;
+
+    // Groups that are unpacked at once, blocks of any type: with those of 16 rows they stay in the first cache.
+    private const int GroupsAtOnce = 16;
+
+    // Panels of a task: inputs are read from the second cache once for all of them.
+    private const int PanelsAtOnce = 2;
+
+    // Rows whose sums of a task stay in the second cache.
+    private const int MostRows = 256;
+
+    private const int SumsBytes = PanelsAtOnce * MostRows * AmxBytes.Rows * sizeof(float);
+    private const int WeightsBytes = PanelsAtOnce * GroupsAtOnce * AmxBytes.WeightBytes;
+    private const int TurnedBytes = GroupsAtOnce * Q8MatMul.BlockBytes * AmxBytes.Rows;
+
+    /// <summary>Whether weights of a type are multiplied here.</summary>
+    public static bool Multiplies(DType type) => type.IsQuantized() && type != DType.Q6_K;
+
+    /// <summary>output (N, O) = or += input (N, I) · weightᵀ.</summary>
+    public static void Forward(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
+    {
+        switch (weight.Type)
+        {
+            case DType.Q8_0:
+                Forward<Q8Format<Lanes512>>(team, scratch, output, input, weight, accumulate);
+                break;
+            case DType.Q4_0:
+                Forward<Q4Format<Lanes512>>(team, scratch, output, input, weight, accumulate);
+                break;
+            case DType.Q4_1:
+                Forward<Q41Format<Lanes512>>(team, scratch, output, input, weight, accumulate);
+                break;
+            case DType.Q5_0:
+                Forward<Q5Format<Lanes512>>(team, scratch, output, input, weight, accumulate);
+                break;
+            case DType.Q5_1:
+                Forward<Q51Format<Lanes512>>(team, scratch, output, input, weight, accumulate);
+                break;
+            case DType.Q4_K:
+                Forward<Q4KFormat<Lanes512>>(team, scratch, output, input, weight, accumulate);
+                break;
+            case DType.Q5_K:
+                Forward<Q5KFormat<Lanes512>>(team, scratch, output, input, weight, accumulate);
+                break;
+            default:
+                throw new ArgumentOutOfRangeException(nameof(weight), weight.Type, "not a type that tiles multiply");
+        }
+    }
+
+    private static void Forward<F>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
+        where F : struct, IBlockFormat<Lanes512>
+    {
+        Shape.Require(input.Columns <= RoundedInputs.MaxElements / MostRows, "rows of inputs that fit the scratch");
+        int panelCount = (weight.Outputs + Lanes512.Count - 1) / Lanes512.Count;
+        for (int row = 0; row < input.Rows; row += MostRows)
+        {
+            int count = Math.Min(MostRows, input.Rows - row);
+            RoundedInputs.RoundTiles<Lanes512>(team, (byte*)scratch.Shared, input.RowRange(row, count));
+            MultiplyWork<F> work = new()
+            {
+                Scratch = scratch,
+                Output = output.RowRange(row, count),
+                Rounded = (byte*)scratch.Shared,
+                Rows = weight.Type == DType.Q8_0 ? weight.Rows : [],
+                Panels = (byte*)weight.PackedForward.Address,
+                RowBytes = (nint)weight.Type.RowBytes(weight.Inputs),
+                PanelCount = panelCount,
+                Groups = weight.Inputs / RoundedInputs.Group,
+                Accumulate = accumulate,
+            };
+            team.Run(ref work, (panelCount + PanelsAtOnce - 1) / PanelsAtOnce);
+        }
+    }
+
+    private struct MultiplyWork<F> : IWork
+        where F : struct, IBlockFormat<Lanes512>
+    {
+        public Scratch Scratch;
+        public Tensor Output;
+        public byte* Rounded;
+
+        // Of Q8_0 until it is packed; else there are panels.
+        public StoredRows[] Rows;
+        public byte* Panels;
+        public nint RowBytes;
+        public int PanelCount;
+        public int Groups;
+        public bool Accumulate;
+
+        public readonly void Run(int task, int thread)
+        {
+            float* sums = Scratch.Of(thread);
+            byte* weights = (byte*)sums + SumsBytes;
+            byte* waiting = weights + WeightsBytes;
+            byte* turned = waiting + AmxBytes.WaitingBytes;
+            int first = task * PanelsAtOnce;
+            int panels = Math.Min(PanelsAtOnce, PanelCount - first);
+            int blocks = (Output.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows;
+            for (int panel = 0; panel < panels; panel++)
+            {
+                Begin(sums + (panel * MostRows * Lanes512.Count), first + panel);
+            }
+
+            AmxBytes.Configure();
+            for (int group = 0; group < Groups; group += GroupsAtOnce)
+            {
+                int groups = Math.Min(GroupsAtOnce, Groups - group);
+                for (int panel = 0; panel < panels; panel++)
+                {
+                    Unpack(weights + (panel * GroupsAtOnce * AmxBytes.WeightBytes), Blocks(turned, first + panel, group, groups), groups);
+                }
+
+                nint blockBytes = (nint)Groups * AmxBytes.InputBytes;
+                for (int block = 0; block < blocks; block++)
+                {
+                    byte* inputs = Rounded + (block * blockBytes) + (group * AmxBytes.InputBytes);
+                    for (int panel = 0; panel < panels; panel++)
+                    {
+                        AmxBytes.Multiply(
+                            sums + (((panel * MostRows) + (block * AmxBytes.Rows)) * Lanes512.Count),
+                            inputs, weights + (panel * GroupsAtOnce * AmxBytes.WeightBytes), groups, waiting, F.HasOffsets);
+                    }
+                }
+            }
+
+            Amx.Release();
+            for (int panel = 0; panel < panels; panel++)
+            {
+                End(sums + (panel * MostRows * Lanes512.Count), first + panel);
+            }
+        }
+
+        // Groups of a panel; those of rows are turned.
+        private readonly byte* Blocks(byte* turned, int panel, int group, int groups)
+        {
+            nint offset = group / F.Groups * F.BlockBytes;
+            if (Rows.Length == 0)
+            {
+                return Panels + (((panel * RowBytes) + offset) * Lanes512.Count);
+            }
+
+            byte* rows = Q8MatMul.Panel<Lanes512>(Rows, RowBytes, panel, out nint step);
+            Q8MatMul.Turn<Lanes512>(turned, rows + offset, step, groups);
+            return turned;
+        }
+
+        [SkipLocalsInit]
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+        private static void Unpack(byte* destination, byte* blocks, int groups)
+        {
+            byte* scales = stackalloc byte[4 * sizeof(float) * Lanes512.Count];
+            for (int done = 0; done < groups; done += F.Groups, blocks += F.BlockBytes * Lanes512.Count)
+            {
+                F.Units(blocks, scales, out Lanes512 unit, out Lanes512 offsetUnit);
+                for (int group = 0; group < F.Groups; group++, destination += AmxBytes.WeightBytes)
+                {
+                    float* place = (float*)destination;
+                    Bytes(blocks, group, 0).Store(place);
+                    Bytes(blocks, group, 1).Store(place + Lanes512.Count);
+                    Bytes(blocks, group, 2).Store(place + (2 * Lanes512.Count));
+                    Bytes(blocks, group, 3).Store(place + (3 * Lanes512.Count));
+                    Bytes(blocks, group, 4).Store(place + (4 * Lanes512.Count));
+                    Bytes(blocks, group, 5).Store(place + (5 * Lanes512.Count));
+                    Bytes(blocks, group, 6).Store(place + (6 * Lanes512.Count));
+                    Bytes(blocks, group, 7).Store(place + (7 * Lanes512.Count));
+                    (Lanes512 scale, Lanes512 offset) = (unit, offsetUnit);
+                    F.Scale(blocks, scales, group, ref scale, ref offset);
+                    scale.Store(place + (8 * Lanes512.Count));
+                    if (F.HasOffsets)
+                    {
+                        offset.Store(place + (9 * Lanes512.Count));
+                    }
+                }
+            }
+        }
+
+        // As signed bytes; constants for i let the JIT fold what depends on it.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static Lanes512 Bytes(byte* block, int group, int i)
+        {
+            Lanes512 bytes = F.Bytes(block, group, i);
+            return F.IsEightTooLarge ? new((bytes.Value.AsSByte() - Vector512.Create((sbyte)8)).AsSingle()) : bytes;
+        }
+
+        private readonly void Begin(float* sums, int panel)
+        {
+            int column = panel * Lanes512.Count;
+            int columns = Math.Min(Lanes512.Count, Output.Columns - column);
+            for (int row = 0; row < Output.Rows; row++, sums += Lanes512.Count)
+            {
+                Lanes512.Create(0).Store(sums);
+                if (Accumulate)
+                {
+                    Copy(sums, Output.F32(row) + column, columns);
+                }
+            }
+        }
+
+        private readonly void End(float* sums, int panel)
+        {
+            int column = panel * Lanes512.Count;
+            int columns = Math.Min(Lanes512.Count, Output.Columns - column);
+            for (int row = 0; row < Output.Rows; row++, sums += Lanes512.Count)
+            {
+                Copy(Output.F32(row) + column, sums, columns);
+            }
+        }
+
+        private static void Copy(float* destination, float* source, int count) =>
+            new ReadOnlySpan<float>(source, count).CopyTo(new Span<float>(destination, count));
+    }
+}
