@@ -43,6 +43,9 @@ internal readonly unsafe struct AmxTile : IPackingTile
     public static int PackedRow => Chunk;
 
     /// <inheritdoc/>
+    public static bool InAttention => true;
+
+    /// <inheritdoc/>
     public static void Begin()
     {
         // The first use of the code checks it, on this thread, with tiles that it releases.

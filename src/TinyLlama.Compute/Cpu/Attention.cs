@@ -14,6 +14,7 @@ namespace TinyLlama.Compute.Cpu;
 /// sums dKeys and dValues over rows and heads in order. Key tiles start at multiples of
 /// <see cref="TokenLayout.KeyBlock"/>, each row takes them in ascending order, and what is masked adds exact zeros, so a
 /// row has the same bits alone, in a batch, and with its keys in a cache.
+/// Products are those of a tile: of fp32, or of operands rounded to bfloat16; the softmax and all sums are fp32.
 /// Bound by multiply-adds: forward 4 · D of FLOPs, backward 10 · D, for each pair of a query row and a key that it sees.
 /// </remarks>
 internal static unsafe class Attention
@@ -24,7 +25,7 @@ internal static unsafe class Attention
     /// <summary>Query rows of a task of the forward, times the heads of a group; also the largest group.</summary>
     public const int ForwardRows = 288;
 
-    /// <summary>Query rows times heads whose probabilities the backward keeps at a time.</summary>
+    /// <summary>Query rows times heads whose probabilities the backward keeps at a time, up to whole tiles.</summary>
     private const int BackwardRows = 48;
 
     private const int Keys = TokenLayout.KeyBlock;
@@ -32,19 +33,23 @@ internal static unsafe class Attention
     /// <summary>Rows that register tiles of any width make of the keys of a tile, at most.</summary>
     private const int MostKeyRows = Keys + 8;
 
+    /// <summary>Rows of a register tile of any width, at most.</summary>
+    private const int MostTileRows = 32;
+
     /// <summary>Floats from one row of probabilities to the next: at least <see cref="MostKeyRows"/>, whole cache lines.</summary>
     private const int ProbabilityRow = 80;
 
     /// <summary>Floats of scratch that a thread needs: the larger, backward.</summary>
     public const int ScratchCount =
-        (3 * MaxHeadDim * Keys) + (2 * MostKeyRows * MaxHeadDim) + (ForwardRows * ((5 * MaxHeadDim) + (2 * ProbabilityRow) + 3))
-        + (8 * Keys) + 64;
+        (3 * MaxHeadDim * Keys) + (2 * MostKeyRows * MaxHeadDim) + (ForwardRows * ((5 * MaxHeadDim) + (2 * ProbabilityRow) + 3 + MostTileRows))
+        + (MostTileRows * (Keys + 1)) + 64;
 
     /// <summary>Writes output and logSumExp.</summary>
-    public static void Forward<V>(
+    public static void Forward<V, T>(
         ThreadTeam team, Scratch scratch, Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values,
         TokenLayout layout, int headDim)
         where V : struct, ILanes<V>
+        where T : struct, IPackingTile
     {
         bool cached = !layout.BlockTable.IsEmpty;
         int headColumns = cached ? KeyValueCache.HeadElements(headDim) : headDim;
@@ -63,17 +68,18 @@ internal static unsafe class Attention
             tasks += geometry.Blocks(segment.RowCount);
         }
 
-        ForwardWork<V> work = new(scratch, output, logSumExp, query, keys, values, layout, geometry);
+        ForwardWork<V, T> work = new(scratch, output, logSumExp, query, keys, values, layout, geometry);
         team.Run(ref work, tasks * geometry.KeyHeads);
     }
 
     /// <summary>Writes dQuery, dKeys, dValues and the scratch delta.</summary>
-    public static void Backward<V>(
+    public static void Backward<V, T>(
         ThreadTeam team, Scratch scratch, Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output,
         Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
         where V : struct, ILanes<V>
+        where T : struct, IPackingTile
     {
-        Geometry geometry = new(query, headDim <= 0 ? 0 : keys.Columns / headDim, headDim, BackwardRows);
+        Geometry geometry = new(query, headDim <= 0 ? 0 : keys.Columns / headDim, headDim, RoundUp(BackwardRows, T.Rows));
         (int tokens, int queryColumns, int keyColumns) = (query.Rows, query.Columns, keys.Columns);
         dQuery.Require(tokens, queryColumns);
         dOutput.Require(tokens, queryColumns);
@@ -93,7 +99,7 @@ internal static unsafe class Attention
                 segment.FirstPosition == 0 && segment.FirstKey == segment.FirstRow, "whole sequences, whose keys are their own rows");
         }
 
-        BackwardWork<V> work = new(
+        BackwardWork<V, T> work = new(
             scratch, dQuery, dKeys, dValues, delta, dOutput, output, logSumExp, query, keys, values, layout, geometry);
         team.Run(ref work, layout.SegmentCount * geometry.KeyHeads);
     }
@@ -138,8 +144,9 @@ internal static unsafe class Attention
     /// The heads of a group of some tokens as rows of a small matrix, width apart, times <paramref name="scale"/>; rows of
     /// zeros up to whole register tiles.
     /// </summary>
-    private static void PackHeads<V>(float* y, int width, Tensor source, int firstRow, int tokens, int firstHead, float scale, Geometry geometry)
+    private static void PackHeads<V, T>(float* y, int width, Tensor source, int firstRow, int tokens, int firstHead, float scale, Geometry geometry)
         where V : struct, ILanes<V>
+        where T : struct, ITile
     {
         // Without padding the heads lie side by side in both.
         int step = width == geometry.HeadDim ? geometry.Group : 1;
@@ -154,37 +161,56 @@ internal static unsafe class Attention
         }
 
         int rows = tokens * geometry.Group;
-        new Span<float>(y, (RoundUp(rows, Tile<V>.Rows) - rows) * width).Clear();
+        new Span<float>(y, (RoundUp(rows, T.Rows) - rows) * width).Clear();
     }
 
-    /// <summary>Rows of a tensor, (count, D), as panels of a product whose columns they are: one panel after the other.</summary>
-    private static void PackColumns<V>(float* panels, Tensor source, int firstRow, int column, int count, int headDim)
-        where V : struct, ILanes<V>
+    /// <summary>Rows of floats as rows of a left operand, in their place.</summary>
+    private static void ToLeft<T>(float* y, nint yRow, int rows, int depth)
+        where T : struct, ITile
     {
-        for (int j = 0; j < count; j += Tile<V>.Columns, panels += headDim * Tile<V>.Columns)
+        for (int r = 0; r < rows && T.Type != DType.F32; r++, y += yRow)
         {
-            Tile<V>.Pack(panels, source.F32(firstRow + j) + column, source.Stride, 1, Math.Min(Tile<V>.Columns, count - j), headDim);
+            T.CopyRow(y, y, depth);
         }
     }
 
-    /// <summary>Rows, (count, D), as panels of a product whose steps they are, <paramref name="mostSteps"/> steps a panel.</summary>
-    private static void PackSteps<V>(float* panels, int mostSteps, float* x, nint xRow, int count, int headDim)
-        where V : struct, ILanes<V>
+    /// <summary>
+    /// The k of a product with the first <paramref name="seen"/> keys: where the tile takes several steps at once, all of them. What is beyond is zero in both operands.
+    /// </summary>
+    private static int Depth<T>(int seen)
+        where T : struct, ITile => T.Type == DType.F32 ? seen : RoundUp(seen, MatMul.StepDepth<T>() * T.StepUnit);
+
+    /// <summary>Rows of a tensor, (count, D), as panels of a product whose columns they are: one panel after the other.</summary>
+    private static void PackColumns<T>(float* panels, Tensor source, int firstRow, int column, int count, int headDim)
+        where T : struct, IPackingTile
     {
-        for (int d = 0; d < headDim; d += Tile<V>.Columns, panels += mostSteps * Tile<V>.Columns)
+        for (int j = 0; j < count; j += T.Columns, panels += MatMul.Steps<T>(headDim) * T.Columns)
         {
-            Tile<V>.Pack(panels, x + d, 1, xRow, Math.Min(Tile<V>.Columns, headDim - d), count);
+            T.Pack(panels, source.F32(firstRow + j) + column, source.Stride, 1, Math.Min(T.Columns, count - j), headDim);
+        }
+    }
+
+    /// <summary>Rows, (count, D), as panels of a product whose steps they are, with zeros up to <paramref name="most"/> rows.</summary>
+    private static void PackSteps<T>(float* panels, int most, float* x, nint xRow, int count, int headDim)
+        where T : struct, IPackingTile
+    {
+        int steps = MatMul.Steps<T>(count);
+        int mostSteps = MatMul.Steps<T>(most);
+        for (int d = 0; d < headDim; d += T.Columns, panels += mostSteps * T.Columns)
+        {
+            new Span<float>(panels + (steps * T.Columns), (mostSteps - steps) * T.Columns).Clear();
+            T.Pack(panels, x + d, 1, xRow, Math.Min(T.Columns, headDim - d), count);
         }
     }
 
     /// <summary>One tile of rows by panel after panel: c = a · b, or += with <paramref name="accumulate"/>.</summary>
-    private static void Multiply<V>(
-        float* c, nint cRow, float* a, nint aRow, nint aStep, float* panels, nint nextPanel, int columns, int depth, bool accumulate)
-        where V : struct, ILanes<V>
+    private static void Multiply<T>(
+        float* c, nint cRow, float* a, nint aRow, nint aStep, float* panels, nint nextPanel, int columns, int steps, bool accumulate)
+        where T : struct, ITile
     {
-        for (int j = 0; j < columns; j += Tile<V>.Columns, panels += nextPanel)
+        for (int j = 0; j < columns; j += T.Columns, panels += nextPanel)
         {
-            Tile<V>.Multiply(c + j, cRow, a, aRow, aStep, panels, depth, accumulate);
+            T.Multiply(c + j, cRow, a, aRow, aStep, panels, steps, accumulate);
         }
     }
 
@@ -236,10 +262,11 @@ internal static unsafe class Attention
         public int Blocks(int rowCount) => (rowCount + TokensPerBlock - 1) / TokensPerBlock;
     }
 
-    private readonly struct ForwardWork<V>(
+    private readonly struct ForwardWork<V, T>(
         Scratch scratch, Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout,
         Geometry geometry) : IWork
         where V : struct, ILanes<V>
+        where T : struct, IPackingTile
     {
         public void Run(int task, int thread)
         {
@@ -253,15 +280,18 @@ internal static unsafe class Attention
             }
 
             int firstToken = block * geometry.TokensPerBlock;
+            T.Begin();
             Block(segment, firstToken, Math.Min(geometry.TokensPerBlock, segment.RowCount - firstToken), keyHead, thread);
+            T.End();
         }
 
         private void Block(Segment segment, int firstToken, int tokens, int keyHead, int thread)
         {
             (int headDim, int group) = (geometry.HeadDim, geometry.Group);
-            int width = RoundUp(headDim, Tile<V>.Columns);
+            int width = RoundUp(headDim, T.Columns);
+            int headSteps = MatMul.Steps<T>(headDim);
             int rows = tokens * group;
-            int paddedRows = RoundUp(rows, Tile<V>.Rows);
+            int paddedRows = RoundUp(rows, T.Rows);
             float* q = scratch.Of(thread);
             float* o = q + (ForwardRows * MaxHeadDim);
             float* keyRoom = o + (ForwardRows * MaxHeadDim);
@@ -270,13 +300,14 @@ internal static unsafe class Attention
             float* sum = max + ForwardRows;
             int* position = (int*)(sum + ForwardRows);
             float* shrink = sum + (2 * ForwardRows);
-            float* tile = shrink + 16;
+            float* tile = shrink + MostTileRows;
 
             int firstRow = segment.FirstRow + firstToken;
             int firstPosition = segment.FirstPosition + firstToken;
             int column = keyHead * headDim;
             bool cached = !layout.BlockTable.IsEmpty;
-            PackHeads<V>(q, width, query, firstRow, tokens, keyHead * group, geometry.Scale, geometry);
+            PackHeads<V, T>(q, width, query, firstRow, tokens, keyHead * group, geometry.Scale, geometry);
+            ToLeft<T>(q, width, paddedRows, width);
             new Span<float>(o, paddedRows * width).Clear();
             new Span<float>(max, paddedRows).Fill(float.NegativeInfinity);
             new Span<float>(sum, paddedRows).Clear();
@@ -299,22 +330,24 @@ internal static unsafe class Attention
                 else
                 {
                     int keyRow = segment.FirstKey + firstKey;
-                    PackColumns<V>(keyPanels, keys, keyRow, column, count, headDim);
-                    PackSteps<V>(valuePanels, Keys, values.F32(keyRow) + column, values.Stride, count, headDim);
+                    PackColumns<T>(keyPanels, keys, keyRow, column, count, headDim);
+                    PackSteps<T>(valuePanels, Keys, values.F32(keyRow) + column, values.Stride, count, headDim);
                 }
 
                 // A row sees keys up to its own position: of each few rows, only the columns that the last of them sees.
-                for (int r = 0; r < paddedRows; r += Tile<V>.Rows)
+                for (int r = 0; r < paddedRows; r += T.Rows)
                 {
-                    int seen = Math.Min(Keys, position[r + Tile<V>.Rows - 1] + 1 - firstKey);
+                    int seen = Math.Min(Keys, position[r + T.Rows - 1] + 1 - firstKey);
                     if (seen > 0)
                     {
                         float* oRows = o + ((nint)r * width);
-                        int columns = RoundUp(seen, Tile<V>.Columns);
-                        Multiply<V>(
-                            tile, Keys, q + ((nint)r * width), width, 1, keyPanels, headDim * Tile<V>.Columns, columns, headDim, false);
+                        int columns = RoundUp(seen, T.Columns);
+                        Multiply<T>(
+                            tile, Keys, q + ((nint)r * width), width, 1, keyPanels, headSteps * T.Columns, columns, headSteps, false);
                         Softmax(tile, columns, firstKey, position + r, max + r, sum + r, shrink, oRows, width);
-                        Multiply<V>(oRows, width, tile, Keys, 1, valuePanels, Keys * Tile<V>.Columns, width, seen, true);
+                        ToLeft<T>(tile, Keys, T.Rows, columns);
+                        Multiply<T>(
+                            oRows, width, tile, Keys, 1, valuePanels, MatMul.Steps<T>(Keys) * T.Columns, width, MatMul.Steps<T>(Depth<T>(seen)), true);
                     }
                 }
             }
@@ -338,7 +371,7 @@ internal static unsafe class Attention
         private static void Softmax(
             float* tile, int columns, int firstKey, int* position, float* max, float* sum, float* shrink, float* o, int width)
         {
-            for (int r = 0; r < Tile<V>.Rows; r++)
+            for (int r = 0; r < T.Rows; r++)
             {
                 float* row = tile + (r * Keys);
                 for (int j = Math.Max(0, position[r] + 1 - firstKey); j < columns; j++)
@@ -359,12 +392,12 @@ internal static unsafe class Attention
                 max[r] = top;
             }
 
-            for (int r = 0; r < Tile<V>.Rows; r += V.Count)
+            for (int r = 0; r < T.Rows; r += V.Count)
             {
                 Exponential.ExpOfUpToZero(V.Load(shrink + r)).Store(shrink + r);
             }
 
-            for (int r = 0; r < Tile<V>.Rows; r++)
+            for (int r = 0; r < T.Rows; r++)
             {
                 float* row = tile + (r * Keys);
                 V top = V.Create(max[r]);
@@ -389,10 +422,11 @@ internal static unsafe class Attention
         }
     }
 
-    private readonly struct BackwardWork<V>(
+    private readonly struct BackwardWork<V, T>(
         Scratch scratch, Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor delta, Tensor dOutput, Tensor output,
         Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, Geometry geometry) : IWork
         where V : struct, ILanes<V>
+        where T : struct, IPackingTile
     {
         public void Run(int task, int thread)
         {
@@ -407,7 +441,7 @@ internal static unsafe class Attention
                 }
             }
 
-            int width = RoundUp(headDim, Tile<V>.Columns);
+            int width = RoundUp(headDim, T.Columns);
             float* keyPanels = scratch.Of(thread);
             float* valuePanels = keyPanels + (MaxHeadDim * Keys);
             float* keySteps = valuePanels + (MaxHeadDim * Keys);
@@ -416,13 +450,14 @@ internal static unsafe class Attention
             float* blocks = dv + (MostKeyRows * MaxHeadDim);
             int column = keyHead * headDim;
 
+            T.Begin();
             for (int firstKey = 0; firstKey < segment.RowCount; firstKey += Keys)
             {
                 int count = Math.Min(Keys, segment.RowCount - firstKey);
                 int keyRow = segment.FirstKey + firstKey;
-                PackColumns<V>(keyPanels, keys, keyRow, column, count, headDim);
-                PackColumns<V>(valuePanels, values, keyRow, column, count, headDim);
-                PackSteps<V>(keySteps, Keys, keys.F32(keyRow) + column, keys.Stride, count, headDim);
+                PackColumns<T>(keyPanels, keys, keyRow, column, count, headDim);
+                PackColumns<T>(valuePanels, values, keyRow, column, count, headDim);
+                PackSteps<T>(keySteps, Keys, keys.F32(keyRow) + column, keys.Stride, count, headDim);
                 new Span<float>(dk, MostKeyRows * width).Clear();
                 new Span<float>(dv, MostKeyRows * width).Clear();
 
@@ -440,6 +475,8 @@ internal static unsafe class Attention
                     PackRow<V>(dValues.F32(keyRow + j) + column, dv + ((nint)j * width), 1f, headDim, headDim);
                 }
             }
+
+            T.End();
         }
 
         /// <summary>What one block of query rows adds to the gradients by one tile of keys.</summary>
@@ -449,7 +486,7 @@ internal static unsafe class Attention
         {
             (int headDim, int group) = (geometry.HeadDim, geometry.Group);
             int rows = tokens * group;
-            int paddedRows = RoundUp(rows, Tile<V>.Rows);
+            int paddedRows = RoundUp(rows, T.Rows);
             float* p = blocks;
             float* ds = p + (ForwardRows * ProbabilityRow);
             float* q = ds + (ForwardRows * ProbabilityRow);
@@ -461,12 +498,15 @@ internal static unsafe class Attention
             float* mean = logSum + ForwardRows;
             int* own = (int*)(mean + ForwardRows);
             float* dScores = mean + (2 * ForwardRows);
+            float* turned = dScores + (MostTileRows * Keys);
             int firstHead = keyHead * group;
             int firstRow = segment.FirstRow + firstToken;
-            PackHeads<V>(q, width, query, firstRow, tokens, firstHead, geometry.Scale, geometry);
-            PackHeads<V>(dy, width, dOutput, firstRow, tokens, firstHead, 1f, geometry);
-            PackSteps<V>(qSteps, paddedRows, q, width, paddedRows, width);
-            PackSteps<V>(dySteps, paddedRows, dy, width, paddedRows, width);
+            PackHeads<V, T>(q, width, query, firstRow, tokens, firstHead, geometry.Scale, geometry);
+            PackHeads<V, T>(dy, width, dOutput, firstRow, tokens, firstHead, 1f, geometry);
+            PackSteps<T>(qSteps, paddedRows, q, width, paddedRows, width);
+            PackSteps<T>(dySteps, paddedRows, dy, width, paddedRows, width);
+            ToLeft<T>(q, width, paddedRows, width);
+            ToLeft<T>(dy, width, paddedRows, width);
             int next = 0;
             for (int t = 0; t < tokens; t++)
             {
@@ -484,42 +524,70 @@ internal static unsafe class Attention
                 (own[next], logSum[next], mean[next]) = (0, 0, 0);
             }
 
-            for (int r = 0; r < paddedRows; r += Tile<V>.Rows)
+            for (int r = 0; r < paddedRows; r += T.Rows)
             {
-                int seen = own[Math.Min(r + Tile<V>.Rows, rows) - 1];
-                int columns = RoundUp(seen, Tile<V>.Columns);
+                int seen = own[Math.Min(r + T.Rows, rows) - 1];
+                int columns = RoundUp(seen, T.Columns);
                 float* pRow = p + (r * ProbabilityRow);
                 float* dsRow = ds + (r * ProbabilityRow);
-                nint nextPanel = headDim * Tile<V>.Columns;
-                Multiply<V>(pRow, ProbabilityRow, q + ((nint)r * width), width, 1, keyPanels, nextPanel, columns, headDim, false);
-                Multiply<V>(dScores, Keys, dy + ((nint)r * width), width, 1, valuePanels, nextPanel, columns, headDim, false);
-                for (int i = 0; i < Tile<V>.Rows; i++)
+                int headSteps = MatMul.Steps<T>(headDim);
+                nint nextPanel = headSteps * T.Columns;
+                Multiply<T>(pRow, ProbabilityRow, q + ((nint)r * width), width, 1, keyPanels, nextPanel, columns, headSteps, false);
+                Multiply<T>(dScores, Keys, dy + ((nint)r * width), width, 1, valuePanels, nextPanel, columns, headSteps, false);
+                for (int i = 0; i < T.Rows; i++)
                 {
                     Probabilities(
                         pRow + (i * ProbabilityRow), dsRow + (i * ProbabilityRow), dScores + (i * Keys), columns, own[r + i],
                         logSum[r + i], mean[r + i]);
                 }
 
-                Multiply<V>(dq + ((nint)r * width), width, dsRow, ProbabilityRow, 1, keySteps, Keys * Tile<V>.Columns, width, seen, false);
+                float* left = dsRow;
+                nint leftRow = ProbabilityRow;
+                if (T.Type != DType.F32)
+                {
+                    left = dScores;
+                    leftRow = Keys;
+                    for (int i = 0; i < T.Rows; i++)
+                    {
+                        T.CopyRow(left + (i * leftRow), dsRow + (i * ProbabilityRow), columns);
+                    }
+                }
+
+                Multiply<T>(
+                    dq + ((nint)r * width), width, left, leftRow, 1, keySteps, MatMul.Steps<T>(Keys) * T.Columns, width, MatMul.Steps<T>(Depth<T>(seen)), false);
             }
 
             AddToQueries(dq, width, firstRow, tokens, firstHead, firstKey == 0);
 
             // dV += Pᵀ · dY and dK += dSᵀ · Q, for a few keys at a time from the first row on that sees one of them.
             // Whatever stands in the columns beyond the keys goes to rows that nothing reads.
-            for (int j = 0; j < Keys; j += Tile<V>.Rows)
+            for (int j = 0; j < Keys; j += T.Rows)
             {
                 int start = Math.Max(0, firstKey + j - firstToken) * group;
+                start = start / Depth<T>(1) * Depth<T>(1);
                 int depth = paddedRows - start;
                 if (depth > 0)
                 {
                     nint from = ((nint)start * ProbabilityRow) + j;
-                    nint firstStep = (nint)start * Tile<V>.Columns;
-                    nint nextPanel = paddedRows * Tile<V>.Columns;
-                    Multiply<V>(dv + (j * width), width, p + from, 1, ProbabilityRow, dySteps + firstStep, nextPanel, width, depth, true);
-                    Multiply<V>(dk + (j * width), width, ds + from, 1, ProbabilityRow, qSteps + firstStep, nextPanel, width, depth, true);
+                    nint firstStep = (nint)MatMul.Steps<T>(start) * T.Columns;
+                    AddTurned(dv + (j * width), width, p + from, turned, dySteps + firstStep, paddedRows, depth);
+                    AddTurned(dk + (j * width), width, ds + from, turned, qSteps + firstStep, paddedRows, depth);
                 }
             }
+        }
+
+        /// <summary>sums += leftᵀ · the rows that are the steps of panels; <paramref name="turned"/> is room for the left operand as a tile of rows.</summary>
+        private static void AddTurned(float* sums, int width, float* left, float* turned, float* panels, int paddedRows, int depth)
+        {
+            nint nextPanel = MatMul.Steps<T>(paddedRows) * T.Columns;
+            if (T.Type == DType.F32)
+            {
+                Multiply<T>(sums, width, left, 1, ProbabilityRow, panels, nextPanel, width, depth, true);
+                return;
+            }
+
+            T.PackRows(turned, left, ProbabilityRow, T.Rows, depth);
+            Multiply<T>(sums, width, turned, T.PackedRow, T.Rows, panels, nextPanel, width, MatMul.Steps<T>(depth), true);
         }
 
         /// <summary>Scores into probabilities, and dS = P · (dP - delta); exact zeros for keys that the row does not see.</summary>

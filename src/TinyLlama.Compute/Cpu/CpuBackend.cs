@@ -274,15 +274,35 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, bool mu
 
     /// <inheritdoc/>
     public override void Attention(
-        Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
-        Cpu.Attention.Forward<V>(Team, Scratch, output, logSumExp, query, keys, values, layout, headDim);
+        Tensor output, Tensor logSumExp, Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
+    {
+        // A cache holds panels of floats.
+        if (T.InAttention && layout.BlockTable.IsEmpty)
+        {
+            Cpu.Attention.Forward<V, T>(Team, Scratch, output, logSumExp, query, keys, values, layout, headDim);
+        }
+        else
+        {
+            Cpu.Attention.Forward<V, Tile<V>>(Team, Scratch, output, logSumExp, query, keys, values, layout, headDim);
+        }
+    }
 
     /// <inheritdoc/>
     public override void AttentionBackward(
         Tensor dQuery, Tensor dKeys, Tensor dValues, Tensor scratch, Tensor dOutput, Tensor output, Tensor logSumExp,
-        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim) =>
-        Cpu.Attention.Backward<V>(
-            Team, Scratch, dQuery, dKeys, dValues, scratch, dOutput, output, logSumExp, query, keys, values, layout, headDim);
+        Tensor query, Tensor keys, Tensor values, TokenLayout layout, int headDim)
+    {
+        if (T.InAttention)
+        {
+            Cpu.Attention.Backward<V, T>(
+                Team, Scratch, dQuery, dKeys, dValues, scratch, dOutput, output, logSumExp, query, keys, values, layout, headDim);
+        }
+        else
+        {
+            Cpu.Attention.Backward<V, Tile<V>>(
+                Team, Scratch, dQuery, dKeys, dValues, scratch, dOutput, output, logSumExp, query, keys, values, layout, headDim);
+        }
+    }
 
     /// <inheritdoc/>
     public override int AttentionScratchColumns(int heads, int headDim) => heads;

@@ -28,6 +28,9 @@ internal unsafe interface ITile
     /// <summary>Gets the dwords from one row to the next of a packed left operand, whose dwords are <see cref="Rows"/> from each other.</summary>
     static virtual int PackedRow => 1;
 
+    /// <summary>Gets a value indicating whether attention in training is multiplied by this too; else its products are fp32.</summary>
+    static virtual bool InAttention => false;
+
     /// <summary>Gets the steps that are packed together: blocks of steps are multiples of it, but for the last.</summary>
     static virtual int StepUnit => 8;
 

@@ -251,11 +251,12 @@ internal static unsafe class MatMul
 
     private static float* Panels(Tensor packed) => (float*)packed.Address;
 
-    // k of a step.
-    private static int StepDepth<T>()
+    /// <summary>The k of a step.</summary>
+    public static int StepDepth<T>()
         where T : struct, ITile => sizeof(float) / T.Type.ByteCount();
 
-    private static int Steps<T>(int depth)
+    /// <summary>The steps of so many k.</summary>
+    public static int Steps<T>(int depth)
         where T : struct, ITile => (depth + StepDepth<T>() - 1) / StepDepth<T>();
 
     // Blocks of as many steps each, so that the last is not a sliver.

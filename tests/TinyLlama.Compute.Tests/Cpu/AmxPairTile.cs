@@ -17,6 +17,8 @@ internal readonly unsafe struct AmxPairTile : IPackingTile
 
     public static int PackedRow => AmxTile.PackedRow;
 
+    public static bool InAttention => true;
+
     public static void Multiply(
         float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
     {

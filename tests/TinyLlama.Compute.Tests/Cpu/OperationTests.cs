@@ -8,16 +8,18 @@ public abstract class OperationTests : IDisposable
     private readonly List<IDisposable> _owned = [];
     private uint _seed = 1;
 
+    private readonly Lazy<Device> _device;
+
     protected OperationTests(CpuPath path)
     {
         Path = path;
-        Device = On(1);
+        _device = new Lazy<Device>(() => On(1));
     }
 
     protected CpuPath Path { get; }
 
     /// <summary>One thread. Tests that ask about threads make their own with <see cref="On"/>.</summary>
-    protected Device Device { get; }
+    protected Device Device => _device.Value;
 
     public void Dispose()
     {
@@ -31,10 +33,12 @@ public abstract class OperationTests : IDisposable
 
     protected Device On(int threads)
     {
-        Device device = new(CpuBackend.Create(threads, Path));
+        Device device = new(Open(threads));
         _owned.Add(device);
         return device;
     }
+
+    private protected virtual CpuBackend Open(int threads) => CpuBackend.Create(threads, Path);
 
     /// <summary>Numbers like those of a normal distribution; the same in each run.</summary>
     protected float[] Normal(int count, double deviation = 1, double mean = 0)
