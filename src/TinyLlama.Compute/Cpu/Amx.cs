@@ -31,13 +31,33 @@ internal static unsafe partial class Amx
     /// <summary>Gets why they cannot be used here, or null. The first use of it asks the system.</summary>
     public static string? Fault => s_state.Fault;
 
-    /// <summary>Gives this thread tiles of full size, with zeros. Until <see cref="Release"/> nothing else may configure them.</summary>
-    public static void Configure() =>
-        ((delegate* unmanaged[SuppressGCTransition]<byte*, void>)s_state.Configure)(s_state.Configuration);
+    /// <summary>Gives this thread tiles with zeros. Until <see cref="Release"/> nothing else may configure them.</summary>
+    /// <param name="sizes">What <see cref="Sizes"/> made.</param>
+    public static void Configure(byte* sizes) =>
+        ((delegate* unmanaged[SuppressGCTransition]<byte*, void>)s_state.Configure)(sizes);
 
     /// <summary>Ends the use of tiles by this thread.</summary>
     public static void Release() =>
         ((delegate* unmanaged[SuppressGCTransition]<void>)s_state.Release)();
+
+    /// <summary>The sizes of the eight tiles, for the life of the process.</summary>
+    /// <param name="tile">The rows of a tile and the bytes of each.</param>
+    public static byte* Sizes(Func<int, (int Rows, int Bytes)> tile)
+    {
+        // Palette 1; from byte 16 the bytes of a row of each tile, from byte 48 their rows.
+        const int Bytes = 64;
+        byte* sizes = (byte*)NativeMemory.AlignedAlloc(Bytes, Bytes);
+        new Span<byte>(sizes, Bytes).Clear();
+        sizes[0] = 1;
+        for (int i = 0; i < 8; i++)
+        {
+            (int rows, int bytes) = tile(i);
+            ((ushort*)(sizes + 16))[i] = (ushort)bytes;
+            sizes[48 + i] = (byte)rows;
+        }
+
+        return sizes;
+    }
 
     /// <summary>Assembles code that lies anywhere.</summary>
     public static byte[] Assemble(Action<Assembler> emit)
@@ -83,7 +103,6 @@ internal static unsafe partial class Amx
                     code.tilerelease();
                     code.ret();
                 })),
-                Configuration = FullTiles(),
             };
         }
         catch (DeviceException e)
@@ -92,28 +111,11 @@ internal static unsafe partial class Amx
         }
     }
 
-    // Palette 1; from byte 16 the bytes of a row of each tile, from byte 48 their rows.
-    private static byte* FullTiles()
-    {
-        const int Bytes = 64;
-        byte* configuration = (byte*)NativeMemory.AlignedAlloc(Bytes, Bytes);
-        new Span<byte>(configuration, Bytes).Clear();
-        configuration[0] = 1;
-        for (int tile = 0; tile < 8; tile++)
-        {
-            ((ushort*)(configuration + 16))[tile] = RowDwords * sizeof(float);
-            configuration[48 + tile] = TileRows;
-        }
-
-        return configuration;
-    }
-
     private struct State
     {
         public string? Fault;
         public nint Configure;
         public nint Release;
-        public byte* Configuration;
     }
 
     [LibraryImport("libc", EntryPoint = "syscall", SetLastError = true)]

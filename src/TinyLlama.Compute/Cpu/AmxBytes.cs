@@ -1,4 +1,3 @@
-using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics.X86;
 using Iced.Intel;
 using TinyLlama.Compute.Native;
@@ -36,13 +35,16 @@ internal static unsafe class AmxBytes
 
     private const int TileBytes = Rows * Rows * sizeof(int);
 
+    // Sums 0 and 1, inputs 4 and 5, weights 6 and 7.
+    private static readonly byte* s_sizes = Amx.Sizes(tile => (tile < 6 ? Rows : RoundedInputs.Group / sizeof(int), tile is 4 or 5 ? RoundedInputs.Group : 64));
+
     private static readonly Code s_code = Load();
 
     /// <summary>Gets why the code cannot be used here, or null. The first use of it emits, loads and checks the code.</summary>
     public static string? Fault => s_code.Fault;
 
     /// <summary>Makes this thread ready; until <see cref="Amx.Release"/> nothing else may configure tiles.</summary>
-    public static void Configure() => Configure(s_code);
+    public static void Configure() => Amx.Configure(s_sizes);
 
     /// <summary>sums (16, 16) += inputs · weightsᵀ.</summary>
     /// <param name="sums">Row after row.</param>
@@ -149,12 +151,6 @@ internal static unsafe class AmxBytes
         {
             Code code = new()
             {
-                Configure = ExecutableMemory.Map(Amx.Assemble(assembler =>
-                {
-                    assembler.ldtilecfg(__[rdi]);
-                    assembler.ret();
-                })),
-                Configuration = Configuration(),
                 WithoutOffsets = ExecutableMemory.Map(Emit(hasOffsets: false)),
                 WithOffsets = ExecutableMemory.Map(Emit(hasOffsets: true)),
             };
@@ -165,25 +161,6 @@ internal static unsafe class AmxBytes
             return new Code { Fault = $"the code for bytes on AMX cannot be loaded, {e.Message}" };
         }
     }
-
-    // Palette 1; from byte 16 the bytes of a row of each tile, from byte 48 their rows: sums 0 and 1, inputs 4 and 5, weights 6 and 7.
-    private static byte* Configuration()
-    {
-        const int Bytes = 64;
-        byte* configuration = (byte*)NativeMemory.AlignedAlloc(Bytes, Bytes);
-        new Span<byte>(configuration, Bytes).Clear();
-        configuration[0] = 1;
-        for (int tile = 0; tile < 8; tile++)
-        {
-            ((ushort*)(configuration + 16))[tile] = tile is 4 or 5 ? (ushort)RoundedInputs.Group : (ushort)64;
-            configuration[48 + tile] = tile < 6 ? (byte)Rows : (byte)(RoundedInputs.Group / sizeof(int));
-        }
-
-        return configuration;
-    }
-
-    private static void Configure(Code code) =>
-        ((delegate* unmanaged[SuppressGCTransition]<byte*, void>)code.Configure)(code.Configuration);
 
     private static void Call(nint code, float* sums, byte* inputs, byte* weights, nint groups, byte* waiting) =>
         ((delegate* unmanaged[SuppressGCTransition]<float*, byte*, byte*, nint, byte*, void>)code)(sums, inputs, weights, groups, waiting);
@@ -201,7 +178,7 @@ internal static unsafe class AmxBytes
                 Fill((sbyte*)weights + (group * WeightBytes), 2);
             }
 
-            Configure(code);
+            Configure();
             bool same = Same(code.WithoutOffsets, inputs, weights, waiting, hasOffsets: false)
                 && Same(code.WithOffsets, inputs, weights, waiting, hasOffsets: true);
             Amx.Release();
@@ -262,8 +239,6 @@ internal static unsafe class AmxBytes
     private struct Code
     {
         public string? Fault;
-        public nint Configure;
-        public byte* Configuration;
         public nint WithoutOffsets;
         public nint WithOffsets;
     }

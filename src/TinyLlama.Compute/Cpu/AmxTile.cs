@@ -18,6 +18,8 @@ internal readonly unsafe struct AmxTile : IPackingTile
 {
     private const int Chunk = Amx.RowDwords;
 
+    private static readonly byte* s_sizes = Amx.Sizes(_ => (Amx.TileRows, Amx.RowDwords * sizeof(float)));
+
     private static readonly (nint Address, string? Fault) s_code = Load();
 
     /// <summary>Gets why the code cannot be used here, or null. The first use of it emits, loads and checks the code.</summary>
@@ -54,7 +56,7 @@ internal readonly unsafe struct AmxTile : IPackingTile
             throw new InvalidOperationException(fault);
         }
 
-        Amx.Configure();
+        Amx.Configure(s_sizes);
     }
 
     /// <inheritdoc/>
@@ -284,7 +286,7 @@ internal readonly unsafe struct AmxTile : IPackingTile
                 CopyRow(r + (row * (Steps + 3)), from + (row * Depth), Depth);
             }
 
-            Amx.Configure();
+            Amx.Configure(s_sizes);
             foreach (bool accumulate in (bool[])[false, true])
             {
                 same &= Same((i, k) => numbers[100 + i + (k * 33)], tiles, PackedRow, Rows, p, accumulate);

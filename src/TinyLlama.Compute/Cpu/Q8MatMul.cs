@@ -19,9 +19,10 @@ internal static unsafe class Q8MatMul
     /// <summary>Bytes that <see cref="Scratch.Of"/> must hold: a panel of the widest register.</summary>
     public const int ThreadBytes = MaxLanes * BlockBytes * GroupsAtOnce;
 
-    private const int Group = RoundedInputs.Group;
     /// <summary>Bytes of a block.</summary>
     public const int BlockBytes = sizeof(ushort) + Group;
+
+    private const int Group = RoundedInputs.Group;
     private const int MaxLanes = 16;
 
     // Rows whose sums of integers fit the registers, and the least for which weights are turned.

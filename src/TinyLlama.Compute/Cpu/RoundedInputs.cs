@@ -140,7 +140,6 @@ internal static unsafe class RoundedInputs
                 (bytes >> 8).Store((short*)(group + Group + i));
             }
         }
-
     }
 
     private struct TileWork<V> : IWork
