@@ -2,7 +2,8 @@
 # Trains the same shapes in PyTorch and here, in turns, and prints tokens/s, the processor time of a step, peak
 # memory and the ratios of ours to PyTorch's. Debian or Ubuntu; installs PyTorch if it is missing, which needs root.
 #
-#   bench/peers/train.sh [S|M …]     ROUNDS=3, RUN_SECONDS=15 and PRECISION=fp32 (or bf16) are the defaults
+#   bench/peers/train.sh [S|M …]     ROUNDS=3, RUN_SECONDS=15, PRECISION=fp32 (or bf16) and RECOMPUTE=none
+#                                    (or elementwise: less memory of ours for a little time) are the defaults
 #
 # PyTorch gets its best settings: the OpenMP build of OpenBLAS, which shares threads with PyTorch instead of fighting
 # with them, the kernels of this processor (not those that an environment may name), and a malloc that keeps its pages.
@@ -12,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 rounds=${ROUNDS:-3}
 seconds=${RUN_SECONDS:-15}
 precision=${PRECISION:-fp32}
+recompute=${RECOMPUTE:-none}
 threads=$(nproc)
 
 packages=(python3-torch libopenblas0-openmp)
@@ -28,7 +30,7 @@ peer() {
 
 ours() {
   dotnet artifacts/bin/TinyLlama.Cli/release/TinyLlama.Cli.dll bench train \
-    --model "$1" --precision "$precision" --seconds "$seconds" --threads "$threads" --json 2>/dev/null
+    --model "$1" --precision "$precision" --recompute "$recompute" --seconds "$seconds" --threads "$threads" --json 2>/dev/null
 }
 
 # number KEY JSON
@@ -46,7 +48,7 @@ ratio() { awk "BEGIN { print $(number "$1" "$own") / $(number "$1" "$other") }";
 
 for model in "${@:-S}"; do
   for ((round = 1; round <= rounds; round++)); do
-    printf '\n%s, %s, %s threads, load %s\n' "$model" "$precision" "$threads" "$(cut -d' ' -f1 /proc/loadavg)"
+    printf '\n%s, %s, recompute %s, %s threads, load %s\n' "$model" "$precision" "$recompute" "$threads" "$(cut -d' ' -f1 /proc/loadavg)"
     printf '%-8s %9s %9s %13s %9s\n' tokens/s best median 'processor ms' 'peak MiB'
     other=$(peer "$model")
     row PyTorch "$other"

@@ -1,6 +1,7 @@
 using System.CommandLine;
 using TinyLlama.Cli.Bench;
 using TinyLlama.Compute;
+using TinyLlama.Training;
 
 namespace TinyLlama.Cli;
 
@@ -49,14 +50,20 @@ internal sealed class BenchCommand
 
     private Command Train()
     {
+        Option<string> recompute = new Option<string>("--recompute")
+        {
+            Description = "What backward computes again in place of keeping it, as in recipes",
+            DefaultValueFactory = _ => Recipe.Recomputations[0].Name,
+        }.AcceptOnlyFromAmong([.. Recipe.Recomputations.Select(static way => way.Name)]);
         var command = new Command("train", "Train on random tokens and show where the time of a step goes")
         {
-            _model, _sequences, _context, _device, _precision, _atomics, _seconds, _threads, _json,
+            _model, _sequences, _context, _device, _precision, recompute, _atomics, _seconds, _threads, _json,
         };
         command.SetAction((parse, stop) =>
         {
             TextWriter output = parse.InvocationConfiguration.Output;
-            BenchModel model = Model(parse);
+            string name = parse.GetRequiredValue(recompute);
+            BenchModel model = Model(parse) with { Keep = Recipe.Recomputations.First(way => way.Name == name).Keep };
             using Backend device = Open(parse);
             TrainBench bench = TrainBench.Run(device, model, parse.GetValue(_seconds) ?? 20, stop);
             if (parse.GetValue(_json))

@@ -1,5 +1,6 @@
 using TinyLlama.Data;
 using TinyLlama.Model;
+using TinyLlama.Training;
 
 namespace TinyLlama.Cli.Bench;
 
@@ -8,7 +9,9 @@ namespace TinyLlama.Cli.Bench;
 /// <param name="Config">The shape; its context length is that of the micro-batch.</param>
 /// <param name="Sequences">Sequences of a micro-batch.</param>
 /// <param name="Packed">Which packed forms of the weights are kept.</param>
-internal sealed record BenchModel(string Name, ModelConfig Config, int Sequences, PackedForms Packed = PackedForms.Both)
+/// <param name="Keep">Which activations stay for backward.</param>
+internal sealed record BenchModel(
+    string Name, ModelConfig Config, int Sequences, PackedForms Packed = PackedForms.Both, Keep Keep = Keep.Everything)
 {
     // Tokens of a micro-batch of a preset, unless a sequence is longer.
     private const int PresetTokens = 2048;
@@ -22,6 +25,9 @@ internal sealed record BenchModel(string Name, ModelConfig Config, int Sequences
     // Both packed forms of a billion weights do not fit beside master weights, gradients and moments in 20 GiB.
     private static readonly BenchModel s_large =
         new("L", Presets.Find("tinyllama-1.1b")!.Config with { ContextLength = 512 }, 1, PackedForms.Forward);
+
+    /// <summary>Gets what recipes call <see cref="Keep"/>.</summary>
+    public string Recompute => Recipe.Recomputations.First(way => way.Keep == Keep).Name;
 
     /// <summary>Gets N, the tokens of a micro-batch.</summary>
     public int Tokens => Sequences * Config.ContextLength;

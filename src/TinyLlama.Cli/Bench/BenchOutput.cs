@@ -1,6 +1,7 @@
 using System.Globalization;
 using System.Text.Json.Nodes;
 using TinyLlama.Compute;
+using TinyLlama.Model;
 
 namespace TinyLlama.Cli.Bench;
 
@@ -35,7 +36,7 @@ internal static class BenchOutput
         string Both(Func<double, double> of, string format) =>
             $"{of(step.Best).ToString(format, CultureInfo.InvariantCulture)} best, {of(step.Median).ToString(format, CultureInfo.InvariantCulture)} median";
 
-        Row("model", $"{model.Name}: {model.Config.ParameterCount:N0} parameters, {model.Sequences} × {model.Config.ContextLength} tokens a step, {bench.Steps} steps");
+        Row("model", $"{model.Name}: {model.Config.ParameterCount:N0} parameters, {model.Sequences} × {model.Config.ContextLength} tokens a step, {bench.Steps} steps{(model.Keep == Keep.Everything ? "" : $", recompute {model.Recompute}")}");
         Row("step", $"{Both(s => s * 1e3, "N1")} ms");
         Row("tokens/s", $"{Both(s => model.Tokens / s, "N0")}");
         Row("GFLOP/s", $"{Both(s => bench.StepFlops / s / 1e9, "N1")}");
@@ -87,6 +88,7 @@ internal static class BenchOutput
         ["parameters"] = bench.Model.Config.ParameterCount,
         ["sequences"] = bench.Model.Sequences,
         ["context"] = bench.Model.Config.ContextLength,
+        ["recompute"] = bench.Model.Recompute,
         ["steps"] = bench.Steps,
         ["best_seconds"] = bench.Step.Best,
         ["median_seconds"] = bench.Step.Median,

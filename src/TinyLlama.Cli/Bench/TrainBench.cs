@@ -30,7 +30,7 @@ internal sealed record TrainBench(
     public static TrainBench Run(Backend device, BenchModel model, double seconds, CancellationToken stop)
     {
         var shape = new TrainingShape(
-            model.Config, model.Sequences, model.Config.ContextLength, Keep.Everything,
+            model.Config, model.Sequences, model.Config.ContextLength, model.Keep,
             new AdamWSettings(Beta1: 0.9f, Beta2: 0.95f, Epsilon: 1e-8f, WeightDecay: 0.1f, MaxNorm: 1), DecayGroup.All, RateFactors.Same,
             model.Packed);
         var ceiling = Ceiling.Measure(device);

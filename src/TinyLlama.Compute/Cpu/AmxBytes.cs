@@ -35,8 +35,7 @@ internal static unsafe class AmxBytes
 
     private const int TileBytes = Rows * Rows * sizeof(int);
 
-    // Sums 0 and 1, inputs 4 and 5, weights 6 and 7.
-    private static readonly byte* s_sizes = Amx.Sizes(tile => (tile < 6 ? Rows : RoundedInputs.Group / sizeof(int), tile is 4 or 5 ? RoundedInputs.Group : 64));
+    private static readonly byte* s_sizes = Amx.Sizes(TileSize);
 
     private static readonly Code s_code = Load();
 
@@ -55,6 +54,10 @@ internal static unsafe class AmxBytes
     /// <param name="hasOffsets">Whether weights have offsets.</param>
     public static void Multiply(float* sums, byte* inputs, byte* weights, nint groups, byte* waiting, bool hasOffsets) =>
         Call(hasOffsets ? s_code.WithOffsets : s_code.WithoutOffsets, sums, inputs, weights, groups, waiting);
+
+    /// <summary>Rows and bytes of a row of a tile register: sums in 0 and 1, inputs in 4 and 5, weights in 6 and 7.</summary>
+    internal static (int Rows, int Bytes) TileSize(int tile) =>
+        (tile < 6 ? Rows : RoundedInputs.Group / sizeof(int), tile is 4 or 5 ? RoundedInputs.Group : 64);
 
     /// <summary>The machine code of <see cref="Multiply"/>; position-independent, without data.</summary>
     internal static byte[] Emit(bool hasOffsets) => Amx.Assemble(code =>

@@ -11,6 +11,10 @@ public sealed record Recipe
     /// <summary>What <see cref="Init"/> says of a run that begins with random weights.</summary>
     public const string Scratch = "scratch";
 
+    /// <summary>Gets what <c>recompute</c> may be, and the activations that each of them keeps for backward; the least recomputation first.</summary>
+    public static IReadOnlyList<(string Name, Keep Keep)> Recomputations { get; } =
+        [("none", Keep.Everything), ("elementwise", Keep.Products), ("blocks", Keep.BlockInputs)];
+
     /// <summary>Gets the name of the preset that the model started from, or null.</summary>
     public string? Preset { get; init; }
 

@@ -35,9 +35,7 @@ internal static class RecipeKeys
     private static readonly (string, DType?)[] s_precisions =
         [("auto", null), ("fp32", DType.F32), ("bf16", DType.BF16)];
     private static readonly (string, DType)[] s_wires = [("fp32", DType.F32), ("bf16", DType.BF16)];
-    private static readonly (string, Keep)[] s_recompute =
-        [("none", Keep.Everything), ("elementwise", Keep.Products), ("blocks", Keep.BlockInputs)];
-
+    private static readonly (string, Keep)[] s_recompute = [.. Recipe.Recomputations];
     private static readonly (string, PackedForms)[] s_packed =
         [("both", PackedForms.Both), ("forward", PackedForms.Forward), ("none", PackedForms.None)];
 

@@ -6,7 +6,9 @@ namespace TinyLlama.Compute.Tests.Cpu;
 /// A processor that knows the few instructions of emitted kernels: registers, memory in regions with checked bounds, and
 /// the calling convention of System V. Any other instruction, access or clobbered register fails the test.
 /// </summary>
-internal sealed class MachineCode(byte[] code)
+/// <param name="code">The code.</param>
+/// <param name="tileSize">Rows and bytes of a row that a tile register is configured to have; by default all that it can.</param>
+internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>? tileSize = null)
 {
     private const ulong StackTop = 0x7000_0000;
     private const ulong ReturnAddress = 0xDEAD_0000;
@@ -82,7 +84,7 @@ internal sealed class MachineCode(byte[] code)
     // The address of the instruction after it.
     private ulong Execute(Instruction instruction)
     {
-        Assert.False(instruction.HasOpMask || instruction.IsBroadcast, $"{instruction}: masks and embedded broadcasts are not known");
+        Assert.False(instruction.HasOpMask, $"{instruction}: masks are not known");
         switch (instruction.Mnemonic)
         {
             case Mnemonic.Mov:
@@ -106,6 +108,8 @@ internal sealed class MachineCode(byte[] code)
                 break;
             case Mnemonic.Je:
                 return _zero ? instruction.NearBranchTarget : instruction.NextIP;
+            case Mnemonic.Jmp:
+                return instruction.NearBranchTarget;
             case Mnemonic.Jne:
                 return _zero ? instruction.NextIP : instruction.NearBranchTarget;
             case Mnemonic.Ret:
@@ -131,7 +135,16 @@ internal sealed class MachineCode(byte[] code)
                 Vector(instruction, 0).AsSpan().Fill(Read(Address(instruction, 1), 1)[0]);
                 break;
             case Mnemonic.Vaddps:
-                Lanes(instruction, (_, a, b) => BitConverter.SingleToUInt32Bits(BitConverter.UInt32BitsToSingle(a) + BitConverter.UInt32BitsToSingle(b)));
+                Lanes(instruction, (_, a, b) => Bits(Float(a) + Float(b)));
+                break;
+            case Mnemonic.Vmulps:
+                Lanes(instruction, (_, a, b) => Bits(Float(a) * Float(b)));
+                break;
+            case Mnemonic.Vfmadd231ps:
+                Lanes(instruction, (sum, a, b) => Bits(MathF.FusedMultiplyAdd(Float(a), Float(b), Float(sum))));
+                break;
+            case Mnemonic.Vcvtdq2ps:
+                Array.ConvertAll(Source(instruction, 1), static whole => Bits((int)whole)).CopyTo(Vector(instruction, 0), 0);
                 break;
             case Mnemonic.Vdpbf16ps:
                 Lanes(instruction, (sum, a, b) => FusedProduct(FusedProduct(sum, a & 0xFFFF_0000, b & 0xFFFF_0000), a << 16, b << 16));
@@ -140,21 +153,29 @@ internal sealed class MachineCode(byte[] code)
                 Tile(instruction, 0).AsSpan().Clear();
                 break;
             case Mnemonic.Tileloadd:
-                for (int row = 0; row < 16; row++)
+                Tile(instruction, 0).AsSpan().Clear();
+                (int rows, int bytes) = Size(instruction, 0);
+                for (int row = 0; row < rows; row++)
                 {
-                    Read(RowOf(instruction, 1, row), 16).CopyTo(Tile(instruction, 0), 16 * row);
+                    Read(RowOf(instruction, 1, row), bytes / 4).CopyTo(Tile(instruction, 0), 16 * row);
                 }
 
                 break;
             case Mnemonic.Tilestored:
-                for (int row = 0; row < 16; row++)
+                (rows, bytes) = Size(instruction, 1);
+                for (int row = 0; row < rows; row++)
                 {
-                    Write(RowOf(instruction, 0, row), Tile(instruction, 1)[(16 * row)..(16 * (row + 1))]);
+                    Write(RowOf(instruction, 0, row), Tile(instruction, 1)[(16 * row)..((16 * row) + (bytes / 4))]);
                 }
 
                 break;
             case Mnemonic.Tdpbf16ps:
+                RequireSizes(instruction);
                 TileProducts(Tile(instruction, 0), Tile(instruction, 1), Tile(instruction, 2));
+                break;
+            case Mnemonic.Tdpbssd:
+                RequireSizes(instruction);
+                TileByteProducts(Tile(instruction, 0), Tile(instruction, 1), Tile(instruction, 2));
                 break;
             default:
                 Assert.Fail($"{instruction} is not known");
@@ -167,9 +188,7 @@ internal sealed class MachineCode(byte[] code)
     // Intel, "Instruction Set Reference", VDPBF16PS: subnormal operands are zero, each sum is rounded once, subnormal ones to zero.
     private static uint FusedProduct(uint sum, uint a, uint b)
     {
-        return Flushed(BitConverter.SingleToUInt32Bits(MathF.FusedMultiplyAdd(Float(a), Float(b), Float(sum))));
-
-        static float Float(uint bits) => BitConverter.UInt32BitsToSingle(Flushed(bits));
+        return Flushed(Bits(MathF.FusedMultiplyAdd(Float(Flushed(a)), Float(Flushed(b)), Float(Flushed(sum)))));
 
         static uint Flushed(uint bits) => (bits & 0x7F80_0000) == 0 ? bits & 0x8000_0000 : bits;
     }
@@ -190,12 +209,43 @@ internal sealed class MachineCode(byte[] code)
             sums[at] = Sum(sums[at], Sum(first, second));
         }
 
-        static uint Sum(uint a, uint b) => FusedProduct(a, b, BitConverter.SingleToUInt32Bits(1));
+        static uint Sum(uint a, uint b) => FusedProduct(a, b, Bits(1));
     }
+
+    // TDPBSSD: four products of signed bytes to each sum of 32 bits. What a tile does not have is zero here.
+    private static void TileByteProducts(uint[] sums, uint[] rows, uint[] columns)
+    {
+        for (int at = 0; at < 256; at++)
+        {
+            for (int k = 0; k < 16; k++)
+            {
+                (uint a, uint b) = (rows[(at & -16) + k], columns[(16 * k) + (at % 16)]);
+                for (int shift = 0; shift < 32; shift += 8)
+                {
+                    sums[at] += (uint)((sbyte)(a >> shift) * (sbyte)(b >> shift));
+                }
+            }
+        }
+    }
+
+    private static float Float(uint bits) => BitConverter.UInt32BitsToSingle(bits);
+
+    private static uint Bits(float value) => BitConverter.SingleToUInt32Bits(value);
 
     // The index is the distance of two rows, and no part of the address.
     private ulong RowOf(Instruction instruction, int operand, int row) =>
         Address(instruction, operand) + ((ulong)row * General(instruction.MemoryIndex));
+
+    private (int Rows, int Bytes) Size(Instruction instruction, int operand) =>
+        tileSize?.Invoke(instruction.GetOpRegister(operand) - Register.TMM0) ?? (16, 64);
+
+    // Sums of as many rows as the left operand and columns as the right, which has a row for each dword of the left; else the processor faults.
+    private void RequireSizes(Instruction instruction)
+    {
+        ((int rows, int bytes), (int leftRows, int leftBytes), (int rightRows, int rightBytes)) =
+            (Size(instruction, 0), Size(instruction, 1), Size(instruction, 2));
+        Assert.Equal((leftRows, rightBytes, leftBytes), (rows, bytes, 4 * rightRows));
+    }
 
     private uint[] Tile(Instruction instruction, int operand)
     {
@@ -214,7 +264,9 @@ internal sealed class MachineCode(byte[] code)
     }
 
     private uint[] Source(Instruction instruction, int operand) =>
-        instruction.GetOpKind(operand) == OpKind.Memory ? Read(Address(instruction, operand), 16) : Vector(instruction, operand);
+        instruction.GetOpKind(operand) != OpKind.Memory ? Vector(instruction, operand)
+        : instruction.IsBroadcast ? [.. Enumerable.Repeat(Read(Address(instruction, operand), 1)[0], 16)]
+        : Read(Address(instruction, operand), 16);
 
     private uint[] Vector(Instruction instruction, int operand)
     {

@@ -104,6 +104,17 @@ public sealed class BenchCommandTests
         Assert.Contains(message, error.Message, StringComparison.Ordinal);
     }
 
+    [Theory]
+    [InlineData("none", 1)]
+    [InlineData("elementwise", 2)]
+    [InlineData("blocks", 2)]
+    public void Backward_computes_again_what_is_asked_for(string recompute, int timesALayer)
+    {
+        JsonNode bench = JsonNode.Parse(Run("train", "--model", "smoke", "--sequences", "1", "--ctx", "16", "--seconds", "0", "--recompute", recompute, "--json"))!;
+        Assert.Equal(recompute, (string)bench["recompute"]!);
+        Assert.Equal(timesALayer * s_smoke.Layers, (int)bench["operations"]!.AsArray().Single(o => (string)o!["name"]! == "SwiGlu")!["calls"]!);
+    }
+
     [Fact]
     public void The_shapes_S_M_and_L_have_the_size_that_comparisons_quote() => Assert.Equal(
         [6_327_552, 66_597_376, 1_100_048_384],
