@@ -152,16 +152,18 @@ public sealed record CpuCeiling(
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         public readonly void Run(int task, int thread)
         {
+            // In four places at once, of which the processor reads ahead at the same time.
             const int Count = ReadBytes / sizeof(float) / Tasks;
+            const int Place = Count / 4;
             float* p = Memory + (task * Count);
-            float* end = p + Count;
+            float* end = p + Place;
             V s0 = default, s1 = default, s2 = default, s3 = default;
-            for (; p < end; p += 4 * V.Count)
+            for (; p < end; p += 2 * V.Count)
             {
-                s0 += V.Load(p);
-                s1 += V.Load(p + V.Count);
-                s2 += V.Load(p + (2 * V.Count));
-                s3 += V.Load(p + (3 * V.Count));
+                s0 += V.Load(p) + V.Load(p + V.Count);
+                s1 += V.Load(p + Place) + V.Load(p + (Place + V.Count));
+                s2 += V.Load(p + (2 * Place)) + V.Load(p + ((2 * Place) + V.Count));
+                s3 += V.Load(p + (3 * Place)) + V.Load(p + ((3 * Place) + V.Count));
             }
 
             Use(s0 + s1 + s2 + s3);

@@ -35,6 +35,9 @@ internal static unsafe class Q8MatMul
     // Bytes of panels of a task: they stay in the second cache while rows pass by.
     private const long TaskBytes = 96 << 10;
 
+    // Panels that a row is multiplied by in turns, group after group: memory is read faster in several places at once.
+    private const int PanelsTogether = 4;
+
     // How far ahead panels are fetched: some memory latency at the rate of a core.
     private const int PrefetchBytes = 2048;
 
@@ -90,7 +93,9 @@ internal static unsafe class Q8MatMul
         int rowsAtOnce = RoundedInputs.MaxElements / input.Columns;
         int groups = weight.Inputs / Group;
         int panelCount = (weight.Outputs + V.Count - 1) / V.Count;
-        int panelsPerTask = (int)Math.Clamp(TaskBytes / ((long)groups * BlockBytes * V.Count), 1, Math.Max(1, panelCount / 8));
+        int panelsTogether = input.Rows % LeastRows == 0 ? 1 : PanelsTogether;
+        long panelBytes = (long)groups * BlockBytes * V.Count;
+        int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes / panelsTogether * panelsTogether, panelsTogether, Math.Max(panelsTogether, panelCount / 8));
         for (int row = 0; row < input.Rows; row += rowsAtOnce)
         {
             int count = Math.Min(rowsAtOnce, input.Rows - row);
@@ -217,9 +222,19 @@ internal static unsafe class Q8MatMul
             byte* rounded = Rounded + ((nint)together * Groups * RoundedInputs.WordGroupBytes);
             for (int row = together; row < Output.Rows; row++, rounded += (nint)Groups * RoundedInputs.GroupBytes)
             {
-                for (int panel = first; panel < end; panel++)
+                if (Panels is not null)
                 {
-                    MultiplyAlone(row, panel, rounded);
+                    for (int panel = first; panel < end; panel += PanelsTogether)
+                    {
+                        MultiplyAlone(row, panel, Math.Min(PanelsTogether, end - panel), rounded);
+                    }
+                }
+                else
+                {
+                    for (int panel = first; panel < end; panel++)
+                    {
+                        MultiplyAlone(row, panel, 1, rounded);
+                    }
                 }
             }
         }
@@ -271,7 +286,7 @@ internal static unsafe class Q8MatMul
             int columns = Math.Min(V.Count, Output.Columns - column);
             for (int r = 0; r < rows; r++)
             {
-                Begin(sums + (r * V.Count), Output.F32(row + r) + column, columns, accumulate);
+                Begin(sums + (r * V.Count), 1, Output.F32(row + r) + column, columns, accumulate);
             }
 
             if (rows == MostRows)
@@ -290,15 +305,15 @@ internal static unsafe class Q8MatMul
         }
 
         [SkipLocalsInit]
-        private readonly void MultiplyAlone(int row, int panel, byte* rounded)
+        private readonly void MultiplyAlone(int row, int panel, int panels, byte* rounded)
         {
-            float* sums = stackalloc float[MaxLanes];
+            float* sums = stackalloc float[PanelsTogether * MaxLanes];
             int column = panel * V.Count;
-            int columns = Math.Min(V.Count, Output.Columns - column);
-            Begin(sums, Output.F32(row) + column, columns, Accumulate);
+            int columns = Math.Min(panels * V.Count, Output.Columns - column);
+            Begin(sums, panels, Output.F32(row) + column, columns, Accumulate);
             if (Panels is not null)
             {
-                MultiplyPanel(V.Load(sums), Panels + (panel * RowBytes * V.Count), rounded, Groups).Store(sums);
+                MultiplyPanels(sums, Panels + (panel * RowBytes * V.Count), RowBytes * V.Count, panels, rounded, Groups);
             }
             else
             {
@@ -309,10 +324,14 @@ internal static unsafe class Q8MatMul
             Copy(Output.F32(row) + column, sums, columns);
         }
 
-        // What products are added to; the panel may stick out.
-        private static void Begin(float* sums, float* output, int columns, bool accumulate)
+        // What products are added to; the last panel may stick out.
+        private static void Begin(float* sums, int panels, float* output, int columns, bool accumulate)
         {
-            V.Create(0).Store(sums);
+            for (int p = 0; p < panels; p++)
+            {
+                V.Create(0).Store(sums + (p * V.Count));
+            }
+
             if (accumulate)
             {
                 Copy(sums, output, columns);
@@ -410,25 +429,29 @@ internal static unsafe class Q8MatMul
             return sum;
         }
 
-        // One row and one panel.
+        // One row and panels.
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static V MultiplyPanel(V sum, byte* panel, byte* rounded, int groups)
+        private static void MultiplyPanels(float* sums, byte* weights, nint panelBytes, int panels, byte* rounded, int groups)
         {
             for (int group = 0; group < groups; group++)
             {
-                Prefetch(panel + PrefetchBytes);
-                V scale = Halves<V>.Load(panel) * V.Create(*(float*)(rounded + Group));
-                byte* bytes = panel + (sizeof(ushort) * V.Count);
-                V a = V.AddDwords(Products(bytes, 0, rounded), Products(bytes, 1, rounded));
-                a = V.AddDwords(a, V.AddDwords(Products(bytes, 2, rounded), Products(bytes, 3, rounded)));
-                a = V.AddDwords(a, V.AddDwords(Products(bytes, 4, rounded), Products(bytes, 5, rounded)));
-                a = V.AddDwords(a, V.AddDwords(Products(bytes, 6, rounded), Products(bytes, 7, rounded)));
-                sum = V.Fma(V.FromInt32(a), scale, sum);
-                panel += BlockBytes * V.Count;
+                byte* panel = weights;
+                float* sum = sums;
+                for (int p = 0; p < panels; p++, panel += panelBytes, sum += V.Count)
+                {
+                    Prefetch(panel + PrefetchBytes);
+                    V scale = Halves<V>.Load(panel) * V.Create(*(float*)(rounded + Group));
+                    byte* bytes = panel + (sizeof(ushort) * V.Count);
+                    V a = V.AddDwords(Products(bytes, 0, rounded), Products(bytes, 1, rounded));
+                    a = V.AddDwords(a, V.AddDwords(Products(bytes, 2, rounded), Products(bytes, 3, rounded)));
+                    a = V.AddDwords(a, V.AddDwords(Products(bytes, 4, rounded), Products(bytes, 5, rounded)));
+                    a = V.AddDwords(a, V.AddDwords(Products(bytes, 6, rounded), Products(bytes, 7, rounded)));
+                    V.Fma(V.FromInt32(a), scale, V.Load(sum)).Store(sum);
+                }
+
+                weights += BlockBytes * V.Count;
                 rounded += RoundedInputs.GroupBytes;
             }
-
-            return sum;
         }
 
         // Four bytes of each output by four of the inputs.

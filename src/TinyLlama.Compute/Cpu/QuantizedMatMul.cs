@@ -19,6 +19,10 @@ internal static unsafe class QuantizedMatMul
     // Bytes of panels of a task: they stay in the second cache while blocks of rows pass by.
     private const long TaskBytes = 96 << 10;
 
+    // Panels that few rows are multiplied by in turns, block after block: memory is read faster in several places at once.
+    private const int PanelsTogether = 4;
+    private const int FewRows = 8;
+
     // How far ahead panels are fetched: some memory latency at the rate of a core.
     private const int PrefetchBytes = 2048;
 
@@ -73,7 +77,8 @@ internal static unsafe class QuantizedMatMul
         RoundedInputs.Round<V>(team, rounded, input, MostRows, inWords: false);
         long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
-        int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes, 1, Math.Max(1, panelCount / 8));
+        int panelsTogether = input.Rows <= FewRows ? PanelsTogether : 1;
+        int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes / panelsTogether * panelsTogether, panelsTogether, Math.Max(panelsTogether, panelCount / 8));
         MultiplyWork<V, F> work = new()
         {
             Output = output,
@@ -82,6 +87,7 @@ internal static unsafe class QuantizedMatMul
             PanelBytes = (nint)panelBytes,
             PanelCount = panelCount,
             PanelsPerTask = panelsPerTask,
+            PanelsTogether = panelsTogether,
             Groups = panels.Columns / RoundedInputs.Group,
             Accumulate = accumulate,
         };
@@ -98,53 +104,62 @@ internal static unsafe class QuantizedMatMul
         public nint PanelBytes;
         public int PanelCount;
         public int PanelsPerTask;
+        public int PanelsTogether;
         public int Groups;
         public bool Accumulate;
 
         public readonly void Run(int task, int thread)
         {
-            float* sums = stackalloc float[MostRows * V.Count];
+            float* sums = stackalloc float[QuantizedMatMul.PanelsTogether * MostRows * V.Count];
             int first = task * PanelsPerTask;
             int end = Math.Min(PanelCount, first + PanelsPerTask);
             for (int row = 0; row < Output.Rows; row += MostRows)
             {
                 int rows = Math.Min(MostRows, Output.Rows - row);
                 byte* rounded = Rounded + ((nint)row * Groups * RoundedInputs.GroupBytes);
-                for (int panel = first; panel < end; panel++)
+                int panels;
+                for (int panel = first; panel < end; panel += panels)
                 {
+                    panels = Math.Min(PanelsTogether, end - panel);
                     byte* weights = Panels + (panel * PanelBytes);
-                    Begin(sums, row, rows, panel);
+                    for (int p = 0; p < panels; p++)
+                    {
+                        Begin(sums + (p * rows * V.Count), row, rows, panel + p);
+                    }
+
                     if (F.HasHalfScales)
                     {
-                        Multiply<Halves>(sums, weights, rounded, rows, rows > 1 ? rows : 0);
+                        Multiply<Halves>(sums, weights, panels, rounded, rows, rows > 1 ? rows : 0);
                     }
                     else if (F.FitsWords)
                     {
-                        Multiply<Pairs>(sums, weights, rounded, rows, rows & ~1);
+                        Multiply<Pairs>(sums, weights, panels, rounded, rows, rows & ~1);
                     }
                     else
                     {
-                        Multiply<Singles>(sums, weights, rounded, rows, rows > 1 ? rows : 0);
+                        Multiply<Singles>(sums, weights, panels, rounded, rows, rows > 1 ? rows : 0);
                     }
 
-                    Store(sums, row, rows, panel);
+                    for (int p = 0; p < panels; p++)
+                    {
+                        Store(sums + (p * rows * V.Count), row, rows, panel + p);
+                    }
                 }
             }
         }
 
-        // A panel by rows of a block: so many together, and a last one.
-        private readonly void Multiply<TRows>(float* sums, byte* weights, byte* rounded, int rows, int together)
+        // Panels by rows of a block: so many together, and a last one. The sums of a panel follow those of the one before.
+        private readonly void Multiply<TRows>(float* sums, byte* weights, int panels, byte* rounded, int rows, int together)
         {
             if (together > 0)
             {
-                MultiplyRows<TRows>(sums, weights, rounded, Groups, rows, together);
+                MultiplyRows<TRows>(sums, weights, PanelBytes, panels, rounded, Groups, rows, together);
             }
 
             if (together < rows)
             {
                 byte* last = rounded + (together * RoundedInputs.GroupBytes);
-                float* sum = sums + (together * V.Count);
-                MultiplyRow<TRows>(V.Load(sum), weights, last, Groups, rows).Store(sum);
+                MultiplyRow<TRows>(sums + (together * V.Count), weights, PanelBytes, panels, last, Groups, rows);
             }
         }
 
@@ -176,122 +191,136 @@ internal static unsafe class QuantizedMatMul
         private static void Copy(float* destination, float* source, int count) =>
             new ReadOnlySpan<float>(source, count).CopyTo(new Span<float>(destination, count));
 
-        // One of so many rows that lie in a block, and one panel: the bits of MultiplyRows.
+        // One of so many rows that lie in a block, and panels: the bits of MultiplyRows.
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static V MultiplyRow<TRows>(V sum, byte* weights, byte* rounded, int groups, int rows)
+        private static void MultiplyRow<TRows>(float* sums, byte* weights, nint panelBytes, int panels, byte* rounded, int groups, int rows)
         {
             byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
+            nint nextGroup = rows * RoundedInputs.GroupBytes;
             for (int done = 0; done < groups; done += F.Groups)
             {
-                F.Units(weights, scales, out V unit, out V offsetUnit);
-                for (int group = 0; group < F.Groups; group++)
+                byte* block = weights;
+                float* sumOfPanel = sums;
+                for (int p = 0; p < panels; p++, block += panelBytes, sumOfPanel += rows * V.Count)
                 {
-                    Prefetch(weights + PrefetchBytes + (group * (F.BlockBytes / F.Groups * V.Count)));
-                    V w0 = F.Bytes(weights, group, 0);
-                    V w1 = F.Bytes(weights, group, 1);
-                    V w2 = F.Bytes(weights, group, 2);
-                    V w3 = F.Bytes(weights, group, 3);
-                    if (typeof(TRows) == typeof(Halves))
+                    V sum = V.Load(sumOfPanel);
+                    byte* x = rounded;
+                    F.Units(block, scales, out V unit, out V offsetUnit);
+                    for (int group = 0; group < F.Groups; group++, x += nextGroup)
                     {
-                        F.HalfScales(weights, group, out V first, out V second, out V both);
-                        V a = AddHalf(Offset(both, rounded), w0, w1, w2, w3, rounded, first);
-                        w0 = F.Bytes(weights, group, 4);
-                        w1 = F.Bytes(weights, group, 5);
-                        w2 = F.Bytes(weights, group, 6);
-                        w3 = F.Bytes(weights, group, 7);
-                        a = AddHalf(a, w0, w1, w2, w3, rounded + 16, second);
-                        sum = AddScaled(sum, a, unit, rounded);
-                    }
-                    else
-                    {
-                        V a = Add(Add(default, w0, w1, rounded), w2, w3, rounded + 8);
-                        w0 = F.Bytes(weights, group, 4);
-                        w1 = F.Bytes(weights, group, 5);
-                        w2 = F.Bytes(weights, group, 6);
-                        w3 = F.Bytes(weights, group, 7);
-                        a = Add(Add(a, w0, w1, rounded + 16), w2, w3, rounded + 24);
-                        (V scale, V offset) = (unit, offsetUnit);
-                        F.Scale(weights, scales, group, ref scale, ref offset);
-                        sum = AddScaled(sum, a, scale, offset, rounded);
+                        Prefetch(block + PrefetchBytes + (group * (F.BlockBytes / F.Groups * V.Count)));
+                        V w0 = F.Bytes(block, group, 0);
+                        V w1 = F.Bytes(block, group, 1);
+                        V w2 = F.Bytes(block, group, 2);
+                        V w3 = F.Bytes(block, group, 3);
+                        if (typeof(TRows) == typeof(Halves))
+                        {
+                            F.HalfScales(block, group, out V first, out V second, out V both);
+                            V a = AddHalf(Offset(both, x), w0, w1, w2, w3, x, first);
+                            w0 = F.Bytes(block, group, 4);
+                            w1 = F.Bytes(block, group, 5);
+                            w2 = F.Bytes(block, group, 6);
+                            w3 = F.Bytes(block, group, 7);
+                            a = AddHalf(a, w0, w1, w2, w3, x + 16, second);
+                            sum = AddScaled(sum, a, unit, x);
+                        }
+                        else
+                        {
+                            V a = Add(Add(default, w0, w1, x), w2, w3, x + 8);
+                            w0 = F.Bytes(block, group, 4);
+                            w1 = F.Bytes(block, group, 5);
+                            w2 = F.Bytes(block, group, 6);
+                            w3 = F.Bytes(block, group, 7);
+                            a = Add(Add(a, w0, w1, x + 16), w2, w3, x + 24);
+                            (V scale, V offset) = (unit, offsetUnit);
+                            F.Scale(block, scales, group, ref scale, ref offset);
+                            sum = AddScaled(sum, a, scale, offset, x);
+                        }
                     }
 
-                    rounded += rows * RoundedInputs.GroupBytes;
+                    sum.Store(sumOfPanel);
                 }
 
+                rounded += F.Groups * nextGroup;
                 weights += F.BlockBytes * V.Count;
             }
-
-            return sum;
         }
 
-        // The first of so many rows, and one panel. Small enough for the JIT to inline all that it calls.
+        // The first of so many rows, and panels. Small enough for the JIT to inline all that it calls.
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static void MultiplyRows<TRows>(float* sums, byte* weights, byte* rounded, int groups, int rows, int together)
+        private static void MultiplyRows<TRows>(
+            float* sums, byte* weights, nint panelBytes, int panels, byte* rounded, int groups, int rows, int together)
         {
             byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
             nint lanes = V.Count;
-            float* end = sums + (together * lanes);
+            nint nextGroup = rows * RoundedInputs.GroupBytes;
             for (int done = 0; done < groups; done += F.Groups)
             {
-                F.Units(weights, scales, out V unit, out V offsetUnit);
-                for (int group = 0; group < F.Groups; group++)
+                byte* block = weights;
+                float* sumsOfPanel = sums;
+                for (int p = 0; p < panels; p++, block += panelBytes, sumsOfPanel += rows * lanes)
                 {
-                    V w0 = F.Bytes(weights, group, 0);
-                    V w1 = F.Bytes(weights, group, 1);
-                    V w2 = F.Bytes(weights, group, 2);
-                    V w3 = F.Bytes(weights, group, 3);
-                    V w4 = F.Bytes(weights, group, 4);
-                    V w5 = F.Bytes(weights, group, 5);
-                    V w6 = F.Bytes(weights, group, 6);
-                    V w7 = F.Bytes(weights, group, 7);
-                    (V scale, V offset) = (unit, offsetUnit);
-                    F.Scale(weights, scales, group, ref scale, ref offset);
-                    byte* x = rounded;
-                    if (typeof(TRows) == typeof(Pairs))
+                    float* end = sumsOfPanel + (together * lanes);
+                    byte* firstRow = rounded;
+                    F.Units(block, scales, out V unit, out V offsetUnit);
+                    for (int group = 0; group < F.Groups; group++, firstRow += nextGroup)
                     {
-                        for (float* sum = sums; sum < end; sum += 2 * lanes)
+                        V w0 = F.Bytes(block, group, 0);
+                        V w1 = F.Bytes(block, group, 1);
+                        V w2 = F.Bytes(block, group, 2);
+                        V w3 = F.Bytes(block, group, 3);
+                        V w4 = F.Bytes(block, group, 4);
+                        V w5 = F.Bytes(block, group, 5);
+                        V w6 = F.Bytes(block, group, 6);
+                        V w7 = F.Bytes(block, group, 7);
+                        (V scale, V offset) = (unit, offsetUnit);
+                        F.Scale(block, scales, group, ref scale, ref offset);
+                        byte* x = firstRow;
+                        if (typeof(TRows) == typeof(Pairs))
                         {
-                            byte* y = x + RoundedInputs.GroupBytes;
-                            V a = Add(default, w0, w1, x);
-                            V b = Add(default, w0, w1, y);
-                            a = Add(a, w2, w3, x + 8);
-                            b = Add(b, w2, w3, y + 8);
-                            a = Add(a, w4, w5, x + 16);
-                            b = Add(b, w4, w5, y + 16);
-                            a = Add(a, w6, w7, x + 24);
-                            b = Add(b, w6, w7, y + 24);
-                            AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
-                            AddScaled(V.Load(sum + lanes), b, scale, offset, y).Store(sum + lanes);
-                            x = y + RoundedInputs.GroupBytes;
+                            for (float* sum = sumsOfPanel; sum < end; sum += 2 * lanes)
+                            {
+                                byte* y = x + RoundedInputs.GroupBytes;
+                                V a = Add(default, w0, w1, x);
+                                V b = Add(default, w0, w1, y);
+                                a = Add(a, w2, w3, x + 8);
+                                b = Add(b, w2, w3, y + 8);
+                                a = Add(a, w4, w5, x + 16);
+                                b = Add(b, w4, w5, y + 16);
+                                a = Add(a, w6, w7, x + 24);
+                                b = Add(b, w6, w7, y + 24);
+                                AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
+                                AddScaled(V.Load(sum + lanes), b, scale, offset, y).Store(sum + lanes);
+                                x = y + RoundedInputs.GroupBytes;
+                            }
+                        }
+                        else if (typeof(TRows) == typeof(Halves))
+                        {
+                            F.HalfScales(block, group, out V first, out V second, out V both);
+                            for (float* sum = sumsOfPanel; sum < end; sum += lanes)
+                            {
+                                V a = AddHalf(Offset(both, x), w0, w1, w2, w3, x, first);
+                                a = AddHalf(a, w4, w5, w6, w7, x + 16, second);
+                                AddScaled(V.Load(sum), a, unit, x).Store(sum);
+                                x += RoundedInputs.GroupBytes;
+                            }
+                        }
+                        else
+                        {
+                            for (float* sum = sumsOfPanel; sum < end; sum += lanes)
+                            {
+                                V a = Add(Add(default, w0, w1, x), w2, w3, x + 8);
+                                a = Add(Add(a, w4, w5, x + 16), w6, w7, x + 24);
+                                AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
+                                x += RoundedInputs.GroupBytes;
+                            }
                         }
                     }
-                    else if (typeof(TRows) == typeof(Halves))
-                    {
-                        F.HalfScales(weights, group, out V first, out V second, out V both);
-                        for (float* sum = sums; sum < end; sum += lanes)
-                        {
-                            V a = AddHalf(Offset(both, x), w0, w1, w2, w3, x, first);
-                            a = AddHalf(a, w4, w5, w6, w7, x + 16, second);
-                            AddScaled(V.Load(sum), a, unit, x).Store(sum);
-                            x += RoundedInputs.GroupBytes;
-                        }
-                    }
-                    else
-                    {
-                        for (float* sum = sums; sum < end; sum += lanes)
-                        {
-                            V a = Add(Add(default, w0, w1, x), w2, w3, x + 8);
-                            a = Add(Add(a, w4, w5, x + 16), w6, w7, x + 24);
-                            AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
-                            x += RoundedInputs.GroupBytes;
-                        }
-                    }
-
-                    rounded += rows * RoundedInputs.GroupBytes;
                 }
 
+                rounded += F.Groups * nextGroup;
                 weights += F.BlockBytes * lanes;
             }
         }
