@@ -209,7 +209,7 @@ internal static unsafe class QuantizedMatMul
                     F.Units(block, scales, out V unit, out V offsetUnit);
                     for (int group = 0; group < F.Groups; group++, x += nextGroup)
                     {
-                        Prefetch(block + PrefetchBytes + (group * (F.BlockBytes / F.Groups * V.Count)));
+                        Prefetch(weights, (p * F.Groups) + group, panelBytes, panels);
                         V w0 = F.Bytes(block, group, 0);
                         V w1 = F.Bytes(block, group, 1);
                         V w2 = F.Bytes(block, group, 2);
@@ -381,32 +381,21 @@ internal static unsafe class QuantizedMatMul
 
         private readonly struct Halves;
 
-        // The lines of a group.
+        // What a task reads next lies in all its panels: a few bytes of each for each group that it multiplies.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void Prefetch(byte* p)
+        private static void Prefetch(byte* weights, int groupOfPanels, nint panelBytes, int panels)
         {
             if (Sse.IsSupported)
             {
-                int bytes = F.BlockBytes / F.Groups * V.Count;
-                Sse.Prefetch0(p);
-                if (bytes > 64)
+                int bytes = F.BlockBytes / F.Groups * V.Count / QuantizedMatMul.PanelsTogether;
+                byte* next = weights + Math.Max(PrefetchBytes, F.BlockBytes * V.Count) + (groupOfPanels * bytes);
+                for (int p = 0; p < panels; p++, next += panelBytes)
                 {
-                    Sse.Prefetch0(p + 64);
-                }
-
-                if (bytes > 128)
-                {
-                    Sse.Prefetch0(p + 128);
-                }
-
-                if (bytes > 192)
-                {
-                    Sse.Prefetch0(p + 192);
-                }
-
-                if (bytes > 256)
-                {
-                    Sse.Prefetch0(p + 256);
+                    Sse.Prefetch0(next);
+                    if (bytes > 64)
+                    {
+                        Sse.Prefetch0(next + 64);
+                    }
                 }
             }
         }
