@@ -1,5 +1,6 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.Intrinsics;
+using System.Runtime.Intrinsics.X86;
 
 namespace TinyLlama.Compute.Cpu;
 
@@ -16,18 +17,18 @@ internal static unsafe class TiledMatMul
     /// <summary>Bytes that <see cref="Scratch.Of"/> must hold.</summary>
     public const int ThreadBytes = SumsBytes + WeightsBytes + AmxBytes.WaitingBytes + TurnedBytes;
 
-    // Groups that are unpacked at once, blocks of any type: with those of 16 rows they stay in the first cache.
-    private const int GroupsAtOnce = 16;
-
-    // Panels of a task: inputs are read from the second cache once for all of them.
-    private const int PanelsAtOnce = 2;
-
     // Rows whose sums of a task stay in the second cache.
     private const int MostRows = 256;
 
-    private const int SumsBytes = PanelsAtOnce * MostRows * AmxBytes.Rows * sizeof(float);
-    private const int WeightsBytes = PanelsAtOnce * GroupsAtOnce * AmxBytes.WeightBytes;
-    private const int TurnedBytes = GroupsAtOnce * Q8MatMul.BlockBytes * AmxBytes.Rows;
+    // Panels of a task, and groups of each that are unpacked at once, blocks of any type: with those of 16 rows they stay in the first
+    // cache. Few rows wait for memory, which is read faster in several places at once; for many, fewer sums are loaded and stored.
+    private const int MostPanels = 4;
+    private const int MostGroups = 16;
+    private const int FewRows = 32;
+
+    private const int SumsBytes = MostPanels / 2 * MostRows * AmxBytes.Rows * sizeof(float);
+    private const int WeightsBytes = MostPanels / 2 * MostGroups * AmxBytes.WeightBytes;
+    private const int TurnedBytes = MostGroups * Q8MatMul.BlockBytes * AmxBytes.Rows;
 
     /// <summary>Whether weights of a type are multiplied here.</summary>
     public static bool Multiplies(DType type) => type.IsQuantized() && type != DType.Q6_K;
@@ -71,6 +72,7 @@ internal static unsafe class TiledMatMul
         for (int row = 0; row < input.Rows; row += MostRows)
         {
             int count = Math.Min(MostRows, input.Rows - row);
+            (int panelsAtOnce, int groupsAtOnce) = count <= FewRows ? (MostPanels, MostGroups / 2) : (MostPanels / 2, MostGroups);
             RoundedInputs.RoundTiles<Lanes512>(team, (byte*)scratch.Shared, input.RowRange(row, count));
             MultiplyWork<F> work = new()
             {
@@ -81,10 +83,12 @@ internal static unsafe class TiledMatMul
                 Panels = (byte*)weight.PackedForward.Address,
                 RowBytes = (nint)weight.Type.RowBytes(weight.Inputs),
                 PanelCount = panelCount,
+                PanelsAtOnce = panelsAtOnce,
+                GroupsAtOnce = groupsAtOnce,
                 Groups = weight.Inputs / RoundedInputs.Group,
                 Accumulate = accumulate,
             };
-            team.Run(ref work, (panelCount + PanelsAtOnce - 1) / PanelsAtOnce);
+            team.Run(ref work, (panelCount + panelsAtOnce - 1) / panelsAtOnce);
         }
     }
 
@@ -100,6 +104,8 @@ internal static unsafe class TiledMatMul
         public byte* Panels;
         public nint RowBytes;
         public int PanelCount;
+        public int PanelsAtOnce;
+        public int GroupsAtOnce;
         public int Groups;
         public bool Accumulate;
 
@@ -112,9 +118,10 @@ internal static unsafe class TiledMatMul
             int first = task * PanelsAtOnce;
             int panels = Math.Min(PanelsAtOnce, PanelCount - first);
             int blocks = (Output.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows;
+            int panelSums = blocks * AmxBytes.Rows * Lanes512.Count;
             for (int panel = 0; panel < panels; panel++)
             {
-                Begin(sums + (panel * MostRows * Lanes512.Count), first + panel);
+                Begin(sums + (panel * panelSums), first + panel);
             }
 
             AmxBytes.Configure();
@@ -126,6 +133,7 @@ internal static unsafe class TiledMatMul
                     Unpack(weights + (panel * GroupsAtOnce * AmxBytes.WeightBytes), Blocks(turned, first + panel, group, groups), groups);
                 }
 
+                Prefetch(first, panels, group + groups);
                 nint blockBytes = (nint)Groups * AmxBytes.InputBytes;
                 for (int block = 0; block < blocks; block++)
                 {
@@ -133,7 +141,7 @@ internal static unsafe class TiledMatMul
                     for (int panel = 0; panel < panels; panel++)
                     {
                         AmxBytes.Multiply(
-                            sums + (((panel * MostRows) + (block * AmxBytes.Rows)) * Lanes512.Count),
+                            sums + (panel * panelSums) + (block * AmxBytes.Rows * Lanes512.Count),
                             inputs, weights + (panel * GroupsAtOnce * AmxBytes.WeightBytes), groups, waiting, F.HasOffsets);
                     }
                 }
@@ -142,7 +150,7 @@ internal static unsafe class TiledMatMul
             Amx.Release();
             for (int panel = 0; panel < panels; panel++)
             {
-                End(sums + (panel * MostRows * Lanes512.Count), first + panel);
+                End(sums + (panel * panelSums), first + panel);
             }
         }
 
@@ -158,6 +166,25 @@ internal static unsafe class TiledMatMul
             byte* rows = Q8MatMul.Panel<Lanes512>(Rows, RowBytes, panel, out nint step);
             Q8MatMul.Turn<Lanes512>(turned, rows + offset, step, groups);
             return turned;
+        }
+
+        // What few rows unpack next, from all panels in turns, while tiles multiply.
+        private readonly void Prefetch(int panel, int panels, int group)
+        {
+            if (Output.Rows > FewRows || Rows.Length > 0)
+            {
+                return;
+            }
+
+            byte* next = Panels + (((panel * RowBytes) + (group / F.Groups * F.BlockBytes)) * Lanes512.Count);
+            int bytes = Math.Min(GroupsAtOnce, Groups - group) / F.Groups * F.BlockBytes * Lanes512.Count;
+            for (int at = 0; at < bytes; at += 64)
+            {
+                for (int p = 0; p < panels; p++)
+                {
+                    Sse.Prefetch1(next + (p * RowBytes * Lanes512.Count) + at);
+                }
+            }
         }
 
         [SkipLocalsInit]
