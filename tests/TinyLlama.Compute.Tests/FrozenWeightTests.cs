@@ -160,7 +160,7 @@ public sealed class FrozenWeightTests
     public void Rows_that_are_read_in_place_give_the_bits_of_a_copy(CpuPath path, DType type)
     {
         using CpuBackend backend = CpuBackend.Create(2, path);
-        const int Inputs = 1600;
+        const int Inputs = 8000;
         const int Outputs = 192;
         using Operands copied = new(backend, type, 13, Outputs, Inputs);
         int rowBytes = (int)type.RowBytes(Inputs);
@@ -180,7 +180,7 @@ public sealed class FrozenWeightTests
         File.WriteAllBytes(name, stored);
         using (MappedFile file = MappedFile.Open(name))
         {
-            using Arena arena = backend.Allocate("test", 1 << 20);
+            using Arena arena = backend.Allocate("test", 1 << 23);
             StoredRows[] rows = [.. parts.Select(part => new StoredRows(file.Address(part.First * rowBytes, part.Count * rowBytes), part.Count, part.HeadDim))];
             Assert.All(rows, range => Assert.True(backend.ReadsInPlace(type, Inputs, range)));
             var weight = Weight.InPlace(rows, Inputs, type);

@@ -93,7 +93,9 @@ internal static unsafe class Q8MatMul
         int rowsAtOnce = RoundedInputs.MaxElements / input.Columns;
         int groups = weight.Inputs / Group;
         int panelCount = (weight.Outputs + V.Count - 1) / V.Count;
-        int panelsTogether = input.Rows % LeastRows == 0 ? 1 : PanelsTogether;
+
+        // Rows that are turned fit the scratch as so many bytes, or one panel.
+        int panelsTogether = weight.Rows.Length > 0 || input.Rows % LeastRows == 0 ? 1 : PanelsTogether;
         long panelBytes = (long)groups * BlockBytes * V.Count;
         int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes / panelsTogether * panelsTogether, panelsTogether, Math.Max(panelsTogether, panelCount / 8));
         for (int row = 0; row < input.Rows; row += rowsAtOnce)

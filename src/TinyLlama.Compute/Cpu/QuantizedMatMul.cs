@@ -21,7 +21,7 @@ internal static unsafe class QuantizedMatMul
 
     // Panels that few rows are multiplied by in turns, block after block: memory is read faster in several places at once.
     private const int PanelsTogether = 4;
-    private const int FewRows = 8;
+    private const int FewRows = MostRows / PanelsTogether;
 
     // How far ahead panels are fetched: some memory latency at the rate of a core.
     private const int PrefetchBytes = 2048;
@@ -110,7 +110,7 @@ internal static unsafe class QuantizedMatMul
 
         public readonly void Run(int task, int thread)
         {
-            float* sums = stackalloc float[QuantizedMatMul.PanelsTogether * MostRows * V.Count];
+            float* sums = stackalloc float[MostRows * V.Count];
             int first = task * PanelsPerTask;
             int end = Math.Min(PanelCount, first + PanelsPerTask);
             for (int row = 0; row < Output.Rows; row += MostRows)
