@@ -19,9 +19,8 @@ internal static unsafe class QuantizedMatMul
     // Bytes of panels of a task: they stay in the second cache while blocks of rows pass by.
     private const long TaskBytes = 96 << 10;
 
-    // Panels that few rows are multiplied by in turns, block after block: memory is read faster in several places at once.
+    // Panels that one row is multiplied by in turns, block after block: memory is read faster in several places at once.
     private const int PanelsTogether = 4;
-    private const int FewRows = MostRows / PanelsTogether;
 
     // How far ahead panels are fetched: some memory latency at the rate of a core.
     private const int PrefetchBytes = 2048;
@@ -77,7 +76,7 @@ internal static unsafe class QuantizedMatMul
         RoundedInputs.Round<V>(team, rounded, input, MostRows, inWords: false);
         long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
-        int panelsTogether = input.Rows <= FewRows ? PanelsTogether : 1;
+        int panelsTogether = input.Rows == 1 ? PanelsTogether : 1;
         int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes / panelsTogether * panelsTogether, panelsTogether, Math.Max(panelsTogether, panelCount / 8));
         MultiplyWork<V, F> work = new()
         {
@@ -151,9 +150,9 @@ internal static unsafe class QuantizedMatMul
         // Panels by rows of a block: so many together, and a last one. The sums of a panel follow those of the one before.
         private readonly void Multiply<TRows>(float* sums, byte* weights, int panels, byte* rounded, int rows, int together)
         {
-            if (together > 0)
+            for (int p = 0; p < panels && together > 0; p++)
             {
-                MultiplyRows<TRows>(sums, weights, PanelBytes, panels, rounded, Groups, rows, together);
+                MultiplyRows<TRows>(sums + (p * rows * V.Count), weights + (p * PanelBytes), rounded, Groups, rows, together);
             }
 
             if (together < rows)
@@ -247,80 +246,73 @@ internal static unsafe class QuantizedMatMul
             }
         }
 
-        // The first of so many rows, and panels. Small enough for the JIT to inline all that it calls.
+        // The first of so many rows, and one panel. Small enough for the JIT to inline all that it calls.
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static void MultiplyRows<TRows>(
-            float* sums, byte* weights, nint panelBytes, int panels, byte* rounded, int groups, int rows, int together)
+        private static void MultiplyRows<TRows>(float* sums, byte* weights, byte* rounded, int groups, int rows, int together)
         {
             byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
             nint lanes = V.Count;
-            nint nextGroup = rows * RoundedInputs.GroupBytes;
+            float* end = sums + (together * lanes);
             for (int done = 0; done < groups; done += F.Groups)
             {
-                byte* block = weights;
-                float* sumsOfPanel = sums;
-                for (int p = 0; p < panels; p++, block += panelBytes, sumsOfPanel += rows * lanes)
+                F.Units(weights, scales, out V unit, out V offsetUnit);
+                for (int group = 0; group < F.Groups; group++)
                 {
-                    float* end = sumsOfPanel + (together * lanes);
-                    byte* firstRow = rounded;
-                    F.Units(block, scales, out V unit, out V offsetUnit);
-                    for (int group = 0; group < F.Groups; group++, firstRow += nextGroup)
+                    V w0 = F.Bytes(weights, group, 0);
+                    V w1 = F.Bytes(weights, group, 1);
+                    V w2 = F.Bytes(weights, group, 2);
+                    V w3 = F.Bytes(weights, group, 3);
+                    V w4 = F.Bytes(weights, group, 4);
+                    V w5 = F.Bytes(weights, group, 5);
+                    V w6 = F.Bytes(weights, group, 6);
+                    V w7 = F.Bytes(weights, group, 7);
+                    (V scale, V offset) = (unit, offsetUnit);
+                    F.Scale(weights, scales, group, ref scale, ref offset);
+                    byte* x = rounded;
+                    if (typeof(TRows) == typeof(Pairs))
                     {
-                        V w0 = F.Bytes(block, group, 0);
-                        V w1 = F.Bytes(block, group, 1);
-                        V w2 = F.Bytes(block, group, 2);
-                        V w3 = F.Bytes(block, group, 3);
-                        V w4 = F.Bytes(block, group, 4);
-                        V w5 = F.Bytes(block, group, 5);
-                        V w6 = F.Bytes(block, group, 6);
-                        V w7 = F.Bytes(block, group, 7);
-                        (V scale, V offset) = (unit, offsetUnit);
-                        F.Scale(block, scales, group, ref scale, ref offset);
-                        byte* x = firstRow;
-                        if (typeof(TRows) == typeof(Pairs))
+                        for (float* sum = sums; sum < end; sum += 2 * lanes)
                         {
-                            for (float* sum = sumsOfPanel; sum < end; sum += 2 * lanes)
-                            {
-                                byte* y = x + RoundedInputs.GroupBytes;
-                                V a = Add(default, w0, w1, x);
-                                V b = Add(default, w0, w1, y);
-                                a = Add(a, w2, w3, x + 8);
-                                b = Add(b, w2, w3, y + 8);
-                                a = Add(a, w4, w5, x + 16);
-                                b = Add(b, w4, w5, y + 16);
-                                a = Add(a, w6, w7, x + 24);
-                                b = Add(b, w6, w7, y + 24);
-                                AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
-                                AddScaled(V.Load(sum + lanes), b, scale, offset, y).Store(sum + lanes);
-                                x = y + RoundedInputs.GroupBytes;
-                            }
-                        }
-                        else if (typeof(TRows) == typeof(Halves))
-                        {
-                            F.HalfScales(block, group, out V first, out V second, out V both);
-                            for (float* sum = sumsOfPanel; sum < end; sum += lanes)
-                            {
-                                V a = AddHalf(Offset(both, x), w0, w1, w2, w3, x, first);
-                                a = AddHalf(a, w4, w5, w6, w7, x + 16, second);
-                                AddScaled(V.Load(sum), a, unit, x).Store(sum);
-                                x += RoundedInputs.GroupBytes;
-                            }
-                        }
-                        else
-                        {
-                            for (float* sum = sumsOfPanel; sum < end; sum += lanes)
-                            {
-                                V a = Add(Add(default, w0, w1, x), w2, w3, x + 8);
-                                a = Add(Add(a, w4, w5, x + 16), w6, w7, x + 24);
-                                AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
-                                x += RoundedInputs.GroupBytes;
-                            }
+                            byte* y = x + RoundedInputs.GroupBytes;
+                            V a = Add(default, w0, w1, x);
+                            V b = Add(default, w0, w1, y);
+                            a = Add(a, w2, w3, x + 8);
+                            b = Add(b, w2, w3, y + 8);
+                            a = Add(a, w4, w5, x + 16);
+                            b = Add(b, w4, w5, y + 16);
+                            a = Add(a, w6, w7, x + 24);
+                            b = Add(b, w6, w7, y + 24);
+                            AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
+                            AddScaled(V.Load(sum + lanes), b, scale, offset, y).Store(sum + lanes);
+                            x = y + RoundedInputs.GroupBytes;
                         }
                     }
+                    else if (typeof(TRows) == typeof(Halves))
+                    {
+                        F.HalfScales(weights, group, out V first, out V second, out V both);
+                        for (float* sum = sums; sum < end; sum += lanes)
+                        {
+                            V a = AddHalf(Offset(both, x), w0, w1, w2, w3, x, first);
+                            a = AddHalf(a, w4, w5, w6, w7, x + 16, second);
+                            AddScaled(V.Load(sum), a, unit, x).Store(sum);
+                            x += RoundedInputs.GroupBytes;
+                        }
+                    }
+                    else
+                    {
+                        for (float* sum = sums; sum < end; sum += lanes)
+                        {
+                            V a = Add(Add(default, w0, w1, x), w2, w3, x + 8);
+                            a = Add(Add(a, w4, w5, x + 16), w6, w7, x + 24);
+                            AddScaled(V.Load(sum), a, scale, offset, x).Store(sum);
+                            x += RoundedInputs.GroupBytes;
+                        }
+                    }
+
+                    rounded += rows * RoundedInputs.GroupBytes;
                 }
 
-                rounded += F.Groups * nextGroup;
                 weights += F.BlockBytes * lanes;
             }
         }
