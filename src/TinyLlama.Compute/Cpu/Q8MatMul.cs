@@ -32,9 +32,6 @@ internal static unsafe class Q8MatMul
     // Groups that are turned at once.
     private const int GroupsAtOnce = 256;
 
-    // Bytes of panels of a task: they stay in the second cache while rows pass by.
-    private const long TaskBytes = 96 << 10;
-
     // Panels that a row is multiplied by in turns, group after group: memory is read faster in several places at once.
     private const int PanelsTogether = 4;
 
@@ -94,10 +91,9 @@ internal static unsafe class Q8MatMul
         int groups = weight.Inputs / Group;
         int panelCount = (weight.Outputs + V.Count - 1) / V.Count;
 
-        // Rows that are turned fit the scratch as so many bytes, or one panel.
+        // What a task turns fits the scratch only if it is the fewest panels.
         int panelsTogether = weight.Rows.Length > 0 || input.Rows % LeastRows == 0 ? 1 : PanelsTogether;
-        long panelBytes = (long)groups * BlockBytes * V.Count;
-        int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes / panelsTogether * panelsTogether, panelsTogether, Math.Max(panelsTogether, panelCount / 8));
+        int panelsPerTask = WeightPanels.OfTask((long)groups * BlockBytes * V.Count, panelCount, panelsTogether);
         for (int row = 0; row < input.Rows; row += rowsAtOnce)
         {
             int count = Math.Min(rowsAtOnce, input.Rows - row);
@@ -224,19 +220,10 @@ internal static unsafe class Q8MatMul
             byte* rounded = Rounded + ((nint)together * Groups * RoundedInputs.WordGroupBytes);
             for (int row = together; row < Output.Rows; row++, rounded += (nint)Groups * RoundedInputs.GroupBytes)
             {
-                if (Panels is not null)
+                int panels = Panels is null ? 1 : PanelsTogether;
+                for (int panel = first; panel < end; panel += panels)
                 {
-                    for (int panel = first; panel < end; panel += PanelsTogether)
-                    {
-                        MultiplyAlone(row, panel, Math.Min(PanelsTogether, end - panel), rounded);
-                    }
-                }
-                else
-                {
-                    for (int panel = first; panel < end; panel++)
-                    {
-                        MultiplyAlone(row, panel, 1, rounded);
-                    }
+                    MultiplyAlone(row, panel, Math.Min(panels, end - panel), rounded);
                 }
             }
         }

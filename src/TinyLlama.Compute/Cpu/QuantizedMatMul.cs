@@ -16,9 +16,6 @@ internal static unsafe class QuantizedMatMul
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
     private const int MostRows = 32;
 
-    // Bytes of panels of a task: they stay in the second cache while blocks of rows pass by.
-    private const long TaskBytes = 96 << 10;
-
     // Panels that one row is multiplied by in turns, block after block: memory is read faster in several places at once.
     private const int PanelsTogether = 4;
 
@@ -77,7 +74,7 @@ internal static unsafe class QuantizedMatMul
         long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
         int panelsTogether = input.Rows == 1 ? PanelsTogether : 1;
-        int panelsPerTask = (int)Math.Clamp(TaskBytes / panelBytes / panelsTogether * panelsTogether, panelsTogether, Math.Max(panelsTogether, panelCount / 8));
+        int panelsPerTask = WeightPanels.OfTask(panelBytes, panelCount, panelsTogether);
         MultiplyWork<V, F> work = new()
         {
             Output = output,
@@ -147,12 +144,12 @@ internal static unsafe class QuantizedMatMul
             }
         }
 
-        // Panels by rows of a block: so many together, and a last one. The sums of a panel follow those of the one before.
+        // One row by panels, whose sums follow each other; or a panel by rows of a block, so many together and a last one.
         private readonly void Multiply<TRows>(float* sums, byte* weights, int panels, byte* rounded, int rows, int together)
         {
-            for (int p = 0; p < panels && together > 0; p++)
+            if (together > 0)
             {
-                MultiplyRows<TRows>(sums + (p * rows * V.Count), weights + (p * PanelBytes), rounded, Groups, rows, together);
+                MultiplyRows<TRows>(sums, weights, rounded, Groups, rows, together);
             }
 
             if (together < rows)

@@ -10,6 +10,13 @@ namespace TinyLlama.Compute.Cpu;
 /// </summary>
 internal static unsafe class WeightPanels
 {
+    // They stay in the second cache while rows pass by.
+    private const long TaskBytes = 96 << 10;
+
+    /// <summary>The panels of a task: multiples of those that are multiplied together.</summary>
+    public static int OfTask(long panelBytes, int panelCount, int together) =>
+        (int)Math.Clamp(TaskBytes / panelBytes / together, 1, Math.Max(1, panelCount / 8 / together)) * together;
+
     /// <summary>Room for a weight: of its shape and type, with rows up to a whole panel behind it.</summary>
     public static Tensor Take(Arena arena, int outputs, int inputs, DType type, int lanes)
     {
