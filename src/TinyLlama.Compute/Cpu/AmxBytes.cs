@@ -7,16 +7,21 @@ namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
 /// Products of rounded inputs and quantized weights on AMX: a group of 16 rows by one of 16 outputs is one tdpbssd, whose integers
-/// 16-lane registers scale and add up. Emitted when it is first asked for.
+/// 16-lane registers scale and add up. Four such tiles at once: two blocks of rows by two panels, or one by four. Emitted when it is first
+/// asked for.
 /// </summary>
 /// <remarks>
 /// Integers are exact and groups add up as in <see cref="QuantizedMatMul"/>, so the bits are those of its kernels. Integers wait in memory
-/// while tiles multiply the next group, sums stay in registers.
+/// while tiles multiply the next group. Where the other hyperthread of a core is busy, instructions that write tile registers hardly overlap
+/// (measured: some 15 cycles each): so there are as few as possible, three for a tile, with other work between them.
 /// </remarks>
 internal static unsafe class AmxBytes
 {
     /// <summary>Rows of a block of inputs.</summary>
     public const int Rows = Amx.TileRows;
+
+    /// <summary>Tiles of sums at once: blocks by panels.</summary>
+    public const int Tiles = 4;
 
     /// <summary>
     /// Bytes of a group of a block of inputs: 32 of each row, then for each row a scale, two int16 and a scaled sum
@@ -27,13 +32,17 @@ internal static unsafe class AmxBytes
     /// <summary>Bytes of a group of weights: eight registers of four signed bytes of each output, one of scales, one of offsets.</summary>
     public const int WeightBytes = BytesOfGroup + (2 * Rows * sizeof(float));
 
+    /// <summary>The most groups at once, and the bytes from a panel's to the next's: what four panels have stays in the first cache.</summary>
+    public const int MostGroups = 8, PanelBytes = MostGroups * WeightBytes;
+
     /// <summary>Bytes that code needs for integers that wait.</summary>
-    public const int WaitingBytes = 2 * TileBytes;
+    public const int WaitingBytes = 2 * Tiles * TileBytes;
+
+    /// <summary>Bytes of a tile of sums.</summary>
+    public const int TileBytes = Rows * Rows * sizeof(float);
 
     /// <summary>Where in a group the first of what follows its bytes lies.</summary>
     public const int BytesOfGroup = RoundedInputs.Group * Rows;
-
-    private const int TileBytes = Rows * Rows * sizeof(int);
 
     private static readonly byte* s_sizes = Amx.Sizes(TileSize);
 
@@ -45,95 +54,142 @@ internal static unsafe class AmxBytes
     /// <summary>Makes this thread ready; until <see cref="Amx.Release"/> nothing else may configure tiles.</summary>
     public static void Configure() => Amx.Configure(s_sizes);
 
-    /// <summary>sums (16, 16) += inputs · weightsᵀ.</summary>
-    /// <param name="sums">Row after row.</param>
+    /// <summary>sums += inputs · weightsᵀ, for one block of inputs and four panels, or two and two.</summary>
+    /// <param name="sums">Four tiles of 16 rows by 16 outputs, row after row; those of a block follow each other.</param>
     /// <param name="inputs">The first group of the block; the others follow.</param>
-    /// <param name="weights">The first group; the others follow.</param>
+    /// <param name="nextBlock">The bytes from it to the second block, or zero: there is one.</param>
+    /// <param name="weights">The first group of the first panel; the others follow, panels every <see cref="PanelBytes"/>.</param>
     /// <param name="groups">The number of groups, at least one.</param>
     /// <param name="waiting">Room for <see cref="WaitingBytes"/>.</param>
     /// <param name="hasOffsets">Whether weights have offsets.</param>
-    public static void Multiply(float* sums, byte* inputs, byte* weights, nint groups, byte* waiting, bool hasOffsets) =>
-        Call(hasOffsets ? s_code.WithOffsets : s_code.WithoutOffsets, sums, inputs, weights, groups, waiting);
+    public static void Multiply(float* sums, byte* inputs, nint nextBlock, byte* weights, nint groups, byte* waiting, bool hasOffsets) =>
+        Call(s_code.Of(nextBlock == 0 ? 1 : 2, hasOffsets), sums, inputs, weights, groups, waiting, nextBlock);
 
-    /// <summary>Rows and bytes of a row of a tile register: sums in 0 and 1, inputs in 4 and 5, weights in 6 and 7.</summary>
+    /// <summary>Rows and bytes of a row of a tile register: sums in 0 to 3, inputs in 4 and 5, weights in 6 and 7.</summary>
     internal static (int Rows, int Bytes) TileSize(int tile) =>
         (tile < 6 ? Rows : RoundedInputs.Group / sizeof(int), tile is 4 or 5 ? RoundedInputs.Group : 64);
 
     /// <summary>The machine code of <see cref="Multiply"/>; position-independent, without data.</summary>
-    internal static byte[] Emit(bool hasOffsets) => Amx.Assemble(code =>
+    /// <param name="blocks">One or two.</param>
+    /// <param name="hasOffsets">Whether weights have offsets.</param>
+    internal static byte[] Emit(int blocks, bool hasOffsets) => Amx.Assemble(code =>
     {
-        // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting. Sums of rows in zmm0 to 15, scales and offsets of outputs in 16 and 17.
-        Label loop = code.CreateLabel(), firstIsLast = code.CreateLabel(), secondIsLast = code.CreateLabel(), store = code.CreateLabel();
+        // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of the second block, then the block itself.
+        // Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3, offsets in 4 to 7.
+        int panels = Tiles / blocks;
+        Label loop = code.CreateLabel(), last = code.CreateLabel();
         code.mov(r10, RoundedInputs.Group);
         code.mov(r11, Amx.RowDwords * sizeof(int));
-        for (int row = 0; row < Rows; row++)
-        {
-            code.vmovups(Register512(row), __zmmword_ptr[rdi + (64 * row)]);
-        }
-
-        // Two groups a turn; tiles are one group ahead.
-        MultiplyTiles(0);
+        code.lea(rax, __[r8 + (Tiles * TileBytes)]);
+        code.add(r9, rsi);
+        MultiplyTiles(r8, group: 0, static () => { });
         code.Label(ref loop);
         code.dec(rcx);
-        code.je(firstIsLast);
-        MultiplyTiles(1);
-        AddScaled(0);
-        code.dec(rcx);
-        code.je(secondIsLast);
-        MultiplyTiles(2);
-        AddScaled(1);
-        code.add(rsi, 2 * InputBytes);
-        code.add(rdx, 2 * WeightBytes);
-        code.jmp(loop);
-        code.Label(ref secondIsLast);
-        AddScaled(1);
-        code.jmp(store);
-        code.Label(ref firstIsLast);
-        AddScaled(0);
-        code.Label(ref store);
-        for (int row = 0; row < Rows; row++)
+        code.je(last);
+        LoadScales();
+        int row = 0;
+        MultiplyTiles(rax, group: 1, () =>
         {
-            code.vmovups(__zmmword_ptr[rdi + (64 * row)], Register512(row));
+            for (int i = 0; i < Tiles; i++, row++)
+            {
+                AddScaled(row);
+            }
+        });
+        code.add(rsi, InputBytes);
+        code.add(r9, InputBytes);
+        code.add(rdx, WeightBytes);
+        code.xchg(r8, rax);
+        code.jmp(loop);
+        code.Label(ref last);
+        LoadScales();
+        for (row = 0; row < Tiles * Rows; row++)
+        {
+            AddScaled(row);
         }
 
         code.vzeroupper();
         code.ret();
 
-        void MultiplyTiles(int group)
+        // 16 steps, and what is done between them: of each of the four tiles that wait, a row.
+        void MultiplyTiles(AssemblerRegister64 waiting, int group, Action between)
         {
-            (AssemblerRegisterTMM sums, AssemblerRegisterTMM inputs, AssemblerRegisterTMM weights) =
-                int.IsEvenInteger(group) ? (tmm0, tmm4, tmm6) : (tmm1, tmm5, tmm7);
-            code.tilezero(sums);
-            code.tileloadd(inputs, __[rsi + r10 + (group * InputBytes)]);
-            code.tileloadd(weights, __[rdx + r11 + (group * WeightBytes)]);
-            code.tdpbssd(sums, inputs, weights);
-            code.tilestored(__[r8 + r11 + (group % 2 * TileBytes)], sums);
-        }
-
-        void AddScaled(int group)
-        {
-            int inputs = (group * InputBytes) + BytesOfGroup;
-            int weights = (group * WeightBytes) + BytesOfGroup;
-            code.vmovups(zmm16, __zmmword_ptr[rdx + weights]);
-            if (hasOffsets)
+            for (int tile = 0; tile < Tiles; tile++)
             {
-                code.vmovups(zmm17, __zmmword_ptr[rdx + (weights + 64)]);
+                Do(() => code.tilezero(Sums(tile)));
             }
 
-            for (int row = 0; row < Rows; row++)
+            Do(() => LoadInputs(tmm4, rsi, group));
+            Do(() => LoadWeights(tmm6, 0, group));
+            Do(() => code.tdpbssd(tmm0, tmm4, tmm6));
+            Do(() => LoadWeights(tmm7, 1, group));
+            Do(() => code.tdpbssd(tmm1, tmm4, tmm7));
+            if (blocks == 1)
             {
-                (AssemblerRegisterZMM products, AssemblerRegisterZMM scale) = (Register512(18 + (row % 7)), Register512(25 + (row % 7)));
-                code.vcvtdq2ps(products, __zmmword_ptr[r8 + ((group * TileBytes) + (64 * row))]);
-                code.vmulps(scale, zmm16, __dword_bcst[rsi + (inputs + (sizeof(float) * row))]);
+                Do(() => LoadWeights(tmm6, 2, group));
+                Do(() => code.tdpbssd(tmm2, tmm4, tmm6));
+                LoadWeights(tmm7, 3, group);
+                Do(() => code.tdpbssd(tmm3, tmm4, tmm7));
+            }
+            else
+            {
+                Do(() => LoadInputs(tmm5, r9, group));
+                Do(() => code.tdpbssd(tmm2, tmm5, tmm6));
+                Do(() => code.tdpbssd(tmm3, tmm5, tmm7));
+            }
+
+            for (int tile = 0; tile < Tiles; tile++)
+            {
+                Do(() => code.tilestored(__[waiting + r11 + (tile * TileBytes)], Sums(tile)));
+            }
+
+            void Do(Action step)
+            {
+                step();
+                between();
+            }
+        }
+
+        void LoadInputs(AssemblerRegisterTMM tile, AssemblerRegister64 block, int group) =>
+            code.tileloadd(tile, __[block + r10 + (group * InputBytes)]);
+
+        void LoadWeights(AssemblerRegisterTMM tile, int panel, int group) =>
+            code.tileloadd(tile, __[rdx + r11 + ((panel * PanelBytes) + (group * WeightBytes))]);
+
+        void LoadScales()
+        {
+            for (int panel = 0; panel < panels; panel++)
+            {
+                code.vmovups(Register512(panel), __zmmword_ptr[rdx + ((panel * PanelBytes) + BytesOfGroup)]);
                 if (hasOffsets)
                 {
-                    code.vfmadd231ps(Register512(row), zmm17, __dword_bcst[rsi + (inputs + (2 * 64) + (sizeof(float) * row))]);
+                    code.vmovups(Register512(Tiles + panel), __zmmword_ptr[rdx + ((panel * PanelBytes) + BytesOfGroup + 64)]);
                 }
-
-                code.vfmadd231ps(Register512(row), products, scale);
             }
         }
+
+        void AddScaled(int row)
+        {
+            (int tile, int inTile) = int.DivRem(row, Rows);
+            int panel = tile % panels;
+            AssemblerRegister64 block = tile < panels ? rsi : r9;
+            int inputs = BytesOfGroup + (sizeof(float) * inTile);
+            int first = 8 + (row % 8 * 3);
+            (AssemblerRegisterZMM sum, AssemblerRegisterZMM products, AssemblerRegisterZMM scale) =
+                (Register512(first), Register512(first + 1), Register512(first + 2));
+            code.vmovups(sum, __zmmword_ptr[rdi + (64 * row)]);
+            code.vcvtdq2ps(products, __zmmword_ptr[r8 + (64 * row)]);
+            code.vmulps(scale, Register512(panel), __dword_bcst[block + inputs]);
+            if (hasOffsets)
+            {
+                code.vfmadd231ps(sum, Register512(Tiles + panel), __dword_bcst[block + (inputs + (2 * 64))]);
+            }
+
+            code.vfmadd231ps(sum, products, scale);
+            code.vmovups(__zmmword_ptr[rdi + (64 * row)], sum);
+        }
     });
+
+    private static AssemblerRegisterTMM Sums(int tile) => new(Register.TMM0 + tile);
 
     private static AssemblerRegisterZMM Register512(int number) => new(Register.ZMM0 + number);
 
@@ -152,11 +208,7 @@ internal static unsafe class AmxBytes
 
         try
         {
-            Code code = new()
-            {
-                WithoutOffsets = ExecutableMemory.Map(Emit(hasOffsets: false)),
-                WithOffsets = ExecutableMemory.Map(Emit(hasOffsets: true)),
-            };
+            Code code = new() { OneBlock = Map(1, false), OneBlockOffsets = Map(1, true), TwoBlocks = Map(2, false), TwoBlocksOffsets = Map(2, true) };
             return IsRight(code) ? code : new Code { Fault = "the code for bytes on AMX gives wrong sums on this processor" };
         }
         catch (DeviceException e)
@@ -165,57 +217,75 @@ internal static unsafe class AmxBytes
         }
     }
 
-    private static void Call(nint code, float* sums, byte* inputs, byte* weights, nint groups, byte* waiting) =>
-        ((delegate* unmanaged[SuppressGCTransition]<float*, byte*, byte*, nint, byte*, void>)code)(sums, inputs, weights, groups, waiting);
+    private static nint Map(int blocks, bool hasOffsets) => ExecutableMemory.Map(Emit(blocks, hasOffsets));
+
+    private static void Call(nint code, float* sums, byte* inputs, byte* weights, nint groups, byte* waiting, nint nextBlock) =>
+        ((delegate* unmanaged[SuppressGCTransition]<float*, byte*, byte*, nint, byte*, nint, void>)code)(
+            sums, inputs, weights, groups, waiting, nextBlock);
 
     // Whole numbers so small that every order of adding them gives the same bits.
     private static bool IsRight(Code code)
     {
         const int Groups = 3;
-        byte[] rounded = new byte[Groups * InputBytes], panel = new byte[Groups * WeightBytes], room = new byte[WaitingBytes];
-        fixed (byte* inputs = rounded, weights = panel, waiting = room)
+        const int NextBlock = Groups * InputBytes;
+        byte[] rounded = new byte[2 * NextBlock], panels = new byte[Tiles * PanelBytes], room = new byte[WaitingBytes];
+        fixed (byte* inputs = rounded, weights = panels, waiting = room)
         {
             for (int group = 0; group < Groups; group++)
             {
-                Fill((sbyte*)inputs + (group * InputBytes), 3);
-                Fill((sbyte*)weights + (group * WeightBytes), 2);
+                for (int block = 0; block < 2; block++)
+                {
+                    Fill((sbyte*)inputs + (block * NextBlock) + (group * InputBytes), 3, 37 + (2 * block));
+                }
+
+                for (int panel = 0; panel < Tiles; panel++)
+                {
+                    Fill((sbyte*)weights + (panel * PanelBytes) + (group * WeightBytes), 2, 41 + (2 * panel));
+                }
             }
 
             Configure();
-            bool same = Same(code.WithoutOffsets, inputs, weights, waiting, hasOffsets: false)
-                && Same(code.WithOffsets, inputs, weights, waiting, hasOffsets: true);
+            bool same = true;
+            foreach (bool hasOffsets in (ReadOnlySpan<bool>)[false, true])
+            {
+                same &= Same(code.Of(1, hasOffsets), 1, inputs, weights, waiting, hasOffsets);
+                same &= Same(code.Of(2, hasOffsets), 2, inputs, weights, waiting, hasOffsets);
+            }
+
             Amx.Release();
             return same;
         }
 
-        static bool Same(nint code, byte* inputs, byte* weights, byte* waiting, bool hasOffsets)
+        static bool Same(nint code, int blocks, byte* inputs, byte* weights, byte* waiting, bool hasOffsets)
         {
-            Span<float> actual = stackalloc float[Rows * Rows];
-            actual.Fill(7);
+            float[] actual = new float[Tiles * Rows * Rows];
+            Array.Fill(actual, 7);
             fixed (float* sums = actual)
             {
-                Call(code, sums, inputs, weights, Groups, waiting);
+                Call(code, sums, inputs, weights, Groups, waiting, NextBlock);
             }
 
             bool same = true;
             for (int i = 0; i < actual.Length; i++)
             {
-                same &= actual[i] == Expected(inputs, weights, i / Rows, i % Rows, hasOffsets);
+                (int tile, int row, int output) = (i / (Rows * Rows), i / Rows % Rows, i % Rows);
+                (int block, int panel) = int.DivRem(tile, Tiles / blocks);
+                same &= actual[i] == Expected(inputs + (block * NextBlock), weights + (panel * PanelBytes), row, output, hasOffsets);
             }
 
             return same;
         }
 
-        static void Fill(sbyte* group, int planes)
+        static void Fill(sbyte* group, int planes, int step)
         {
             for (int i = 0; i < BytesOfGroup; i++)
             {
-                group[i] = (sbyte)((i * 37 % 255) - 127);
+                group[i] = (sbyte)((i * step % 255) - 127);
             }
 
             for (int i = 0; i < planes * Rows; i++)
             {
-                ((float*)(group + BytesOfGroup))[i] = (i % 5) - 2;
+                ((float*)(group + BytesOfGroup))[i] = (i * step % 5) - 2;
             }
         }
 
@@ -242,7 +312,12 @@ internal static unsafe class AmxBytes
     private struct Code
     {
         public string? Fault;
-        public nint WithoutOffsets;
-        public nint WithOffsets;
+        public nint OneBlock;
+        public nint OneBlockOffsets;
+        public nint TwoBlocks;
+        public nint TwoBlocksOffsets;
+
+        public readonly nint Of(int blocks, bool hasOffsets) =>
+            blocks == 1 ? (hasOffsets ? OneBlockOffsets : OneBlock) : hasOffsets ? TwoBlocksOffsets : TwoBlocks;
     }
 }

@@ -21,7 +21,7 @@ internal static unsafe class KeyValueCache
     private const int Block = TokenLayout.KeyBlock;
 
     // Tokens of a task.
-    private const int TokensPerTask = 16;
+    private const int TokensPerTask = 4;
 
     /// <summary>Room for keys, or values.</summary>
     public static Tensor Take(Arena arena, int blocks, int keyHeads, int headDim, DType type)
@@ -52,10 +52,10 @@ internal static unsafe class KeyValueCache
             {
                 _ = layout.KeyBlockOf(segment, position, cacheKeys.Rows);
             }
-
-            AppendWork<V> work = new(cacheKeys, cacheValues, keys, values, layout, segment, headDim);
-            team.Run(ref work, (segment.RowCount + TokensPerTask - 1) / TokensPerTask);
         }
+
+        AppendWork<V> work = new(cacheKeys, cacheValues, keys, values, layout, headDim);
+        team.Run(ref work, (layout.TokenCount + TokensPerTask - 1) / TokensPerTask);
     }
 
     /// <summary>The panels of the first keys of a block: in place, or widened to <paramref name="room"/>.</summary>
@@ -182,34 +182,52 @@ internal static unsafe class KeyValueCache
     }
 
     private readonly struct AppendWork<V>(
-        Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout, Segment segment, int headDim) : IWork
+        Tensor cacheKeys, Tensor cacheValues, Tensor keys, Tensor values, TokenLayout layout, int headDim) : IWork
         where V : struct, ILanes<V>
     {
         public void Run(int task, int thread)
         {
-            int end = Math.Min(segment.RowCount, (task + 1) * TokensPerTask);
-            for (int token = task * TokensPerTask; token < end; token++)
+            int first = task * TokensPerTask;
+            int end = Math.Min(layout.TokenCount, first + TokensPerTask);
+            for (int s = 0; s < layout.SegmentCount; s++)
             {
-                int position = segment.FirstPosition + token;
-                int block = layout.KeyBlockOf(segment, position, cacheKeys.Rows);
-                int place = position % Block;
-                for (int from = 0; from < keys.Columns; from += headDim)
+                Segment segment = layout.SegmentAt(s);
+                int endOfBoth = Math.Min(end, segment.FirstRow + segment.RowCount);
+                for (int row = Math.Max(first, segment.FirstRow); row < endOfBoth; row++)
                 {
-                    byte* key = Head(cacheKeys, block, from / headDim, headDim);
-                    byte* value = Head(cacheValues, block, from / headDim, headDim);
-                    for (int d = 0; d < headDim; d += GroupChannels)
-                    {
-                        PutGroup(key, keys.F32(segment.FirstRow + token) + from, d, place, areKeys: true);
-                        PutGroup(value, values.F32(segment.FirstRow + token) + from, d, place, areKeys: false);
-                    }
+                    Append(segment, row);
                 }
             }
         }
 
+        private void Append(Segment segment, int row)
+        {
+            int position = segment.FirstPosition + row - segment.FirstRow;
+            int block = layout.KeyBlockOf(segment, position, cacheKeys.Rows);
+            int place = position % Block;
+            for (int from = 0; from < keys.Columns; from += headDim)
+            {
+                byte* key = Head(cacheKeys, block, from / headDim, headDim);
+                byte* value = Head(cacheValues, block, from / headDim, headDim);
+                for (int d = 0; d < headDim; d += GroupChannels)
+                {
+                    PutGroup(key, keys.F32(row) + from, d, place, areKeys: true);
+                    PutGroup(value, values.F32(row) + from, d, place, areKeys: false);
+                }
+            }
+        }
+
+        [SkipLocalsInit]
         private void PutGroup(byte* head, float* x, int first, int place, bool areKeys)
         {
             int end = Math.Min(first + GroupChannels, headDim);
             float inverse = cacheKeys.Type == DType.Q8_0 ? PutScale(head, x, first, end, place) : 1;
+            uint* halves = stackalloc uint[GroupChannels];
+            if (cacheKeys.Type == DType.F16)
+            {
+                Round(halves, x + first, end - first);
+            }
+
             for (int d = first; d < end; d++)
             {
                 // A key is a column of a panel, a value a step of each.
@@ -223,13 +241,27 @@ internal static unsafe class KeyValueCache
                         ((float*)head)[at + column] = x[d];
                         break;
                     case DType.F16:
-                        ((Half*)head)[at + column] = (Half)Math.Clamp(x[d], (float)Half.MinValue, (float)Half.MaxValue);
+                        ((ushort*)head)[at + column] = (ushort)halves[d - first];
                         break;
                     default:
                         (int half, int word) = Math.DivRem(column, V.Count);
                         ((sbyte*)head)[at + (2 * word) + half] = (sbyte)Math.Clamp(MathF.Round(x[d] * inverse), -sbyte.MaxValue, sbyte.MaxValue);
                         break;
                 }
+            }
+        }
+
+        private static void Round(uint* halves, float* x, int count)
+        {
+            int i = 0;
+            for (; i + V.Count <= count; i += V.Count)
+            {
+                Halves<V>.Round(V.Load(x + i)).Store((float*)halves + i);
+            }
+
+            for (; i < count; i++)
+            {
+                Halves<Lanes1>.Round(Lanes1.Load(x + i)).Store((float*)halves + i);
             }
         }
 

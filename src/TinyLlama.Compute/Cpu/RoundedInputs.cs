@@ -25,6 +25,9 @@ internal static unsafe class RoundedInputs
     /// <summary>Elements that rounded rows may have in all, so that they fit <see cref="Scratch.Shared"/>.</summary>
     public const int MaxElements = MatMul.SharedCount * sizeof(float) / WordGroupBytes * Group;
 
+    // Groups of a block of rows whose memory stays in the first cache.
+    private const int GroupsOfTask = 16;
+
     private const int DwordBytes = 4 * sizeof(float);
 
     /// <summary>Rounds rows; they lie in blocks of so many, in a block group after group of all its rows.</summary>
@@ -40,9 +43,10 @@ internal static unsafe class RoundedInputs
     public static void RoundTiles<V>(ThreadTeam team, byte* rounded, Tensor input)
         where V : struct, ILanes<V>
     {
-        Rows rows = Rows.Of(input);
-        TileWork<V> work = new() { Rounded = rounded, Input = input, Rows = rows };
-        team.Run(ref work, rows.Tasks);
+        int groups = input.Columns / Group;
+        int parts = (groups + GroupsOfTask - 1) / GroupsOfTask;
+        TileWork<V> work = new() { Rounded = rounded, Input = input, Parts = parts };
+        team.Run(ref work, (input.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows * parts);
     }
 
     // 32 bytes, and the four dwords.
@@ -147,7 +151,7 @@ internal static unsafe class RoundedInputs
     {
         public byte* Rounded;
         public Tensor Input;
-        public Rows Rows;
+        public int Parts;
 
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
@@ -155,23 +159,28 @@ internal static unsafe class RoundedInputs
         {
             int* dwords = stackalloc int[DwordBytes / sizeof(int)];
             int groups = Input.Columns / Group;
-            for (int row = Rows.First(task); row < Rows.End(task); row++)
+            (int block, int part) = Math.DivRem(task, Parts);
+            int first = part * GroupsOfTask;
+            int end = Math.Min(groups, first + GroupsOfTask);
+            byte* start = Rounded + ((((nint)block * groups) + first) * AmxBytes.InputBytes);
+            int rows = Math.Min(AmxBytes.Rows, Input.Rows - (block * AmxBytes.Rows));
+            for (int row = 0; row < rows; row++)
             {
-                (int block, int inBlock) = Math.DivRem(row, AmxBytes.Rows);
-                byte* group = Rounded + ((nint)block * groups * AmxBytes.InputBytes);
-                float* source = Input.F32(row);
-                for (int i = 0; i < groups; i++, group += AmxBytes.InputBytes, source += Group)
+                byte* group = start;
+                float* source = Input.F32((block * AmxBytes.Rows) + row) + (first * Group);
+                for (int i = first; i < end; i++, group += AmxBytes.InputBytes, source += Group)
                 {
-                    RoundGroup<V>(group + (inBlock * Group), (byte*)dwords, source);
-                    int* places = (int*)(group + AmxBytes.BytesOfGroup) + inBlock;
+                    RoundGroup<V>(group + (row * Group), (byte*)dwords, source);
+                    int* places = (int*)(group + AmxBytes.BytesOfGroup) + row;
                     places[0] = dwords[0];
                     places[AmxBytes.Rows] = dwords[1];
                     places[2 * AmxBytes.Rows] = dwords[2];
-                    if (row == Input.Rows - 1)
-                    {
-                        Clear(group, inBlock + 1);
-                    }
                 }
+            }
+
+            for (int i = first; i < end && rows < AmxBytes.Rows; i++, start += AmxBytes.InputBytes)
+            {
+                Clear(start, rows);
             }
         }
 

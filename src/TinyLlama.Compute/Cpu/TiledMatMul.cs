@@ -20,15 +20,15 @@ internal static unsafe class TiledMatMul
     // Rows whose sums of a task stay in the second cache.
     private const int MostRows = 256;
 
-    // Panels of a task, and groups of each that are unpacked at once, blocks of any type: with those of 16 rows they stay in the first
-    // cache. Few rows wait for memory, which is read faster in several places at once; for many, fewer sums are loaded and stored.
-    private const int MostPanels = 4;
-    private const int MostGroups = 16;
+    // Panels of a task.
+    private const int MostPanels = AmxBytes.Tiles;
+
+    // Few rows wait for memory.
     private const int FewRows = 32;
 
-    private const int SumsBytes = MostPanels / 2 * MostRows * AmxBytes.Rows * sizeof(float);
-    private const int WeightsBytes = MostPanels / 2 * MostGroups * AmxBytes.WeightBytes;
-    private const int TurnedBytes = MostGroups * Q8MatMul.BlockBytes * AmxBytes.Rows;
+    private const int SumsBytes = MostPanels * MostRows * AmxBytes.Rows * sizeof(float);
+    private const int WeightsBytes = MostPanels * AmxBytes.PanelBytes;
+    private const int TurnedBytes = AmxBytes.MostGroups * Q8MatMul.BlockBytes * AmxBytes.Rows;
 
     /// <summary>Whether weights of a type are multiplied here.</summary>
     public static bool Multiplies(DType type) => type.IsQuantized() && type != DType.Q6_K;
@@ -72,7 +72,6 @@ internal static unsafe class TiledMatMul
         for (int row = 0; row < input.Rows; row += MostRows)
         {
             int count = Math.Min(MostRows, input.Rows - row);
-            (int panelsAtOnce, int groupsAtOnce) = count <= FewRows ? (MostPanels, MostGroups / 2) : (MostPanels / 2, MostGroups);
             RoundedInputs.RoundTiles<Lanes512>(team, (byte*)scratch.Shared, input.RowRange(row, count));
             MultiplyWork<F> work = new()
             {
@@ -83,12 +82,10 @@ internal static unsafe class TiledMatMul
                 Panels = (byte*)weight.PackedForward.Address,
                 RowBytes = (nint)weight.Type.RowBytes(weight.Inputs),
                 PanelCount = panelCount,
-                PanelsAtOnce = panelsAtOnce,
-                GroupsAtOnce = groupsAtOnce,
                 Groups = weight.Inputs / RoundedInputs.Group,
                 Accumulate = accumulate,
             };
-            team.Run(ref work, (panelCount + panelsAtOnce - 1) / panelsAtOnce);
+            team.Run(ref work, (panelCount + MostPanels - 1) / MostPanels);
         }
     }
 
@@ -104,8 +101,6 @@ internal static unsafe class TiledMatMul
         public byte* Panels;
         public nint RowBytes;
         public int PanelCount;
-        public int PanelsAtOnce;
-        public int GroupsAtOnce;
         public int Groups;
         public bool Accumulate;
 
@@ -115,43 +110,48 @@ internal static unsafe class TiledMatMul
             byte* weights = (byte*)sums + SumsBytes;
             byte* waiting = weights + WeightsBytes;
             byte* turned = waiting + AmxBytes.WaitingBytes;
-            int first = task * PanelsAtOnce;
-            int panels = Math.Min(PanelsAtOnce, PanelCount - first);
+            int first = task * MostPanels;
+            int panels = Math.Min(MostPanels, PanelCount - first);
             int blocks = (Output.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows;
-            int panelSums = blocks * AmxBytes.Rows * Lanes512.Count;
-            for (int panel = 0; panel < panels; panel++)
-            {
-                Begin(sums + (panel * panelSums), first + panel);
-            }
-
+            Begin(sums, first, panels);
             AmxBytes.Configure();
-            for (int group = 0; group < Groups; group += GroupsAtOnce)
+            for (int group = 0; group < Groups; group += AmxBytes.MostGroups)
             {
-                int groups = Math.Min(GroupsAtOnce, Groups - group);
+                int groups = Math.Min(AmxBytes.MostGroups, Groups - group);
                 for (int panel = 0; panel < panels; panel++)
                 {
-                    Unpack(weights + (panel * GroupsAtOnce * AmxBytes.WeightBytes), Blocks(turned, first + panel, group, groups), groups);
+                    Unpack(weights + (panel * AmxBytes.PanelBytes), Blocks(turned, first + panel, group, groups), groups);
                 }
 
                 Prefetch(first, panels, group + groups);
                 nint blockBytes = (nint)Groups * AmxBytes.InputBytes;
-                for (int block = 0; block < blocks; block++)
+                byte* inputs = Rounded + (group * AmxBytes.InputBytes);
+                int block = 0;
+                for (; block + 1 < blocks; block += 2, inputs += 2 * blockBytes)
                 {
-                    byte* inputs = Rounded + (block * blockBytes) + (group * AmxBytes.InputBytes);
-                    for (int panel = 0; panel < panels; panel++)
+                    for (int panel = 0; panel < panels; panel += 2)
                     {
-                        AmxBytes.Multiply(
-                            sums + (panel * panelSums) + (block * AmxBytes.Rows * Lanes512.Count),
-                            inputs, weights + (panel * GroupsAtOnce * AmxBytes.WeightBytes), groups, waiting, F.HasOffsets);
+                        AmxBytes.Multiply(Sums(sums, block, panel), inputs, blockBytes, weights + (panel * AmxBytes.PanelBytes), groups, waiting, F.HasOffsets);
                     }
+                }
+
+                if (block < blocks)
+                {
+                    AmxBytes.Multiply(Sums(sums, block, 0), inputs, 0, weights, groups, waiting, F.HasOffsets);
                 }
             }
 
             Amx.Release();
-            for (int panel = 0; panel < panels; panel++)
-            {
-                End(sums + (panel * panelSums), first + panel);
-            }
+            End(sums, first, panels);
+        }
+
+        // The tile of a block and a panel: those that are multiplied at once follow each other. Panels that the last task lacks have
+        // tiles too, of whatever lies there, which nobody reads.
+        private readonly float* Sums(float* sums, int block, int panel)
+        {
+            bool isPaired = (block | 1) * AmxBytes.Rows < Output.Rows;
+            int tile = isPaired ? ((panel / 2) * 4) + ((block % 2) * 2) + (panel % 2) : panel;
+            return sums + ((((block & ~1) * MostPanels) + tile) * (AmxBytes.TileBytes / sizeof(float)));
         }
 
         // Groups of a panel; those of rows are turned.
@@ -177,7 +177,7 @@ internal static unsafe class TiledMatMul
             }
 
             byte* next = Panels + (((panel * RowBytes) + (group / F.Groups * F.BlockBytes)) * Lanes512.Count);
-            int bytes = Math.Min(GroupsAtOnce, Groups - group) / F.Groups * F.BlockBytes * Lanes512.Count;
+            int bytes = Math.Min(AmxBytes.MostGroups, Groups - group) / F.Groups * F.BlockBytes * Lanes512.Count;
             for (int at = 0; at < bytes; at += 64)
             {
                 for (int p = 0; p < panels; p++)
@@ -225,31 +225,52 @@ internal static unsafe class TiledMatMul
             return F.IsEightTooLarge ? new((bytes.Value.AsSByte() - Vector512.Create((sbyte)8)).AsSingle()) : bytes;
         }
 
-        private readonly void Begin(float* sums, int panel)
+        // What products are added to, and where they will go is fetched; the last panel may stick out.
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+        private readonly void Begin(float* sums, int first, int panels)
         {
-            int column = panel * Lanes512.Count;
-            int columns = Math.Min(Lanes512.Count, Output.Columns - column);
-            for (int row = 0; row < Output.Rows; row++, sums += Lanes512.Count)
+            for (int row = 0; row < Output.Rows; row++)
             {
-                Lanes512.Create(0).Store(sums);
-                if (Accumulate)
+                for (int panel = 0; panel < panels; panel++)
                 {
-                    Copy(sums, Output.F32(row) + column, columns);
+                    int column = (first + panel) * Lanes512.Count;
+                    float* sum = Sums(sums, row / AmxBytes.Rows, panel) + (row % AmxBytes.Rows * Lanes512.Count);
+                    Lanes512.Create(0).Store(sum);
+                    Sse.Prefetch1(Output.F32(row) + column);
+                    if (Accumulate)
+                    {
+                        Copy(sum, Output.F32(row) + column, Output.Columns - column);
+                    }
                 }
             }
         }
 
-        private readonly void End(float* sums, int panel)
+        // Row after row: what a row has in all panels lies together.
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+        private readonly void End(float* sums, int first, int panels)
         {
-            int column = panel * Lanes512.Count;
-            int columns = Math.Min(Lanes512.Count, Output.Columns - column);
-            for (int row = 0; row < Output.Rows; row++, sums += Lanes512.Count)
+            for (int row = 0; row < Output.Rows; row++)
             {
-                Copy(Output.F32(row) + column, sums, columns);
+                for (int panel = 0; panel < panels; panel++)
+                {
+                    int column = (first + panel) * Lanes512.Count;
+                    float* sum = Sums(sums, row / AmxBytes.Rows, panel) + (row % AmxBytes.Rows * Lanes512.Count);
+                    Copy(Output.F32(row) + column, sum, Output.Columns - column);
+                }
             }
         }
 
-        private static void Copy(float* destination, float* source, int count) =>
-            new ReadOnlySpan<float>(source, count).CopyTo(new Span<float>(destination, count));
+        // A register, or what is left.
+        private static void Copy(float* destination, float* source, int count)
+        {
+            if (count >= Lanes512.Count)
+            {
+                Lanes512.Load(source).Store(destination);
+            }
+            else
+            {
+                new ReadOnlySpan<float>(source, count).CopyTo(new Span<float>(destination, count));
+            }
+        }
     }
 }

@@ -90,6 +90,9 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
             case Mnemonic.Mov:
                 Set(instruction, Whole(instruction, 1));
                 break;
+            case Mnemonic.Xchg:
+                (_registers[instruction.Op0Register], _registers[instruction.Op1Register]) = (Whole(instruction, 1), Whole(instruction, 0));
+                break;
             case Mnemonic.Lea:
                 Set(instruction, Address(instruction, 1));
                 break;
