@@ -97,7 +97,7 @@ public sealed class LlamaCppTests : IDisposable
             const model = await llama.loadModel({ modelPath: '{{File(GgufMix.Find("f32"))}}', gpuLayers: 0 });
             const context = await model.createContext({
                 contextSize: 128, threads: 2, experimentalKvCacheKeyType: 'F32', experimentalKvCacheValueType: 'F32', flashAttention: false });
-            const options = { temperature: 1, topK: 0, topP: 1, minP: 0 };
+            const options = { temperature: 1, topK: 0, topP: 1, minP: 0, yieldEogToken: true };
             const next = context.getSequence().evaluateWithMetadata({{JsonSerializer.Serialize(prompt)}}, { probabilities: true }, options);
             console.log(JSON.stringify([...(await next.next()).value.probabilities.entries()]));
             """));
