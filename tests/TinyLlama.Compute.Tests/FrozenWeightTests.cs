@@ -137,7 +137,7 @@ public sealed class FrozenWeightTests
     public void Tiles_give_the_bits_of_rows(DType type, int inputs)
     {
         Assert.SkipWhen(AmxBytes.Fault is not null, $"{AmxBytes.Fault}");
-        foreach ((int rows, int outputs) in (ReadOnlySpan<(int, int)>)[(6, 52), (16, 16), (17, 130), (33, 48), (300, 70)])
+        foreach ((int rows, int outputs) in (ReadOnlySpan<(int, int)>)[(6, 52), (16, 16), (17, 144), (32, 64), (33, 48), (300, 70)])
         {
             using CpuBackend tiles = CpuBackend.Create(2, CpuPath.Vector512Amx);
             using CpuBackend lanes = CpuBackend.Create(1, CpuPath.Vector512);
@@ -149,6 +149,17 @@ public sealed class FrozenWeightTests
             {
                 tiles.MatMul(actual.Output, actual.Input, actual.Weight, accumulate);
                 lanes.MatMul(expected.Output, expected.Input, expected.Weight, accumulate);
+                Assert.Equal(expected.Output.HostSpan<float>(), actual.Output.HostSpan<float>());
+            }
+
+            if (tiles.ReadsInPlace(type, inputs, actual.Weight.Rows[0]))
+            {
+                using Arena arena = tiles.Allocate("test", 1 << 20);
+                var packed = Weight.InPlace(actual.Weight.Rows, inputs, type);
+                packed.AwaitPacking(arena, tiles);
+                tiles.Pack(packed);
+                actual.Output.HostSpan<float>().Clear();
+                tiles.MatMul(actual.Output, actual.Input, packed);
                 Assert.Equal(expected.Output.HostSpan<float>(), actual.Output.HostSpan<float>());
             }
         }

@@ -32,7 +32,7 @@ internal static unsafe class AmxBytes
     /// <summary>Bytes of a group of weights: eight registers of four signed bytes of each output, one of scales, one of offsets.</summary>
     public const int WeightBytes = BytesOfGroup + (2 * Rows * sizeof(float));
 
-    /// <summary>The most groups at once, and the bytes from a panel's to the next's: what four panels have stays in the first cache.</summary>
+    /// <summary>The most groups at once where weights are unpacked, and the bytes from a panel's to the next's: those of four stay in the first cache.</summary>
     public const int MostGroups = 8, PanelBytes = MostGroups * WeightBytes;
 
     /// <summary>Bytes that code needs for integers that wait.</summary>
@@ -44,9 +44,24 @@ internal static unsafe class AmxBytes
     /// <summary>Where in a group the first of what follows its bytes lies.</summary>
     public const int BytesOfGroup = RoundedInputs.Group * Rows;
 
+    private static readonly Kind[] s_kinds = [Kind.Unpacked, Kind.UnpackedWithOffsets, Kind.Stored];
+
     private static readonly byte* s_sizes = Amx.Sizes(TileSize);
 
     private static readonly Code s_code = Load();
+
+    /// <summary>What weights are.</summary>
+    public enum Kind
+    {
+        /// <summary>Groups of <see cref="WeightBytes"/>.</summary>
+        Unpacked,
+
+        /// <summary>The same with offsets.</summary>
+        UnpackedWithOffsets,
+
+        /// <summary>Groups of Q8_0 as panels have them: scales in half precision, then the bytes.</summary>
+        Stored,
+    }
 
     /// <summary>Gets why the code cannot be used here, or null. The first use of it emits, loads and checks the code.</summary>
     public static string? Fault => s_code.Fault;
@@ -55,15 +70,16 @@ internal static unsafe class AmxBytes
     public static void Configure() => Amx.Configure(s_sizes);
 
     /// <summary>sums += inputs · weightsᵀ, for one block of inputs and four panels, or two and two.</summary>
+    /// <param name="kind">What weights are.</param>
     /// <param name="sums">Four tiles of 16 rows by 16 outputs, row after row; those of a block follow each other.</param>
     /// <param name="inputs">The first group of the block; the others follow.</param>
     /// <param name="nextBlock">The bytes from it to the second block, or zero: there is one.</param>
-    /// <param name="weights">The first group of the first panel; the others follow, panels every <see cref="PanelBytes"/>.</param>
+    /// <param name="weights">The first group of the first panel; the others follow.</param>
+    /// <param name="nextPanel">The bytes from it to the next panel.</param>
     /// <param name="groups">The number of groups, at least one.</param>
     /// <param name="waiting">Room for <see cref="WaitingBytes"/>.</param>
-    /// <param name="hasOffsets">Whether weights have offsets.</param>
-    public static void Multiply(float* sums, byte* inputs, nint nextBlock, byte* weights, nint groups, byte* waiting, bool hasOffsets) =>
-        Call(s_code.Of(nextBlock == 0 ? 1 : 2, hasOffsets), sums, inputs, weights, groups, waiting, nextBlock);
+    public static void Multiply(Kind kind, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting) =>
+        Call(s_code.Of(nextBlock == 0 ? 1 : 2, kind), sums, inputs, nextBlock, weights, nextPanel, groups, waiting);
 
     /// <summary>Rows and bytes of a row of a tile register: sums in 0 to 3, inputs in 4 and 5, weights in 6 and 7.</summary>
     internal static (int Rows, int Bytes) TileSize(int tile) =>
@@ -71,17 +87,32 @@ internal static unsafe class AmxBytes
 
     /// <summary>The machine code of <see cref="Multiply"/>; position-independent, without data.</summary>
     /// <param name="blocks">One or two.</param>
-    /// <param name="hasOffsets">Whether weights have offsets.</param>
-    internal static byte[] Emit(int blocks, bool hasOffsets) => Amx.Assemble(code =>
+    /// <param name="kind">What weights are.</param>
+    internal static byte[] Emit(int blocks, Kind kind) => Amx.Assemble(code =>
     {
-        // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of the second block, then the block itself.
+        // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of panels, on the stack that of the second block.
         // Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3, offsets in 4 to 7.
-        int panels = Tiles / blocks;
+        int panelCount = Tiles / blocks;
+        AssemblerRegister64 secondBlock = r11;
+        AssemblerRegister64[] panels = blocks == 1 ? [rdx, r9, r11, rbx] : [rdx, r9];
+        int groupBytes = kind == Kind.Stored ? Q8MatMul.BlockBytes * Rows : WeightBytes;
+        int bytesAt = kind == Kind.Stored ? sizeof(ushort) * Rows : 0;
         Label loop = code.CreateLabel(), last = code.CreateLabel();
+        if (blocks == 1)
+        {
+            code.push(rbx);
+            code.lea(r11, __[rdx + (r9 * 2)]);
+            code.lea(rbx, __[r11 + r9]);
+        }
+        else
+        {
+            code.mov(r11, __[rsp + 8]);
+            code.add(r11, rsi);
+        }
+
+        code.add(r9, rdx);
         code.mov(r10, RoundedInputs.Group);
-        code.mov(r11, Amx.RowDwords * sizeof(int));
         code.lea(rax, __[r8 + (Tiles * TileBytes)]);
-        code.add(r9, rsi);
         MultiplyTiles(r8, group: 0, static () => { });
         code.Label(ref loop);
         code.dec(rcx);
@@ -96,8 +127,16 @@ internal static unsafe class AmxBytes
             }
         });
         code.add(rsi, InputBytes);
-        code.add(r9, InputBytes);
-        code.add(rdx, WeightBytes);
+        if (blocks == 2)
+        {
+            code.add(secondBlock, InputBytes);
+        }
+
+        foreach (AssemblerRegister64 panel in panels)
+        {
+            code.add(panel, groupBytes);
+        }
+
         code.xchg(r8, rax);
         code.jmp(loop);
         code.Label(ref last);
@@ -105,6 +144,11 @@ internal static unsafe class AmxBytes
         for (row = 0; row < Tiles * Rows; row++)
         {
             AddScaled(row);
+        }
+
+        if (blocks == 1)
+        {
+            code.pop(rbx);
         }
 
         code.vzeroupper();
@@ -132,14 +176,14 @@ internal static unsafe class AmxBytes
             }
             else
             {
-                Do(() => LoadInputs(tmm5, r9, group));
+                Do(() => LoadInputs(tmm5, secondBlock, group));
                 Do(() => code.tdpbssd(tmm2, tmm5, tmm6));
                 Do(() => code.tdpbssd(tmm3, tmm5, tmm7));
             }
 
             for (int tile = 0; tile < Tiles; tile++)
             {
-                Do(() => code.tilestored(__[waiting + r11 + (tile * TileBytes)], Sums(tile)));
+                Do(() => code.tilestored(__[waiting + (r10 * 2) + (tile * TileBytes)], Sums(tile)));
             }
 
             void Do(Action step)
@@ -153,16 +197,22 @@ internal static unsafe class AmxBytes
             code.tileloadd(tile, __[block + r10 + (group * InputBytes)]);
 
         void LoadWeights(AssemblerRegisterTMM tile, int panel, int group) =>
-            code.tileloadd(tile, __[rdx + r11 + ((panel * PanelBytes) + (group * WeightBytes))]);
+            code.tileloadd(tile, __[panels[panel] + (r10 * 2) + ((group * groupBytes) + bytesAt)]);
 
         void LoadScales()
         {
-            for (int panel = 0; panel < panels; panel++)
+            for (int panel = 0; panel < panelCount; panel++)
             {
-                code.vmovups(Register512(panel), __zmmword_ptr[rdx + ((panel * PanelBytes) + BytesOfGroup)]);
-                if (hasOffsets)
+                if (kind == Kind.Stored)
                 {
-                    code.vmovups(Register512(Tiles + panel), __zmmword_ptr[rdx + ((panel * PanelBytes) + BytesOfGroup + 64)]);
+                    code.vcvtph2ps(Register512(panel), __ymmword_ptr[panels[panel]]);
+                    continue;
+                }
+
+                code.vmovups(Register512(panel), __zmmword_ptr[panels[panel] + BytesOfGroup]);
+                if (kind == Kind.UnpackedWithOffsets)
+                {
+                    code.vmovups(Register512(Tiles + panel), __zmmword_ptr[panels[panel] + (BytesOfGroup + 64)]);
                 }
             }
         }
@@ -170,8 +220,8 @@ internal static unsafe class AmxBytes
         void AddScaled(int row)
         {
             (int tile, int inTile) = int.DivRem(row, Rows);
-            int panel = tile % panels;
-            AssemblerRegister64 block = tile < panels ? rsi : r9;
+            int panel = tile % panelCount;
+            AssemblerRegister64 block = tile < panelCount ? rsi : secondBlock;
             int inputs = BytesOfGroup + (sizeof(float) * inTile);
             int first = 8 + (row % 8 * 3);
             (AssemblerRegisterZMM sum, AssemblerRegisterZMM products, AssemblerRegisterZMM scale) =
@@ -179,7 +229,7 @@ internal static unsafe class AmxBytes
             code.vmovups(sum, __zmmword_ptr[rdi + (64 * row)]);
             code.vcvtdq2ps(products, __zmmword_ptr[r8 + (64 * row)]);
             code.vmulps(scale, Register512(panel), __dword_bcst[block + inputs]);
-            if (hasOffsets)
+            if (kind == Kind.UnpackedWithOffsets)
             {
                 code.vfmadd231ps(sum, Register512(Tiles + panel), __dword_bcst[block + (inputs + (2 * 64))]);
             }
@@ -208,7 +258,7 @@ internal static unsafe class AmxBytes
 
         try
         {
-            Code code = new() { OneBlock = Map(1, false), OneBlockOffsets = Map(1, true), TwoBlocks = Map(2, false), TwoBlocksOffsets = Map(2, true) };
+            Code code = new() { Addresses = [.. s_kinds.SelectMany(kind => new[] { Map(1, kind), Map(2, kind) })] };
             return IsRight(code) ? code : new Code { Fault = "the code for bytes on AMX gives wrong sums on this processor" };
         }
         catch (DeviceException e)
@@ -217,11 +267,12 @@ internal static unsafe class AmxBytes
         }
     }
 
-    private static nint Map(int blocks, bool hasOffsets) => ExecutableMemory.Map(Emit(blocks, hasOffsets));
+    private static nint Map(int blocks, Kind kind) => ExecutableMemory.Map(Emit(blocks, kind));
 
-    private static void Call(nint code, float* sums, byte* inputs, byte* weights, nint groups, byte* waiting, nint nextBlock) =>
-        ((delegate* unmanaged[SuppressGCTransition]<float*, byte*, byte*, nint, byte*, nint, void>)code)(
-            sums, inputs, weights, groups, waiting, nextBlock);
+    private static void Call(
+        nint code, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting) =>
+        ((delegate* unmanaged[SuppressGCTransition]<float*, byte*, byte*, nint, byte*, nint, nint, void>)code)(
+            sums, inputs, weights, groups, waiting, nextPanel, nextBlock);
 
     // Whole numbers so small that every order of adding them gives the same bits.
     private static bool IsRight(Code code)
@@ -246,23 +297,26 @@ internal static unsafe class AmxBytes
 
             Configure();
             bool same = true;
-            foreach (bool hasOffsets in (ReadOnlySpan<bool>)[false, true])
+            foreach (Kind kind in s_kinds)
             {
-                same &= Same(code.Of(1, hasOffsets), 1, inputs, weights, waiting, hasOffsets);
-                same &= Same(code.Of(2, hasOffsets), 2, inputs, weights, waiting, hasOffsets);
+                same &= Same(code, 1, kind, inputs, weights, waiting) && Same(code, 2, kind, inputs, weights, waiting);
             }
 
             Amx.Release();
             return same;
         }
 
-        static bool Same(nint code, int blocks, byte* inputs, byte* weights, byte* waiting, bool hasOffsets)
+        static bool Same(Code code, int blocks, Kind kind, byte* inputs, byte* weights, byte* waiting)
         {
             float[] actual = new float[Tiles * Rows * Rows];
+            byte[] stored = Stored(weights);
             Array.Fill(actual, 7);
             fixed (float* sums = actual)
+            fixed (byte* bytes = stored)
             {
-                Call(code, sums, inputs, weights, Groups, waiting, NextBlock);
+                Call(
+                    code.Of(blocks, kind), sums, inputs, NextBlock, kind == Kind.Stored ? bytes : weights,
+                    kind == Kind.Stored ? stored.Length / Tiles : PanelBytes, Groups, waiting);
             }
 
             bool same = true;
@@ -270,10 +324,33 @@ internal static unsafe class AmxBytes
             {
                 (int tile, int row, int output) = (i / (Rows * Rows), i / Rows % Rows, i % Rows);
                 (int block, int panel) = int.DivRem(tile, Tiles / blocks);
-                same &= actual[i] == Expected(inputs + (block * NextBlock), weights + (panel * PanelBytes), row, output, hasOffsets);
+                same &= actual[i] == Expected(inputs + (block * NextBlock), weights + (panel * PanelBytes), row, output, kind == Kind.UnpackedWithOffsets);
             }
 
             return same;
+        }
+
+        // The same weights as panels of Q8_0 have them.
+        static byte[] Stored(byte* weights)
+        {
+            byte[] panels = new byte[Tiles * Groups * Q8MatMul.BlockBytes * Rows];
+            Span<byte> place = panels;
+            for (int panel = 0; panel < Tiles; panel++)
+            {
+                for (int group = 0; group < Groups; group++)
+                {
+                    byte* source = weights + (panel * PanelBytes) + (group * WeightBytes);
+                    for (int output = 0; output < Rows; output++, place = place[sizeof(ushort)..])
+                    {
+                        BitConverter.TryWriteBytes(place, (Half)((float*)(source + BytesOfGroup))[output]);
+                    }
+
+                    new ReadOnlySpan<byte>(source, BytesOfGroup).CopyTo(place);
+                    place = place[BytesOfGroup..];
+                }
+            }
+
+            return panels;
         }
 
         static void Fill(sbyte* group, int planes, int step)
@@ -312,12 +389,8 @@ internal static unsafe class AmxBytes
     private struct Code
     {
         public string? Fault;
-        public nint OneBlock;
-        public nint OneBlockOffsets;
-        public nint TwoBlocks;
-        public nint TwoBlocksOffsets;
+        public nint[] Addresses;
 
-        public readonly nint Of(int blocks, bool hasOffsets) =>
-            blocks == 1 ? (hasOffsets ? OneBlockOffsets : OneBlock) : hasOffsets ? TwoBlocksOffsets : TwoBlocks;
+        public readonly nint Of(int blocks, Kind kind) => Addresses[(2 * (int)kind) + blocks - 1];
     }
 }

@@ -23,7 +23,7 @@ internal static unsafe class TiledMatMul
     // Panels of a task.
     private const int MostPanels = AmxBytes.Tiles;
 
-    // Few rows wait for memory.
+    // So few multiply bytes of Q8_0 where they lie; for more it is worth to align them.
     private const int FewRows = 32;
 
     private const int SumsBytes = MostPanels * MostRows * AmxBytes.Rows * sizeof(float);
@@ -114,11 +114,15 @@ internal static unsafe class TiledMatMul
             int panels = Math.Min(MostPanels, PanelCount - first);
             int blocks = (Output.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows;
             Begin(sums, first, panels);
+            bool areStored = typeof(F) == typeof(Q8Format<Lanes512>) && Output.Rows <= FewRows && Rows.Length == 0 && panels == MostPanels;
+            AmxBytes.Kind kind = areStored ? AmxBytes.Kind.Stored : F.HasOffsets ? AmxBytes.Kind.UnpackedWithOffsets : AmxBytes.Kind.Unpacked;
+            nint nextPanel = areStored ? RowBytes * Lanes512.Count : AmxBytes.PanelBytes;
             AmxBytes.Configure();
             for (int group = 0; group < Groups; group += AmxBytes.MostGroups)
             {
                 int groups = Math.Min(AmxBytes.MostGroups, Groups - group);
-                for (int panel = 0; panel < panels; panel++)
+                byte* operands = areStored ? Blocks(turned, first, group, groups) : weights;
+                for (int panel = 0; panel < panels && !areStored; panel++)
                 {
                     Unpack(weights + (panel * AmxBytes.PanelBytes), Blocks(turned, first + panel, group, groups), groups);
                 }
@@ -131,13 +135,13 @@ internal static unsafe class TiledMatMul
                 {
                     for (int panel = 0; panel < panels; panel += 2)
                     {
-                        AmxBytes.Multiply(Sums(sums, block, panel), inputs, blockBytes, weights + (panel * AmxBytes.PanelBytes), groups, waiting, F.HasOffsets);
+                        AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, panel), inputs, blockBytes, operands + (panel * nextPanel), nextPanel, groups, waiting);
                     }
                 }
 
                 if (block < blocks)
                 {
-                    AmxBytes.Multiply(Sums(sums, block, 0), inputs, 0, weights, groups, waiting, F.HasOffsets);
+                    AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, 0), inputs, 0, operands, nextPanel, groups, waiting);
                 }
             }
 
@@ -145,13 +149,14 @@ internal static unsafe class TiledMatMul
             End(sums, first, panels);
         }
 
-        // The tile of a block and a panel: those that are multiplied at once follow each other. Panels that the last task lacks have
+        // Where a row has its sums of a panel: tiles that are multiplied at once follow each other. Panels that the last task lacks have
         // tiles too, of whatever lies there, which nobody reads.
-        private readonly float* Sums(float* sums, int block, int panel)
+        private readonly float* Sums(float* sums, int row, int panel)
         {
+            (int block, int inTile) = int.DivRem(row, AmxBytes.Rows);
             bool isPaired = (block | 1) * AmxBytes.Rows < Output.Rows;
             int tile = isPaired ? ((panel / 2) * 4) + ((block % 2) * 2) + (panel % 2) : panel;
-            return sums + ((((block & ~1) * MostPanels) + tile) * (AmxBytes.TileBytes / sizeof(float)));
+            return sums + (((((block & ~1) * MostPanels) + tile) * AmxBytes.Rows) + inTile) * Lanes512.Count;
         }
 
         // Groups of a panel; those of rows are turned.
@@ -168,10 +173,10 @@ internal static unsafe class TiledMatMul
             return turned;
         }
 
-        // What few rows unpack next, from all panels in turns, while tiles multiply.
+        // What one block of rows multiplies next, from all panels in turns: it waits for memory, more do not.
         private readonly void Prefetch(int panel, int panels, int group)
         {
-            if (Output.Rows > FewRows || Rows.Length > 0)
+            if (Output.Rows > AmxBytes.Rows || Rows.Length > 0)
             {
                 return;
             }
@@ -234,7 +239,7 @@ internal static unsafe class TiledMatMul
                 for (int panel = 0; panel < panels; panel++)
                 {
                     int column = (first + panel) * Lanes512.Count;
-                    float* sum = Sums(sums, row / AmxBytes.Rows, panel) + (row % AmxBytes.Rows * Lanes512.Count);
+                    float* sum = Sums(sums, row, panel);
                     Lanes512.Create(0).Store(sum);
                     Sse.Prefetch1(Output.F32(row) + column);
                     if (Accumulate)
@@ -254,7 +259,7 @@ internal static unsafe class TiledMatMul
                 for (int panel = 0; panel < panels; panel++)
                 {
                     int column = (first + panel) * Lanes512.Count;
-                    float* sum = Sums(sums, row / AmxBytes.Rows, panel) + (row % AmxBytes.Rows * Lanes512.Count);
+                    float* sum = Sums(sums, row, panel);
                     Copy(Output.F32(row) + column, sum, Output.Columns - column);
                 }
             }

@@ -7,51 +7,53 @@ namespace TinyLlama.Compute.Tests.Cpu;
 /// <summary>The emitted code, run by an interpreter of its instructions, so that any machine can test it, and by the processor if it can.</summary>
 public sealed unsafe class AmxBytesTests
 {
-    public static TheoryData<int, int, bool> Products =>
-        [.. from blocks in (int[])[1, 2] from groups in (int[])[1, 2, 3, 4, 7, 8] from hasOffsets in (bool[])[false, true] select (blocks, groups, hasOffsets)];
+    private static readonly AmxBytes.Kind[] s_kinds = Enum.GetValues<AmxBytes.Kind>();
+
+    public static TheoryData<int, int, int> Products =>
+        [.. from blocks in (int[])[1, 2] from groups in (int[])[1, 2, 3, 4, 7, 8] from kind in s_kinds select (blocks, groups, (int)kind)];
 
     [Theory]
     [MemberData(nameof(Products))]
-    public void The_code_gives_the_bits_of_the_definition(int blocks, int groups, bool hasOffsets)
+    public void The_code_gives_the_bits_of_the_definition(int blocks, int groups, int kind)
     {
-        Operands operands = new(blocks, groups);
-        MachineCode code = new(AmxBytes.Emit(blocks, hasOffsets), AmxBytes.TileSize);
+        Operands operands = new(blocks, groups, (AmxBytes.Kind)kind);
+        MachineCode code = new(AmxBytes.Emit(blocks, (AmxBytes.Kind)kind), AmxBytes.TileSize);
         ulong sums = code.Memory(MemoryMarshal.Cast<float, uint>(operands.Sums).ToArray(), writable: true);
         ulong inputs = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Inputs).ToArray());
         ulong weights = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Weights).ToArray());
         ulong waiting = code.Memory(new uint[AmxBytes.WaitingBytes / 4], writable: true);
-        uint[] actual = code.Call(sums, inputs, weights, (ulong)groups, waiting, (ulong)operands.NextBlock);
-        Assert.Equal(operands.Expected(hasOffsets), MemoryMarshal.Cast<uint, float>(actual).ToArray());
+        uint[] actual = code.Call(sums, inputs, weights, (ulong)groups, waiting, (ulong)operands.NextPanel, (ulong)operands.NextBlock);
+        Assert.Equal(operands.Expected(), MemoryMarshal.Cast<uint, float>(actual).ToArray());
     }
 
     [Theory]
     [MemberData(nameof(Products))]
-    public void The_processor_gives_the_bits_of_the_definition(int blocks, int groups, bool hasOffsets)
+    public void The_processor_gives_the_bits_of_the_definition(int blocks, int groups, int kind)
     {
         Assert.SkipWhen(AmxBytes.Fault is not null, AmxBytes.Fault ?? "");
-        Operands operands = new(blocks, groups);
+        Operands operands = new(blocks, groups, (AmxBytes.Kind)kind);
         float[] actual = [.. operands.Sums];
         fixed (float* sums = actual)
         fixed (byte* inputs = operands.Inputs, weights = operands.Weights, waiting = new byte[AmxBytes.WaitingBytes])
         {
             AmxBytes.Configure();
-            AmxBytes.Multiply(sums, inputs, blocks == 1 ? 0 : operands.NextBlock, weights, groups, waiting, hasOffsets);
+            AmxBytes.Multiply((AmxBytes.Kind)kind, sums, inputs, blocks == 1 ? 0 : operands.NextBlock, weights, operands.NextPanel, groups, waiting);
             Amx.Release();
         }
 
-        Assert.Equal(operands.Expected(hasOffsets), actual);
+        Assert.Equal(operands.Expected(), actual);
     }
 
-    [Theory]
-    [InlineData(1, false)]
-    [InlineData(1, true)]
-    [InlineData(2, false)]
-    [InlineData(2, true)]
-    public void The_code_needs_no_other_instructions_than_those_that_are_asked_for(int blocks, bool hasOffsets)
+    [Fact]
+    public void The_code_needs_no_other_instructions_than_those_that_are_asked_for()
     {
         CpuidFeature[] features = [CpuidFeature.INTEL8086, CpuidFeature.INTEL386, CpuidFeature.X64, CpuidFeature.AVX,
             CpuidFeature.AVX512F, CpuidFeature.AMX_TILE, CpuidFeature.AMX_INT8];
-        Assert.All(MachineCode.Decode(AmxBytes.Emit(blocks, hasOffsets)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
+        foreach (AmxBytes.Kind kind in s_kinds)
+        {
+            Assert.All(MachineCode.Decode(AmxBytes.Emit(1, kind)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
+            Assert.All(MachineCode.Decode(AmxBytes.Emit(2, kind)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
+        }
     }
 
     /// <summary>Random groups: any bytes, scales and offsets of which no two products are alike.</summary>
@@ -59,17 +61,25 @@ public sealed unsafe class AmxBytesTests
     {
         private readonly int _blocks;
         private readonly int _groups;
+        private readonly AmxBytes.Kind _kind;
 
-        public Operands(int blocks, int groups)
+        public Operands(int blocks, int groups, AmxBytes.Kind kind)
         {
-            (_blocks, _groups) = (blocks, groups);
+            (_blocks, _groups, _kind) = (blocks, groups, kind);
             Random random = new(groups);
             Sums = [.. Enumerable.Range(0, AmxBytes.Tiles * AmxBytes.Rows * AmxBytes.Rows).Select(_ => random.NextSingle() - 0.5f)];
             Inputs = Filled(blocks, groups * AmxBytes.InputBytes, AmxBytes.InputBytes);
 
             // No more than is read: the last panel ends with its last group.
             int panels = AmxBytes.Tiles / blocks;
-            Weights = Filled(panels, AmxBytes.PanelBytes, AmxBytes.WeightBytes)[..(((panels - 1) * AmxBytes.PanelBytes) + (groups * AmxBytes.WeightBytes))];
+            Weights = Filled(panels, NextPanel, GroupBytes)[..(((panels - 1) * NextPanel) + (groups * GroupBytes))];
+            for (int start = 0; kind == AmxBytes.Kind.Stored && start < Weights.Length; start += GroupBytes)
+            {
+                foreach (ref Half scale in MemoryMarshal.Cast<byte, Half>(Weights.AsSpan(start, ScaleBytes)))
+                {
+                    scale = (Half)(random.NextSingle() - 0.5f);
+                }
+            }
 
             byte[] Filled(int parts, int partBytes, int groupBytes)
             {
@@ -95,7 +105,14 @@ public sealed unsafe class AmxBytesTests
 
         public int NextBlock => _groups * AmxBytes.InputBytes;
 
-        public float[] Expected(bool hasOffsets)
+        // Whole groups, and what lies between the panels.
+        public int NextPanel => AmxBytes.MostGroups * GroupBytes;
+
+        private int GroupBytes => _kind == AmxBytes.Kind.Stored ? Q8MatMul.BlockBytes * AmxBytes.Rows : AmxBytes.WeightBytes;
+
+        private int ScaleBytes => _kind == AmxBytes.Kind.Stored ? sizeof(ushort) * AmxBytes.Rows : 0;
+
+        public float[] Expected()
         {
             float[] sums = [.. Sums];
             int panels = AmxBytes.Tiles / _blocks;
@@ -105,18 +122,21 @@ public sealed unsafe class AmxBytesTests
                 for (int group = 0; group < _groups; group++)
                 {
                     ReadOnlySpan<byte> inputs = Inputs.AsSpan((tile / panels * NextBlock) + (group * AmxBytes.InputBytes), AmxBytes.InputBytes);
-                    ReadOnlySpan<byte> weights = Weights.AsSpan((tile % panels * AmxBytes.PanelBytes) + (group * AmxBytes.WeightBytes), AmxBytes.WeightBytes);
+                    ReadOnlySpan<byte> weights = Weights.AsSpan((tile % panels * NextPanel) + (group * GroupBytes), GroupBytes);
+                    ReadOnlySpan<byte> bytes = weights[ScaleBytes..];
                     ReadOnlySpan<float> ofRows = MemoryMarshal.Cast<byte, float>(inputs[AmxBytes.BytesOfGroup..]);
-                    ReadOnlySpan<float> ofOutputs = MemoryMarshal.Cast<byte, float>(weights[AmxBytes.BytesOfGroup..]);
+                    ReadOnlySpan<float> ofOutputs = _kind == AmxBytes.Kind.Stored
+                        ? [.. MemoryMarshal.Cast<byte, Half>(weights[..ScaleBytes]).ToArray().Select(scale => (float)scale)]
+                        : MemoryMarshal.Cast<byte, float>(weights[AmxBytes.BytesOfGroup..]);
                     int products = 0;
                     for (int k = 0; k < RoundedInputs.Group; k++)
                     {
-                        products += (sbyte)inputs[(row * RoundedInputs.Group) + k] * (sbyte)weights[(k / 4 * 64) + (output * 4) + (k % 4)];
+                        products += (sbyte)inputs[(row * RoundedInputs.Group) + k] * (sbyte)bytes[(k / 4 * 64) + (output * 4) + (k % 4)];
                     }
 
                     // The third of a row is its scaled sum, the second of an output its offset.
                     ref float sum = ref sums[i];
-                    sum = hasOffsets ? MathF.FusedMultiplyAdd(ofOutputs[AmxBytes.Rows + output], ofRows[(2 * AmxBytes.Rows) + row], sum) : sum;
+                    sum = _kind == AmxBytes.Kind.UnpackedWithOffsets ? MathF.FusedMultiplyAdd(ofOutputs[AmxBytes.Rows + output], ofRows[(2 * AmxBytes.Rows) + row], sum) : sum;
                     sum = MathF.FusedMultiplyAdd(products, ofOutputs[output] * ofRows[row], sum);
                 }
             }

@@ -5,39 +5,36 @@ namespace TinyLlama.Compute.Tests.Cpu;
 /// <summary>Halves widened in lanes, against the same of one number.</summary>
 public sealed unsafe class HalvesTests
 {
+    private static readonly ushort[] s_halves =
+        [.. Enumerable.Range(0, 1 << 16).Select(bits => (ushort)bits).Where(bits => Half.IsFinite(BitConverter.UInt16BitsToHalf(bits)))];
+
     [Theory]
     [InlineData(CpuPath.Vector512)]
     [InlineData(CpuPath.Vector256)]
     [InlineData(CpuPath.Vector128)]
     [InlineData(CpuPath.Scalar)]
-    public void All_finite_halves_keep_their_values(CpuPath path)
+    public void Halves_keep_their_values_and_numbers_become_the_nearest_halves(CpuPath path)
     {
-        Action<ushort[]> check = path switch
+        Action check = path switch
         {
             CpuPath.Vector512 => Check<Lanes512>,
             CpuPath.Vector256 => Check<Lanes256>,
             CpuPath.Vector128 => Check<Lanes128>,
             _ => Check<Lanes1>,
         };
-        check([.. Enumerable.Range(0, 1 << 16).Select(bits => (ushort)bits).Where(bits => Half.IsFinite(BitConverter.UInt16BitsToHalf(bits)))]);
+        check();
     }
 
-    [Theory]
-    [InlineData(CpuPath.Vector512)]
-    [InlineData(CpuPath.Vector256)]
-    [InlineData(CpuPath.Vector128)]
-    [InlineData(CpuPath.Scalar)]
-    public void Numbers_become_the_nearest_halves(CpuPath path)
+    private static void Check<V>()
+        where V : struct, ILanes<V>
     {
-        Action<float[]> check = path switch
-        {
-            CpuPath.Vector512 => CheckRounded<Lanes512>,
-            CpuPath.Vector256 => CheckRounded<Lanes256>,
-            CpuPath.Vector128 => CheckRounded<Lanes128>,
-            _ => CheckRounded<Lanes1>,
-        };
+        CheckWidened<V>(s_halves);
+        CheckRounded<V>(Numbers());
+    }
 
-        // All halves, what lies in the middle between two, and the floats around both.
+    // All halves, what lies in the middle between two, and the floats around both.
+    private static float[] Numbers()
+    {
         List<float> values = [];
         for (int bits = 0; bits < 0x7C00; bits++)
         {
@@ -57,7 +54,7 @@ public sealed unsafe class HalvesTests
             values.Add(-0f);
         }
 
-        check([.. values]);
+        return [.. values];
     }
 
     private static void CheckRounded<V>(float[] values)
@@ -76,7 +73,7 @@ public sealed unsafe class HalvesTests
         Assert.Equal(values.Select(value => (int)BitConverter.HalfToUInt16Bits((Half)Math.Clamp(value, -65504, 65504))), actual);
     }
 
-    private static void Check<V>(ushort[] halves)
+    private static void CheckWidened<V>(ushort[] halves)
         where V : struct, ILanes<V>
     {
         int[] expected = [.. halves.Select(bits => BitConverter.SingleToInt32Bits((float)BitConverter.UInt16BitsToHalf(bits)))];

@@ -11,6 +11,7 @@ namespace TinyLlama.Compute.Tests.Cpu;
 internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>? tileSize = null)
 {
     private const ulong StackTop = 0x7000_0000;
+    private const int StackBytes = 64;
     private const ulong ReturnAddress = 0xDEAD_0000;
     private const int MostInstructions = 1_000_000;
 
@@ -56,6 +57,7 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
     {
         ulong[] onStack = [ReturnAddress, .. arguments.Skip(s_arguments.Length)];
         _regions.Add((StackTop, [.. onStack.SelectMany(word => new[] { (uint)word, (uint)(word >> 32) })], false));
+        _regions.Add((StackTop - StackBytes, new uint[StackBytes / 4], true));
         foreach (Register register in s_preserved)
         {
             _registers[register] = 0xABCD_0000 + (ulong)register;
@@ -92,6 +94,15 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
                 break;
             case Mnemonic.Xchg:
                 (_registers[instruction.Op0Register], _registers[instruction.Op1Register]) = (Whole(instruction, 1), Whole(instruction, 0));
+                break;
+            case Mnemonic.Push:
+                ulong pushed = Whole(instruction, 0);
+                _registers[Register.RSP] -= 8;
+                Write(_registers[Register.RSP], [(uint)pushed, (uint)(pushed >> 32)]);
+                break;
+            case Mnemonic.Pop:
+                Set(instruction, Word(_registers[Register.RSP]));
+                _registers[Register.RSP] += 8;
                 break;
             case Mnemonic.Lea:
                 Set(instruction, Address(instruction, 1));
@@ -148,6 +159,10 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
                 break;
             case Mnemonic.Vcvtdq2ps:
                 Array.ConvertAll(Source(instruction, 1), static whole => Bits((int)whole)).CopyTo(Vector(instruction, 0), 0);
+                break;
+            case Mnemonic.Vcvtph2ps:
+                Read(Address(instruction, 1), 8).SelectMany(static pair => new[] { (ushort)pair, (ushort)(pair >> 16) })
+                    .Select(static half => Bits((float)BitConverter.UInt16BitsToHalf(half))).ToArray().CopyTo(Vector(instruction, 0), 0);
                 break;
             case Mnemonic.Vdpbf16ps:
                 Lanes(instruction, (sum, a, b) => FusedProduct(FusedProduct(sum, a & 0xFFFF_0000, b & 0xFFFF_0000), a << 16, b << 16));
@@ -237,7 +252,7 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
 
     // The index is the distance of two rows, and no part of the address.
     private ulong RowOf(Instruction instruction, int operand, int row) =>
-        Address(instruction, operand) + ((ulong)row * General(instruction.MemoryIndex));
+        Address(instruction, operand) + ((ulong)row * General(instruction.MemoryIndex) * (ulong)instruction.MemoryIndexScale);
 
     private (int Rows, int Bytes) Size(Instruction instruction, int operand) =>
         tileSize?.Invoke(instruction.GetOpRegister(operand) - Register.TMM0) ?? (16, 64);
