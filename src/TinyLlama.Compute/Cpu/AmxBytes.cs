@@ -29,14 +29,11 @@ internal static unsafe class AmxBytes
     /// </summary>
     public const int InputBytes = BytesOfGroup + (3 * Rows * sizeof(float));
 
-    /// <summary>Bytes of a group of weights: eight registers of four signed bytes of each output, one of scales, one of offsets.</summary>
-    public const int WeightBytes = BytesOfGroup + (2 * Rows * sizeof(float));
+    /// <summary>The most bytes of a group of weights.</summary>
+    public const int MostWeightBytes = BytesOfGroup + (3 * Rows * sizeof(float));
 
-    /// <summary>The most groups at once where weights are unpacked, and the bytes from a panel's to the next's: those of four stay in the first cache.</summary>
-    public const int MostGroups = 8, PanelBytes = MostGroups * WeightBytes;
-
-    /// <summary>Bytes that code needs for integers that wait.</summary>
-    public const int WaitingBytes = 2 * Tiles * TileBytes;
+    /// <summary>Bytes that code needs for integers that wait: those of the halves of two groups.</summary>
+    public const int WaitingBytes = 4 * Tiles * TileBytes;
 
     /// <summary>Bytes of a tile of sums.</summary>
     public const int TileBytes = Rows * Rows * sizeof(float);
@@ -44,30 +41,44 @@ internal static unsafe class AmxBytes
     /// <summary>Where in a group the first of what follows its bytes lies.</summary>
     public const int BytesOfGroup = RoundedInputs.Group * Rows;
 
-    private static readonly Kind[] s_kinds = [Kind.Unpacked, Kind.UnpackedWithOffsets, Kind.Stored];
+    private static readonly Kind[] s_kinds = Enum.GetValues<Kind>();
 
-    private static readonly byte* s_sizes = Amx.Sizes(TileSize);
+    private static readonly byte* s_sizes = Amx.Sizes(static tile => TileSize(Kind.Unpacked, tile));
+
+    private static readonly byte* s_sizesOfHalves = Amx.Sizes(static tile => TileSize(Kind.Halves, tile));
 
     private static readonly Code s_code = Load();
 
-    /// <summary>What weights are.</summary>
+    /// <summary>What groups of weights are.</summary>
     public enum Kind
     {
-        /// <summary>Groups of <see cref="WeightBytes"/>.</summary>
+        /// <summary>Eight registers of four signed bytes of each output, then one of scales.</summary>
         Unpacked,
 
-        /// <summary>The same with offsets.</summary>
-        UnpackedWithOffsets,
+        /// <summary>The same, then one of offsets.</summary>
+        Offsets,
 
-        /// <summary>Groups of Q8_0 as panels have them: scales in half precision, then the bytes.</summary>
+        /// <summary>Eight such registers, one of units, two of whole scales, of 16 elements each: signed bytes as fp32.</summary>
+        Halves,
+
+        /// <summary>Q8_0 as panels have it: scales in half precision, then eight such registers.</summary>
         Stored,
     }
 
     /// <summary>Gets why the code cannot be used here, or null. The first use of it emits, loads and checks the code.</summary>
     public static string? Fault => s_code.Fault;
 
-    /// <summary>Makes this thread ready; until <see cref="Amx.Release"/> nothing else may configure tiles.</summary>
-    public static void Configure() => Amx.Configure(s_sizes);
+    /// <summary>Bytes of a group of weights.</summary>
+    public static int WeightBytes(Kind kind) => kind switch
+    {
+        Kind.Unpacked => BytesOfGroup + (Rows * sizeof(float)),
+        Kind.Offsets => BytesOfGroup + (2 * Rows * sizeof(float)),
+        Kind.Halves => MostWeightBytes,
+        _ => Q8MatMul.BlockBytes * Rows,
+    };
+
+    /// <summary>Makes this thread ready for a kind; until <see cref="Amx.Release"/> nothing else may configure tiles.</summary>
+    public static void Configure(Kind kind) => Amx.Configure(kind == Kind.Halves ? s_sizesOfHalves : s_sizes);
 
     /// <summary>sums += inputs · weightsᵀ, for one block of inputs and four panels, or two and two.</summary>
     /// <param name="kind">What weights are.</param>
@@ -81,9 +92,12 @@ internal static unsafe class AmxBytes
     public static void Multiply(Kind kind, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting) =>
         Call(s_code.Of(nextBlock == 0 ? 1 : 2, kind), sums, inputs, nextBlock, weights, nextPanel, groups, waiting);
 
-    /// <summary>Rows and bytes of a row of a tile register: sums in 0 to 3, inputs in 4 and 5, weights in 6 and 7.</summary>
-    internal static (int Rows, int Bytes) TileSize(int tile) =>
-        (tile < 6 ? Rows : RoundedInputs.Group / sizeof(int), tile is 4 or 5 ? RoundedInputs.Group : 64);
+    /// <summary>Rows and bytes of a row of a tile register: sums in 0 to 3, inputs in 4 and 5, weights in 6 and 7, of all elements that share a scale.</summary>
+    internal static (int Rows, int Bytes) TileSize(Kind kind, int tile)
+    {
+        int elements = RoundedInputs.Group / Parts(kind);
+        return (tile < 6 ? Rows : elements / sizeof(int), tile is 4 or 5 ? elements : 64);
+    }
 
     /// <summary>The machine code of <see cref="Multiply"/>; position-independent, without data.</summary>
     /// <param name="blocks">One or two.</param>
@@ -91,12 +105,14 @@ internal static unsafe class AmxBytes
     internal static byte[] Emit(int blocks, Kind kind) => Amx.Assemble(code =>
     {
         // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of panels, on the stack that of the second block.
-        // Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3, offsets in 4 to 7.
+        // Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3, offsets in 4 to 7; or units and the
+        // scales of the two halves.
         int panelCount = Tiles / blocks;
         AssemblerRegister64 secondBlock = r11;
         AssemblerRegister64[] panels = blocks == 1 ? [rdx, r9, r11, rbx] : [rdx, r9];
-        int groupBytes = kind == Kind.Stored ? Q8MatMul.BlockBytes * Rows : WeightBytes;
-        int bytesAt = kind == Kind.Stored ? sizeof(ushort) * Rows : 0;
+        int groupBytes = WeightBytes(kind);
+        int parts = Parts(kind);
+        int bytesAt = BytesAt(kind);
         Label loop = code.CreateLabel(), last = code.CreateLabel();
         if (blocks == 1)
         {
@@ -112,16 +128,16 @@ internal static unsafe class AmxBytes
 
         code.add(r9, rdx);
         code.mov(r10, RoundedInputs.Group);
-        code.lea(rax, __[r8 + (Tiles * TileBytes)]);
-        MultiplyTiles(r8, group: 0, static () => { });
+        code.lea(rax, __[r8 + (parts * Tiles * TileBytes)]);
+        MultiplyGroup(r8, group: 0, static () => { });
         code.Label(ref loop);
         code.dec(rcx);
         code.je(last);
         LoadScales();
         int row = 0;
-        MultiplyTiles(rax, group: 1, () =>
+        MultiplyGroup(rax, group: 1, () =>
         {
-            for (int i = 0; i < Tiles; i++, row++)
+            for (int i = 0; i < Tiles / parts; i++, row++)
             {
                 AddScaled(row);
             }
@@ -154,36 +170,44 @@ internal static unsafe class AmxBytes
         code.vzeroupper();
         code.ret();
 
-        // 16 steps, and what is done between them: of each of the four tiles that wait, a row.
-        void MultiplyTiles(AssemblerRegister64 waiting, int group, Action between)
+        void MultiplyGroup(AssemblerRegister64 waiting, int group, Action between)
+        {
+            for (int part = 0; part < parts; part++)
+            {
+                MultiplyTiles(waiting, group, part, between);
+            }
+        }
+
+        // 16 steps, and what is done between them: of the four tiles that wait, some rows.
+        void MultiplyTiles(AssemblerRegister64 waiting, int group, int part, Action between)
         {
             for (int tile = 0; tile < Tiles; tile++)
             {
                 Do(() => code.tilezero(Sums(tile)));
             }
 
-            Do(() => LoadInputs(tmm4, rsi, group));
-            Do(() => LoadWeights(tmm6, 0, group));
+            Do(() => LoadInputs(tmm4, rsi, group, part));
+            Do(() => LoadWeights(tmm6, 0, group, part));
             Do(() => code.tdpbssd(tmm0, tmm4, tmm6));
-            Do(() => LoadWeights(tmm7, 1, group));
+            Do(() => LoadWeights(tmm7, 1, group, part));
             Do(() => code.tdpbssd(tmm1, tmm4, tmm7));
             if (blocks == 1)
             {
-                Do(() => LoadWeights(tmm6, 2, group));
+                Do(() => LoadWeights(tmm6, 2, group, part));
                 Do(() => code.tdpbssd(tmm2, tmm4, tmm6));
-                LoadWeights(tmm7, 3, group);
+                LoadWeights(tmm7, 3, group, part);
                 Do(() => code.tdpbssd(tmm3, tmm4, tmm7));
             }
             else
             {
-                Do(() => LoadInputs(tmm5, secondBlock, group));
+                Do(() => LoadInputs(tmm5, secondBlock, group, part));
                 Do(() => code.tdpbssd(tmm2, tmm5, tmm6));
                 Do(() => code.tdpbssd(tmm3, tmm5, tmm7));
             }
 
             for (int tile = 0; tile < Tiles; tile++)
             {
-                Do(() => code.tilestored(__[waiting + (r10 * 2) + (tile * TileBytes)], Sums(tile)));
+                Do(() => code.tilestored(__[waiting + (r10 * 2) + (((part * Tiles) + tile) * TileBytes)], Sums(tile)));
             }
 
             void Do(Action step)
@@ -193,11 +217,11 @@ internal static unsafe class AmxBytes
             }
         }
 
-        void LoadInputs(AssemblerRegisterTMM tile, AssemblerRegister64 block, int group) =>
-            code.tileloadd(tile, __[block + r10 + (group * InputBytes)]);
+        void LoadInputs(AssemblerRegisterTMM tile, AssemblerRegister64 block, int group, int part) =>
+            code.tileloadd(tile, __[block + r10 + ((group * InputBytes) + (part * RoundedInputs.Group / parts))]);
 
-        void LoadWeights(AssemblerRegisterTMM tile, int panel, int group) =>
-            code.tileloadd(tile, __[panels[panel] + (r10 * 2) + ((group * groupBytes) + bytesAt)]);
+        void LoadWeights(AssemblerRegisterTMM tile, int panel, int group, int part) =>
+            code.tileloadd(tile, __[panels[panel] + (r10 * 2) + ((group * groupBytes) + bytesAt + (part * BytesOfGroup / parts))]);
 
         void LoadScales()
         {
@@ -209,10 +233,9 @@ internal static unsafe class AmxBytes
                     continue;
                 }
 
-                code.vmovups(Register512(panel), __zmmword_ptr[panels[panel] + BytesOfGroup]);
-                if (kind == Kind.UnpackedWithOffsets)
+                for (int plane = 0; plane < (kind == Kind.Unpacked ? 1 : parts + 1); plane++)
                 {
-                    code.vmovups(Register512(Tiles + panel), __zmmword_ptr[panels[panel] + (BytesOfGroup + 64)]);
+                    code.vmovups(Register512((plane * Tiles) + panel), __zmmword_ptr[panels[panel] + (BytesOfGroup + (plane * 64))]);
                 }
             }
         }
@@ -223,21 +246,34 @@ internal static unsafe class AmxBytes
             int panel = tile % panelCount;
             AssemblerRegister64 block = tile < panelCount ? rsi : secondBlock;
             int inputs = BytesOfGroup + (sizeof(float) * inTile);
-            int first = 8 + (row % 8 * 3);
-            (AssemblerRegisterZMM sum, AssemblerRegisterZMM products, AssemblerRegisterZMM scale) =
-                (Register512(first), Register512(first + 1), Register512(first + 2));
+            int first = 12 + (row % 5 * 4);
+            (AssemblerRegisterZMM sum, AssemblerRegisterZMM products, AssemblerRegisterZMM scale, AssemblerRegisterZMM second) =
+                (Register512(first), Register512(first + 1), Register512(first + 2), Register512(first + 3));
             code.vmovups(sum, __zmmword_ptr[rdi + (64 * row)]);
             code.vcvtdq2ps(products, __zmmword_ptr[r8 + (64 * row)]);
             code.vmulps(scale, Register512(panel), __dword_bcst[block + inputs]);
-            if (kind == Kind.UnpackedWithOffsets)
+            if (kind == Kind.Offsets)
             {
                 code.vfmadd231ps(sum, Register512(Tiles + panel), __dword_bcst[block + (inputs + (2 * 64))]);
+            }
+            else if (kind == Kind.Halves)
+            {
+                // Below 2^24 in amount, so exact, as integers would be.
+                code.vcvtdq2ps(second, __zmmword_ptr[r8 + ((Tiles * TileBytes) + (64 * row))]);
+                code.vmulps(products, products, Register512(Tiles + panel));
+                code.vfmadd231ps(products, second, Register512((2 * Tiles) + panel));
             }
 
             code.vfmadd231ps(sum, products, scale);
             code.vmovups(__zmmword_ptr[rdi + (64 * row)], sum);
         }
     });
+
+    // Products of a group that are scaled by themselves.
+    private static int Parts(Kind kind) => kind == Kind.Halves ? 2 : 1;
+
+    // Where in a group of weights its bytes are.
+    private static int BytesAt(Kind kind) => kind == Kind.Stored ? sizeof(ushort) * Rows : 0;
 
     private static AssemblerRegisterTMM Sums(int tile) => new(Register.TMM0 + tile);
 
@@ -279,110 +315,109 @@ internal static unsafe class AmxBytes
     {
         const int Groups = 3;
         const int NextBlock = Groups * InputBytes;
-        byte[] rounded = new byte[2 * NextBlock], panels = new byte[Tiles * PanelBytes], room = new byte[WaitingBytes];
+        byte[] rounded = new byte[2 * NextBlock], panels = new byte[Tiles * Groups * MostWeightBytes], room = new byte[WaitingBytes];
+        float[] actual = new float[Tiles * Rows * Rows];
+        bool same = true;
         fixed (byte* inputs = rounded, weights = panels, waiting = room)
+        fixed (float* sums = actual)
         {
-            for (int group = 0; group < Groups; group++)
+            for (int group = 0; group < 2 * Groups; group++)
             {
-                for (int block = 0; block < 2; block++)
-                {
-                    Fill((sbyte*)inputs + (block * NextBlock) + (group * InputBytes), 3, 37 + (2 * block));
-                }
-
-                for (int panel = 0; panel < Tiles; panel++)
-                {
-                    Fill((sbyte*)weights + (panel * PanelBytes) + (group * WeightBytes), 2, 41 + (2 * panel));
-                }
+                byte* place = inputs + (group * InputBytes);
+                FillBytes(place, group);
+                FillScales((float*)(place + BytesOfGroup), InputBytes, group);
             }
 
-            Configure();
-            bool same = true;
             foreach (Kind kind in s_kinds)
             {
-                same &= Same(code, 1, kind, inputs, weights, waiting) && Same(code, 2, kind, inputs, weights, waiting);
-            }
-
-            Amx.Release();
-            return same;
-        }
-
-        static bool Same(Code code, int blocks, Kind kind, byte* inputs, byte* weights, byte* waiting)
-        {
-            float[] actual = new float[Tiles * Rows * Rows];
-            byte[] stored = Stored(weights);
-            Array.Fill(actual, 7);
-            fixed (float* sums = actual)
-            fixed (byte* bytes = stored)
-            {
-                Call(
-                    code.Of(blocks, kind), sums, inputs, NextBlock, kind == Kind.Stored ? bytes : weights,
-                    kind == Kind.Stored ? stored.Length / Tiles : PanelBytes, Groups, waiting);
-            }
-
-            bool same = true;
-            for (int i = 0; i < actual.Length; i++)
-            {
-                (int tile, int row, int output) = (i / (Rows * Rows), i / Rows % Rows, i % Rows);
-                (int block, int panel) = int.DivRem(tile, Tiles / blocks);
-                same &= actual[i] == Expected(inputs + (block * NextBlock), weights + (panel * PanelBytes), row, output, kind == Kind.UnpackedWithOffsets);
-            }
-
-            return same;
-        }
-
-        // The same weights as panels of Q8_0 have them.
-        static byte[] Stored(byte* weights)
-        {
-            byte[] panels = new byte[Tiles * Groups * Q8MatMul.BlockBytes * Rows];
-            Span<byte> place = panels;
-            for (int panel = 0; panel < Tiles; panel++)
-            {
-                for (int group = 0; group < Groups; group++)
+                int weightBytes = WeightBytes(kind);
+                for (int group = 0; group < Tiles * Groups; group++)
                 {
-                    byte* source = weights + (panel * PanelBytes) + (group * WeightBytes);
-                    for (int output = 0; output < Rows; output++, place = place[sizeof(ushort)..])
+                    byte* place = weights + (group * weightBytes);
+                    FillBytes(place + BytesAt(kind), group);
+                    if (kind == Kind.Stored)
                     {
-                        BitConverter.TryWriteBytes(place, (Half)((float*)(source + BytesOfGroup))[output]);
+                        FillHalves((Half*)place, group);
                     }
-
-                    new ReadOnlySpan<byte>(source, BytesOfGroup).CopyTo(place);
-                    place = place[BytesOfGroup..];
+                    else
+                    {
+                        FillScales((float*)(place + BytesOfGroup), weightBytes, group);
+                    }
                 }
-            }
 
-            return panels;
+                Configure(kind);
+                for (int blocks = 1; blocks <= 2; blocks++)
+                {
+                    Array.Fill(actual, 7);
+                    Call(code.Of(blocks, kind), sums, inputs, NextBlock, weights, Groups * weightBytes, Groups, waiting);
+                    for (int i = 0; i < actual.Length; i++)
+                    {
+                        (int tile, int row, int output) = (i / (Rows * Rows), i / Rows % Rows, i % Rows);
+                        (int block, int panel) = int.DivRem(tile, Tiles / blocks);
+                        same &= actual[i] == Expected(kind, inputs + (block * NextBlock), weights + (panel * Groups * weightBytes), row, output);
+                    }
+                }
+
+                Amx.Release();
+            }
         }
 
-        static void Fill(sbyte* group, int planes, int step)
+        return same;
+
+        static void FillBytes(byte* bytes, int group)
         {
             for (int i = 0; i < BytesOfGroup; i++)
             {
-                group[i] = (sbyte)((i * step % 255) - 127);
-            }
-
-            for (int i = 0; i < planes * Rows; i++)
-            {
-                ((float*)(group + BytesOfGroup))[i] = (i * step % 5) - 2;
+                bytes[i] = (byte)((i * (37 + (2 * group)) % 255) - 127);
             }
         }
 
-        static float Expected(byte* inputs, byte* weights, int row, int output, bool hasOffsets)
+        static void FillScales(float* scales, int groupBytes, int group)
+        {
+            for (int i = 0; i < (groupBytes - BytesOfGroup) / sizeof(float); i++)
+            {
+                scales[i] = (i * (7 + group) % 5) - 2;
+            }
+        }
+
+        static void FillHalves(Half* scales, int group)
+        {
+            for (int i = 0; i < Rows; i++)
+            {
+                scales[i] = (Half)((i * (7 + group) % 5) - 2);
+            }
+        }
+
+        static float Expected(Kind kind, byte* inputs, byte* weights, int row, int output)
         {
             float sum = 7;
-            for (int group = 0; group < Groups; group++, inputs += InputBytes, weights += WeightBytes)
+            for (int group = 0; group < Groups; group++, inputs += InputBytes, weights += WeightBytes(kind))
             {
-                int products = 0;
-                for (int i = 0; i < RoundedInputs.Group; i++)
+                float* ofRow = (float*)(inputs + BytesOfGroup) + row;
+                float* ofOutput = (float*)(weights + BytesOfGroup) + output;
+                int first = Products(inputs, weights + BytesAt(kind), row, output, 0);
+                int second = Products(inputs, weights + BytesAt(kind), row, output, RoundedInputs.Group / 2);
+                sum += kind switch
                 {
-                    products += (sbyte)inputs[(row * RoundedInputs.Group) + i] * (sbyte)weights[(i / 4 * 64) + (output * 4) + (i % 4)];
-                }
-
-                float* row0 = (float*)(inputs + BytesOfGroup) + row;
-                float* output0 = (float*)(weights + BytesOfGroup) + output;
-                sum += (products * row0[0] * output0[0]) + (hasOffsets ? row0[2 * Rows] * output0[Rows] : 0);
+                    Kind.Unpacked => (first + second) * ofRow[0] * ofOutput[0],
+                    Kind.Offsets => ((first + second) * ofRow[0] * ofOutput[0]) + (ofRow[2 * Rows] * ofOutput[Rows]),
+                    Kind.Halves => ((first * ofOutput[Rows]) + (second * ofOutput[2 * Rows])) * ofRow[0] * ofOutput[0],
+                    _ => (first + second) * ofRow[0] * (float)((Half*)weights)[output],
+                };
             }
 
             return sum;
+        }
+
+        static int Products(byte* inputs, byte* weights, int row, int output, int start)
+        {
+            int products = 0;
+            for (int i = start; i < start + (RoundedInputs.Group / 2); i++)
+            {
+                products += (sbyte)inputs[(row * RoundedInputs.Group) + i] * (sbyte)weights[(i / 4 * 64) + (output * 4) + (i % 4)];
+            }
+
+            return products;
         }
     }
 

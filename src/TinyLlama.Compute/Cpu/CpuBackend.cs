@@ -183,7 +183,7 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, bool mu
             output.Rows == input.Rows && output.Columns == weight.Outputs && input.Columns == weight.Inputs,
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, output);
-        if (MultipliesTiles && input.Rows >= TiledMatMul.LeastRows && TiledMatMul.Multiplies(weight.Type) && AmxBytes.Fault is null)
+        if (MultipliesTiles && input.Rows >= TiledMatMul.LeastRows && weight.Type.IsQuantized() && AmxBytes.Fault is null)
         {
             TiledMatMul.Forward(Team, Scratch, output, input, weight, accumulate);
         }

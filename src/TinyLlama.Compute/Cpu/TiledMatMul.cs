@@ -23,15 +23,15 @@ internal static unsafe class TiledMatMul
     // Panels of a task.
     private const int MostPanels = AmxBytes.Tiles;
 
+    // Groups that are unpacked at once: those of the panels stay in the first cache.
+    private const int MostGroups = 8;
+
     // So few multiply bytes of Q8_0 where they lie; for more it is worth to align them.
     private const int FewRows = 32;
 
     private const int SumsBytes = MostPanels * MostRows * AmxBytes.Rows * sizeof(float);
-    private const int WeightsBytes = MostPanels * AmxBytes.PanelBytes;
-    private const int TurnedBytes = AmxBytes.MostGroups * Q8MatMul.BlockBytes * AmxBytes.Rows;
-
-    /// <summary>Whether weights of a type are multiplied here.</summary>
-    public static bool Multiplies(DType type) => type.IsQuantized() && type != DType.Q6_K;
+    private const int WeightsBytes = MostPanels * MostGroups * AmxBytes.MostWeightBytes;
+    private const int TurnedBytes = MostGroups * Q8MatMul.BlockBytes * AmxBytes.Rows;
 
     /// <summary>output (N, O) = or += input (N, I) · weightᵀ.</summary>
     public static void Forward(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
@@ -59,8 +59,11 @@ internal static unsafe class TiledMatMul
             case DType.Q5_K:
                 Forward<Q5KFormat<Lanes512>>(team, scratch, output, input, weight, accumulate);
                 break;
+            case DType.Q6_K:
+                Forward<Q6KFormat<Lanes512>>(team, scratch, output, input, weight, accumulate);
+                break;
             default:
-                throw new ArgumentOutOfRangeException(nameof(weight), weight.Type, "not a type that tiles multiply");
+                throw new ArgumentOutOfRangeException(nameof(weight), weight.Type, "not a quantized type");
         }
     }
 
@@ -104,6 +107,10 @@ internal static unsafe class TiledMatMul
         public int Groups;
         public bool Accumulate;
 
+        // What weights are unpacked to.
+        private static AmxBytes.Kind Unpacked =>
+            F.HasHalfScales ? AmxBytes.Kind.Halves : F.HasOffsets ? AmxBytes.Kind.Offsets : AmxBytes.Kind.Unpacked;
+
         public readonly void Run(int task, int thread)
         {
             float* sums = Scratch.Of(thread);
@@ -115,16 +122,16 @@ internal static unsafe class TiledMatMul
             int blocks = (Output.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows;
             Begin(sums, first, panels);
             bool areStored = typeof(F) == typeof(Q8Format<Lanes512>) && Output.Rows <= FewRows && Rows.Length == 0 && panels == MostPanels;
-            AmxBytes.Kind kind = areStored ? AmxBytes.Kind.Stored : F.HasOffsets ? AmxBytes.Kind.UnpackedWithOffsets : AmxBytes.Kind.Unpacked;
-            nint nextPanel = areStored ? RowBytes * Lanes512.Count : AmxBytes.PanelBytes;
-            AmxBytes.Configure();
-            for (int group = 0; group < Groups; group += AmxBytes.MostGroups)
+            AmxBytes.Kind kind = areStored ? AmxBytes.Kind.Stored : Unpacked;
+            nint nextPanel = areStored ? RowBytes * Lanes512.Count : MostGroups * AmxBytes.WeightBytes(kind);
+            AmxBytes.Configure(kind);
+            for (int group = 0; group < Groups; group += MostGroups)
             {
-                int groups = Math.Min(AmxBytes.MostGroups, Groups - group);
+                int groups = Math.Min(MostGroups, Groups - group);
                 byte* operands = areStored ? Blocks(turned, first, group, groups) : weights;
                 for (int panel = 0; panel < panels && !areStored; panel++)
                 {
-                    Unpack(weights + (panel * AmxBytes.PanelBytes), Blocks(turned, first + panel, group, groups), groups);
+                    Unpack(weights + (panel * nextPanel), Blocks(turned, first + panel, group, groups), groups);
                 }
 
                 Prefetch(first, panels, group + groups);
@@ -182,7 +189,7 @@ internal static unsafe class TiledMatMul
             }
 
             byte* next = Panels + (((panel * RowBytes) + (group / F.Groups * F.BlockBytes)) * Lanes512.Count);
-            int bytes = Math.Min(AmxBytes.MostGroups, Groups - group) / F.Groups * F.BlockBytes * Lanes512.Count;
+            int bytes = Math.Min(MostGroups, Groups - group) / F.Groups * F.BlockBytes * Lanes512.Count;
             for (int at = 0; at < bytes; at += 64)
             {
                 for (int p = 0; p < panels; p++)
@@ -200,7 +207,7 @@ internal static unsafe class TiledMatMul
             for (int done = 0; done < groups; done += F.Groups, blocks += F.BlockBytes * Lanes512.Count)
             {
                 F.Units(blocks, scales, out Lanes512 unit, out Lanes512 offsetUnit);
-                for (int group = 0; group < F.Groups; group++, destination += AmxBytes.WeightBytes)
+                for (int group = 0; group < F.Groups; group++, destination += AmxBytes.WeightBytes(Unpacked))
                 {
                     float* place = (float*)destination;
                     Bytes(blocks, group, 0).Store(place);
@@ -214,7 +221,13 @@ internal static unsafe class TiledMatMul
                     (Lanes512 scale, Lanes512 offset) = (unit, offsetUnit);
                     F.Scale(blocks, scales, group, ref scale, ref offset);
                     scale.Store(place + (8 * Lanes512.Count));
-                    if (F.HasOffsets)
+                    if (F.HasHalfScales)
+                    {
+                        F.HalfScales(blocks, group, out Lanes512 first, out Lanes512 second, out _);
+                        Whole(first).Store(place + (9 * Lanes512.Count));
+                        Whole(second).Store(place + (10 * Lanes512.Count));
+                    }
+                    else if (F.HasOffsets)
                     {
                         offset.Store(place + (9 * Lanes512.Count));
                     }
@@ -227,8 +240,13 @@ internal static unsafe class TiledMatMul
         private static Lanes512 Bytes(byte* block, int group, int i)
         {
             Lanes512 bytes = F.Bytes(block, group, i);
-            return F.IsEightTooLarge ? new((bytes.Value.AsSByte() - Vector512.Create((sbyte)8)).AsSingle()) : bytes;
+            int excess = F.HasHalfScales ? 32 : F.IsEightTooLarge ? 8 : 0;
+            return excess == 0 ? bytes : new((bytes.Value.AsSByte() - Vector512.Create((sbyte)excess)).AsSingle());
         }
+
+        // A scale that stands twice in its dword.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static Lanes512 Whole(Lanes512 scales) => Lanes512.FromInt32(Lanes512.DwordProducts(scales, Lanes512.CreateDword(1)));
 
         // What products are added to, and where they will go is fetched; the last panel may stick out.
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]

@@ -17,7 +17,7 @@ public sealed unsafe class AmxBytesTests
     public void The_code_gives_the_bits_of_the_definition(int blocks, int groups, int kind)
     {
         Operands operands = new(blocks, groups, (AmxBytes.Kind)kind);
-        MachineCode code = new(AmxBytes.Emit(blocks, (AmxBytes.Kind)kind), AmxBytes.TileSize);
+        MachineCode code = new(AmxBytes.Emit(blocks, (AmxBytes.Kind)kind), tile => AmxBytes.TileSize((AmxBytes.Kind)kind, tile));
         ulong sums = code.Memory(MemoryMarshal.Cast<float, uint>(operands.Sums).ToArray(), writable: true);
         ulong inputs = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Inputs).ToArray());
         ulong weights = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Weights).ToArray());
@@ -36,7 +36,7 @@ public sealed unsafe class AmxBytesTests
         fixed (float* sums = actual)
         fixed (byte* inputs = operands.Inputs, weights = operands.Weights, waiting = new byte[AmxBytes.WaitingBytes])
         {
-            AmxBytes.Configure();
+            AmxBytes.Configure((AmxBytes.Kind)kind);
             AmxBytes.Multiply((AmxBytes.Kind)kind, sums, inputs, blocks == 1 ? 0 : operands.NextBlock, weights, operands.NextPanel, groups, waiting);
             Amx.Release();
         }
@@ -73,11 +73,16 @@ public sealed unsafe class AmxBytesTests
             // No more than is read: the last panel ends with its last group.
             int panels = AmxBytes.Tiles / blocks;
             Weights = Filled(panels, NextPanel, GroupBytes)[..(((panels - 1) * NextPanel) + (groups * GroupBytes))];
-            for (int start = 0; kind == AmxBytes.Kind.Stored && start < Weights.Length; start += GroupBytes)
+            for (int start = 0; start < Weights.Length; start += GroupBytes)
             {
                 foreach (ref Half scale in MemoryMarshal.Cast<byte, Half>(Weights.AsSpan(start, ScaleBytes)))
                 {
                     scale = (Half)(random.NextSingle() - 0.5f);
+                }
+
+                foreach (ref float scale in MemoryMarshal.Cast<byte, float>(Weights.AsSpan((start + GroupBytes - WholeScaleBytes)..(start + GroupBytes))))
+                {
+                    scale = random.Next(-128, 128);
                 }
             }
 
@@ -106,11 +111,13 @@ public sealed unsafe class AmxBytesTests
         public int NextBlock => _groups * AmxBytes.InputBytes;
 
         // Whole groups, and what lies between the panels.
-        public int NextPanel => AmxBytes.MostGroups * GroupBytes;
+        public int NextPanel => 8 * GroupBytes;
 
-        private int GroupBytes => _kind == AmxBytes.Kind.Stored ? Q8MatMul.BlockBytes * AmxBytes.Rows : AmxBytes.WeightBytes;
+        private int GroupBytes => AmxBytes.WeightBytes(_kind);
 
         private int ScaleBytes => _kind == AmxBytes.Kind.Stored ? sizeof(ushort) * AmxBytes.Rows : 0;
+
+        private int WholeScaleBytes => _kind == AmxBytes.Kind.Halves ? 2 * sizeof(float) * AmxBytes.Rows : 0;
 
         public float[] Expected()
         {
@@ -131,12 +138,13 @@ public sealed unsafe class AmxBytesTests
                     int products = 0;
                     for (int k = 0; k < RoundedInputs.Group; k++)
                     {
-                        products += (sbyte)inputs[(row * RoundedInputs.Group) + k] * (sbyte)bytes[(k / 4 * 64) + (output * 4) + (k % 4)];
+                        int product = (sbyte)inputs[(row * RoundedInputs.Group) + k] * (sbyte)bytes[(k / 4 * 64) + (output * 4) + (k % 4)];
+                        products += _kind == AmxBytes.Kind.Halves ? product * (int)ofOutputs[((1 + (k / 16)) * AmxBytes.Rows) + output] : product;
                     }
 
                     // The third of a row is its scaled sum, the second of an output its offset.
                     ref float sum = ref sums[i];
-                    sum = _kind == AmxBytes.Kind.UnpackedWithOffsets ? MathF.FusedMultiplyAdd(ofOutputs[AmxBytes.Rows + output], ofRows[(2 * AmxBytes.Rows) + row], sum) : sum;
+                    sum = _kind == AmxBytes.Kind.Offsets ? MathF.FusedMultiplyAdd(ofOutputs[AmxBytes.Rows + output], ofRows[(2 * AmxBytes.Rows) + row], sum) : sum;
                     sum = MathF.FusedMultiplyAdd(products, ofOutputs[output] * ofRows[row], sum);
                 }
             }
