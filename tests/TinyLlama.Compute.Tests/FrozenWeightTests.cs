@@ -250,13 +250,22 @@ public sealed class FrozenWeightTests
 
     [Theory]
     [MemberData(nameof(Quantized))]
-    public void Inputs_of_zero_give_zero(CpuPath path, DType type)
+    public void Inputs_of_zero_give_zero_and_the_smallest_ones_no_more_than_they_may(CpuPath path, DType type)
     {
         using CpuBackend backend = CpuBackend.Create(1, path);
         using Operands operands = new(backend, type, 2, 20, 256);
-        operands.Input.HostSpan<float>().Clear();
-        backend.MatMul(operands.Output, operands.Input, operands.Weight);
-        Assert.All(operands.Output.HostSpan<float>().ToArray(), value => Assert.Equal(0, value));
+        foreach (float input in (float[])[0, float.Epsilon, 1e-42f, 1e-38f, 1e-36f, 1e-35f])
+        {
+            Span<float> inputs = operands.Input.HostSpan<float>();
+            for (int i = 0; i < inputs.Length; i++)
+            {
+                inputs[i] = i % 3 == 0 ? input : 0;
+            }
+
+            backend.MatMul(operands.Output, operands.Input, operands.Weight);
+            float most = 256 * input * operands.Values.Max(MathF.Abs);
+            Assert.All(operands.Output.HostSpan<float>().ToArray(), value => Assert.InRange(value, -most, most));
+        }
     }
 
     [Fact]

@@ -23,11 +23,8 @@ internal static unsafe class AmxBytes
     /// <summary>Tiles of sums at once: blocks by panels.</summary>
     public const int Tiles = 4;
 
-    /// <summary>
-    /// Bytes of a group of a block of inputs: 32 of each row, then for each row a scale, two int16 and a scaled sum
-    /// (<see cref="RoundedInputs"/>).
-    /// </summary>
-    public const int InputBytes = BytesOfGroup + (3 * Rows * sizeof(float));
+    /// <summary>Bytes of a group of a block of inputs: 32 of each row, then scales of the rows, then scaled sums.</summary>
+    public const int InputBytes = BytesOfGroup + (2 * Rows * sizeof(float));
 
     /// <summary>The most bytes of a group of weights.</summary>
     public const int MostWeightBytes = BytesOfGroup + (3 * Rows * sizeof(float));
@@ -254,7 +251,7 @@ internal static unsafe class AmxBytes
             code.vmulps(scale, Register512(panel), __dword_bcst[block + inputs]);
             if (kind == Kind.Offsets)
             {
-                code.vfmadd231ps(sum, Register512(Tiles + panel), __dword_bcst[block + (inputs + (2 * 64))]);
+                code.vfmadd231ps(sum, Register512(Tiles + panel), __dword_bcst[block + (inputs + 64)]);
             }
             else if (kind == Kind.Halves)
             {
@@ -400,7 +397,7 @@ internal static unsafe class AmxBytes
                 sum += kind switch
                 {
                     Kind.Unpacked => (first + second) * ofRow[0] * ofOutput[0],
-                    Kind.Offsets => ((first + second) * ofRow[0] * ofOutput[0]) + (ofRow[2 * Rows] * ofOutput[Rows]),
+                    Kind.Offsets => ((first + second) * ofRow[0] * ofOutput[0]) + (ofRow[Rows] * ofOutput[Rows]),
                     Kind.Halves => ((first * ofOutput[Rows]) + (second * ofOutput[2 * Rows])) * ofRow[0] * ofOutput[0],
                     _ => (first + second) * ofRow[0] * (float)((Half*)weights)[output],
                 };

@@ -152,6 +152,12 @@ internal unsafe partial struct Lanes512
     public void StoreLowBytes(sbyte* p)
     {
         Vector512<int> dwords = _value.AsInt32();
+        if (Avx512F.IsSupported)
+        {
+            Avx512F.ConvertToVector128SByte(dwords).Store(p);
+            return;
+        }
+
         Vector256<short> words = Vector256.Narrow(dwords.GetLower(), dwords.GetUpper());
         Vector256<sbyte> bytes = Vector256.Narrow(words, words);
         bytes.GetLower().Store(p);

@@ -30,6 +30,8 @@ internal static unsafe class RoundedInputs
 
     private const int DwordBytes = 4 * sizeof(float);
 
+    private const float SmallestNormal = 1.17549435e-38f;
+
     /// <summary>Rounds rows; they lie in blocks of so many, in a block group after group of all its rows.</summary>
     public static void Round<V>(ThreadTeam team, byte* rounded, Tensor input, int blockRows, bool inWords)
         where V : struct, ILanes<V>
@@ -49,23 +51,24 @@ internal static unsafe class RoundedInputs
         team.Run(ref work, (input.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows * parts);
     }
 
-    // 32 bytes, and the four dwords.
+    // 32 bytes; returns their scale and the sums of both halves.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static void RoundGroup<V>(byte* destination, byte* dwords, float* x)
+    private static (float Scale, int FirstSum, int SecondSum) RoundGroup<V>(byte* destination, float* x)
         where V : struct, ILanes<V>
     {
         V largest = V.Create(0);
-        V notFinite = V.Create(0);
+        V smallest = V.Create(0);
         for (int i = 0; i < Group; i += V.Count)
         {
             V value = V.Load(x + i);
-            largest = V.Max(largest, V.Max(value, V.Create(0) - value));
-            notFinite += (value - value);
+            largest = V.Max(largest, value);
+            smallest = V.Min(smallest, value);
         }
 
-        // Adding 1.5 · 2²³ rounds to the nearest whole number, ties to even, and leaves it in the low bits.
-        float scale = largest.Max() / 127;
-        V inverse = V.Create(scale > 0 ? 1 / scale : 0);
+        // Adding 1.5 · 2²³ rounds to the nearest whole number, ties to even, and leaves it in the low bits. What is smaller than any
+        // normal number counts as zero: its inverse might be infinite.
+        float scale = V.Max(largest, V.Create(0) - smallest).Max() / 127;
+        V inverse = V.Create(scale >= SmallestNormal ? 1 / scale : 0);
         V shift = V.Create(12_582_912f);
         V first = V.Create(0);
         V second = V.Create(0);
@@ -83,16 +86,11 @@ internal static unsafe class RoundedInputs
             }
         }
 
-        // What is not a number stays none: the scale carries it.
-        scale += notFinite.Sum();
-        (float firstSum, float secondSum) = (first.Sum(), second.Sum());
-        float* scales = (float*)dwords;
-        short* halves = (short*)(scales + 1);
-        scales[0] = scale;
-        halves[0] = (short)(-16 * firstSum);
-        halves[1] = (short)(-16 * secondSum);
-        scales[2] = scale * (firstSum + secondSum);
-        ((int*)scales)[3] = (int)(-8 * (firstSum + secondSum));
+        // Neither sum reaches 2048 in amount, so that both fit a float. What is not a number stays none: the scale carries it.
+        float sums = V.Fma(second, V.Create(4096), first).Sum();
+        scale += sums - sums;
+        int secondSum = ((int)sums + 2048) >> 12;
+        return (scale, (int)sums - (secondSum << 12), secondSum);
     }
 
     private struct RoundWork<V> : IWork
@@ -118,16 +116,18 @@ internal static unsafe class RoundedInputs
                 float* source = Input.F32(row);
                 for (int group = 0; group < groups; group++)
                 {
+                    (float scale, int firstSum, int secondSum) = RoundGroup<V>(destination, source);
                     if (InWords)
                     {
-                        RoundGroup<V>(destination, destination + WordsBytes, source);
                         Widen(destination);
                     }
-                    else
-                    {
-                        RoundGroup<V>(destination, destination + Group, source);
-                    }
 
+                    byte* dwords = destination + bytes - DwordBytes;
+                    ((float*)dwords)[0] = scale;
+                    ((short*)dwords)[2] = (short)(-16 * firstSum);
+                    ((short*)dwords)[3] = (short)(-16 * secondSum);
+                    ((float*)dwords)[2] = scale * (firstSum + secondSum);
+                    ((int*)dwords)[3] = -8 * (firstSum + secondSum);
                     source += Group;
                     destination += blockRows * bytes;
                 }
@@ -153,11 +153,9 @@ internal static unsafe class RoundedInputs
         public Tensor Input;
         public int Parts;
 
-        [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         public readonly void Run(int task, int thread)
         {
-            int* dwords = stackalloc int[DwordBytes / sizeof(int)];
             int groups = Input.Columns / Group;
             (int block, int part) = Math.DivRem(task, Parts);
             int first = part * GroupsOfTask;
@@ -170,11 +168,10 @@ internal static unsafe class RoundedInputs
                 float* source = Input.F32((block * AmxBytes.Rows) + row) + (first * Group);
                 for (int i = first; i < end; i++, group += AmxBytes.InputBytes, source += Group)
                 {
-                    RoundGroup<V>(group + (row * Group), (byte*)dwords, source);
-                    int* places = (int*)(group + AmxBytes.BytesOfGroup) + row;
-                    places[0] = dwords[0];
-                    places[AmxBytes.Rows] = dwords[1];
-                    places[2 * AmxBytes.Rows] = dwords[2];
+                    (float scale, int firstSum, int secondSum) = RoundGroup<V>(group + (row * Group), source);
+                    float* places = (float*)(group + AmxBytes.BytesOfGroup) + row;
+                    places[0] = scale;
+                    places[AmxBytes.Rows] = scale * (firstSum + secondSum);
                 }
             }
 
@@ -188,7 +185,7 @@ internal static unsafe class RoundedInputs
         {
             int rows = AmxBytes.Rows - firstRow;
             new Span<byte>(group + (firstRow * Group), rows * Group).Clear();
-            for (int i = 0; i < 3; i++)
+            for (int i = 0; i < 2; i++)
             {
                 new Span<int>((int*)(group + AmxBytes.BytesOfGroup) + (i * AmxBytes.Rows) + firstRow, rows).Clear();
             }

@@ -142,9 +142,9 @@ public sealed unsafe class AmxBytesTests
                         products += _kind == AmxBytes.Kind.Halves ? product * (int)ofOutputs[((1 + (k / 16)) * AmxBytes.Rows) + output] : product;
                     }
 
-                    // The third of a row is its scaled sum, the second of an output its offset.
+                    // The second of a row is its scaled sum, that of an output its offset.
                     ref float sum = ref sums[i];
-                    sum = _kind == AmxBytes.Kind.Offsets ? MathF.FusedMultiplyAdd(ofOutputs[AmxBytes.Rows + output], ofRows[(2 * AmxBytes.Rows) + row], sum) : sum;
+                    sum = _kind == AmxBytes.Kind.Offsets ? MathF.FusedMultiplyAdd(ofOutputs[AmxBytes.Rows + output], ofRows[AmxBytes.Rows + row], sum) : sum;
                     sum = MathF.FusedMultiplyAdd(products, ofOutputs[output] * ofRows[row], sum);
                 }
             }
