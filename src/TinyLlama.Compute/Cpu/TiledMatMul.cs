@@ -204,10 +204,11 @@ internal static unsafe class TiledMatMul
         private static void Unpack(byte* destination, byte* blocks, int groups)
         {
             byte* scales = stackalloc byte[4 * sizeof(float) * Lanes512.Count];
+            nint weightBytes = AmxBytes.WeightBytes(Unpacked);
             for (int done = 0; done < groups; done += F.Groups, blocks += F.BlockBytes * Lanes512.Count)
             {
                 F.Units(blocks, scales, out Lanes512 unit, out Lanes512 offsetUnit);
-                for (int group = 0; group < F.Groups; group++, destination += AmxBytes.WeightBytes(Unpacked))
+                for (int group = 0; group < F.Groups; group++, destination += weightBytes)
                 {
                     float* place = (float*)destination;
                     Bytes(blocks, group, 0).Store(place);
