@@ -38,6 +38,9 @@ internal static unsafe class AmxBytes
     /// <summary>Where in a group the first of what follows its bytes lies.</summary>
     public const int BytesOfGroup = RoundedInputs.Group * Rows;
 
+    // Lines of 64 bytes that are fetched of a panel for a group: as large as the largest group is stored, but for the last line of Q8_0.
+    private const int LinesAhead = 7;
+
     private static readonly Kind[] s_kinds = Enum.GetValues<Kind>();
 
     private static readonly byte* s_sizes = Amx.Sizes(static tile => TileSize(Kind.Unpacked, tile));
@@ -61,6 +64,15 @@ internal static unsafe class AmxBytes
         /// <summary>Q8_0 as panels have it: scales in half precision, then eight such registers.</summary>
         Stored,
     }
+
+    /// <summary>
+    /// What is fetched to the second cache while one block multiplies, as it would else wait for memory: for each group but the last as
+    /// many bytes of four panels.
+    /// </summary>
+    /// <param name="First">Where the first of the panels is read next; any address, as nothing is loaded.</param>
+    /// <param name="NextPanel">The bytes from it to the next panel.</param>
+    /// <param name="GroupBytes">Bytes of a group.</param>
+    public readonly record struct Ahead(nint First, nint NextPanel, nint GroupBytes);
 
     /// <summary>Gets why the code cannot be used here, or null. The first use of it emits, loads and checks the code.</summary>
     public static string? Fault => s_code.Fault;
@@ -86,8 +98,9 @@ internal static unsafe class AmxBytes
     /// <param name="nextPanel">The bytes from it to the next panel.</param>
     /// <param name="groups">The number of groups, at least one.</param>
     /// <param name="waiting">Room for <see cref="WaitingBytes"/>.</param>
-    public static void Multiply(Kind kind, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting) =>
-        Call(s_code.Of(nextBlock == 0 ? 1 : 2, kind), sums, inputs, nextBlock, weights, nextPanel, groups, waiting);
+    /// <param name="ahead">What one block fetches; two do not.</param>
+    public static void Multiply(Kind kind, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting, Ahead ahead) =>
+        Call(s_code.Of(nextBlock == 0 ? 1 : 2, kind), sums, inputs, nextBlock, weights, nextPanel, groups, waiting, ahead);
 
     /// <summary>Rows and bytes of a row of a tile register: sums in 0 to 3, inputs in 4 and 5, weights in 6 and 7, of all elements that share a scale.</summary>
     internal static (int Rows, int Bytes) TileSize(Kind kind, int tile)
@@ -101,11 +114,13 @@ internal static unsafe class AmxBytes
     /// <param name="kind">What weights are.</param>
     internal static byte[] Emit(int blocks, Kind kind) => Amx.Assemble(code =>
     {
-        // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of panels, on the stack that of the second block.
+        // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of panels; on the stack that of the second
+        // block, and what is ahead: its first panel, the distance of its panels, the bytes of a group.
         // Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3, offsets in 4 to 7; or units and the
         // scales of the two halves.
         int panelCount = Tiles / blocks;
         AssemblerRegister64 secondBlock = r11;
+        AssemblerRegister64[] saved = [rbx, r12, r13, r14, r15];
         AssemblerRegister64[] panels = blocks == 1 ? [rdx, r9, r11, rbx] : [rdx, r9];
         int groupBytes = WeightBytes(kind);
         int parts = Parts(kind);
@@ -113,7 +128,16 @@ internal static unsafe class AmxBytes
         Label loop = code.CreateLabel(), last = code.CreateLabel();
         if (blocks == 1)
         {
-            code.push(rbx);
+            foreach (AssemblerRegister64 register in saved)
+            {
+                code.push(register);
+            }
+
+            int onStack = sizeof(long) * (saved.Length + 1);
+            code.mov(r12, __[rsp + (onStack + sizeof(long))]);
+            code.mov(r13, __[rsp + (onStack + (2 * sizeof(long)))]);
+            code.mov(r15, __[rsp + (onStack + (3 * sizeof(long)))]);
+            code.lea(r14, __[r12 + (r13 * 2)]);
             code.lea(r11, __[rdx + (r9 * 2)]);
             code.lea(rbx, __[r11 + r9]);
         }
@@ -132,8 +156,10 @@ internal static unsafe class AmxBytes
         code.je(last);
         LoadScales();
         int row = 0;
+        int fetched = 0;
         MultiplyGroup(rax, group: 1, () =>
         {
+            Fetch(blocks == 1 ? 2 : 0);
             for (int i = 0; i < Tiles / parts; i++, row++)
             {
                 AddScaled(row);
@@ -150,6 +176,12 @@ internal static unsafe class AmxBytes
             code.add(panel, groupBytes);
         }
 
+        if (blocks == 1)
+        {
+            code.add(r12, r15);
+            code.add(r14, r15);
+        }
+
         code.xchg(r8, rax);
         code.jmp(loop);
         code.Label(ref last);
@@ -161,11 +193,25 @@ internal static unsafe class AmxBytes
 
         if (blocks == 1)
         {
-            code.pop(rbx);
+            foreach (AssemblerRegister64 register in saved.Reverse())
+            {
+                code.pop(register);
+            }
         }
 
         code.vzeroupper();
         code.ret();
+
+        // Of one panel after the other a line, so that few are under way at a time.
+        void Fetch(int count)
+        {
+            for (int end = Math.Min(fetched + count, Tiles * LinesAhead); fetched < end; fetched++)
+            {
+                int line = fetched / Tiles * 64;
+                AssemblerRegister64 pair = fetched % Tiles < 2 ? r12 : r14;
+                code.prefetcht1(fetched % 2 == 0 ? __byte_ptr[pair + line] : __byte_ptr[pair + r13 + line]);
+            }
+        }
 
         void MultiplyGroup(AssemblerRegister64 waiting, int group, Action between)
         {
@@ -303,9 +349,9 @@ internal static unsafe class AmxBytes
     private static nint Map(int blocks, Kind kind) => ExecutableMemory.Map(Emit(blocks, kind));
 
     private static void Call(
-        nint code, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting) =>
-        ((delegate* unmanaged[SuppressGCTransition]<float*, byte*, byte*, nint, byte*, nint, nint, void>)code)(
-            sums, inputs, weights, groups, waiting, nextPanel, nextBlock);
+        nint code, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting, Ahead ahead) =>
+        ((delegate* unmanaged[SuppressGCTransition]<float*, byte*, byte*, nint, byte*, nint, nint, nint, nint, nint, void>)code)(
+            sums, inputs, weights, groups, waiting, nextPanel, nextBlock, ahead.First, ahead.NextPanel, ahead.GroupBytes);
 
     // Whole numbers so small that every order of adding them gives the same bits.
     private static bool IsRight(Code code)
@@ -346,7 +392,7 @@ internal static unsafe class AmxBytes
                 for (int blocks = 1; blocks <= 2; blocks++)
                 {
                     Array.Fill(actual, 7);
-                    Call(code.Of(blocks, kind), sums, inputs, NextBlock, weights, Groups * weightBytes, Groups, waiting);
+                    Call(code.Of(blocks, kind), sums, inputs, NextBlock, weights, Groups * weightBytes, Groups, waiting, default);
                     for (int i = 0; i < actual.Length; i++)
                     {
                         (int tile, int row, int output) = (i / (Rows * Rows), i / Rows % Rows, i % Rows);

@@ -23,7 +23,8 @@ internal static unsafe class TiledMatMul
     // Panels of a task.
     private const int MostPanels = AmxBytes.Tiles;
 
-    // Groups that are unpacked at once: those of the panels stay in the first cache.
+    // Groups that are unpacked at once, a block or more: those of the panels stay in the first cache. One block of rows takes half as many,
+    // as it unpacks as often as it multiplies: stores that leave that cache, which another hyperthread may share, hold up both.
     private const int MostGroups = 8;
 
     // So few multiply bytes of Q8_0 where they lie; for more it is worth to align them.
@@ -124,17 +125,17 @@ internal static unsafe class TiledMatMul
             bool areStored = typeof(F) == typeof(Q8Format<Lanes512>) && Output.Rows <= FewRows && Rows.Length == 0 && panels == MostPanels;
             AmxBytes.Kind kind = areStored ? AmxBytes.Kind.Stored : Unpacked;
             nint nextPanel = areStored ? RowBytes * Lanes512.Count : MostGroups * AmxBytes.WeightBytes(kind);
+            int groupsAtOnce = blocks == 1 && !areStored ? Math.Max(MostGroups / 2, F.Groups) : MostGroups;
             AmxBytes.Configure(kind);
-            for (int group = 0; group < Groups; group += MostGroups)
+            for (int group = 0; group < Groups; group += groupsAtOnce)
             {
-                int groups = Math.Min(MostGroups, Groups - group);
+                int groups = Math.Min(groupsAtOnce, Groups - group);
                 byte* operands = areStored ? Blocks(turned, first, group, groups) : weights;
                 for (int panel = 0; panel < panels && !areStored; panel++)
                 {
                     Unpack(weights + (panel * nextPanel), Blocks(turned, first + panel, group, groups), groups);
                 }
 
-                Prefetch(first, panels, group + groups);
                 nint blockBytes = (nint)Groups * AmxBytes.InputBytes;
                 byte* inputs = Rounded + (group * AmxBytes.InputBytes);
                 int block = 0;
@@ -142,13 +143,13 @@ internal static unsafe class TiledMatMul
                 {
                     for (int panel = 0; panel < panels; panel += 2)
                     {
-                        AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, panel), inputs, blockBytes, operands + (panel * nextPanel), nextPanel, groups, waiting);
+                        AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, panel), inputs, blockBytes, operands + (panel * nextPanel), nextPanel, groups, waiting, default);
                     }
                 }
 
                 if (block < blocks)
                 {
-                    AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, 0), inputs, 0, operands, nextPanel, groups, waiting);
+                    AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, 0), inputs, 0, operands, nextPanel, groups, waiting, Ahead(weights, first, group + groups));
                 }
             }
 
@@ -180,24 +181,11 @@ internal static unsafe class TiledMatMul
             return turned;
         }
 
-        // What one block of rows multiplies next, from all panels in turns: it waits for memory, more do not.
-        private readonly void Prefetch(int panel, int panels, int group)
-        {
-            if (Output.Rows > AmxBytes.Rows || Rows.Length > 0)
-            {
-                return;
-            }
-
-            byte* next = Panels + (((panel * RowBytes) + (group / F.Groups * F.BlockBytes)) * Lanes512.Count);
-            int bytes = Math.Min(MostGroups, Groups - group) / F.Groups * F.BlockBytes * Lanes512.Count;
-            for (int at = 0; at < bytes; at += 64)
-            {
-                for (int p = 0; p < panels; p++)
-                {
-                    Sse.Prefetch1(next + (p * RowBytes * Lanes512.Count) + at);
-                }
-            }
-        }
+        // What is read next of panels. Rows lie in too many places: for them, what is at hand.
+        private readonly AmxBytes.Ahead Ahead(byte* atHand, int panel, int group) => Rows.Length > 0 ? new((nint)atHand, 0, 0) : new(
+            (nint)(Panels + (((panel * RowBytes) + (group / F.Groups * F.BlockBytes)) * Lanes512.Count)),
+            RowBytes * Lanes512.Count,
+            F.BlockBytes * Lanes512.Count / F.Groups);
 
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]

@@ -22,7 +22,7 @@ public sealed unsafe class AmxBytesTests
         ulong inputs = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Inputs).ToArray());
         ulong weights = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Weights).ToArray());
         ulong waiting = code.Memory(new uint[AmxBytes.WaitingBytes / 4], writable: true);
-        uint[] actual = code.Call(sums, inputs, weights, (ulong)groups, waiting, (ulong)operands.NextPanel, (ulong)operands.NextBlock);
+        uint[] actual = code.Call(sums, inputs, weights, (ulong)groups, waiting, (ulong)operands.NextPanel, (ulong)operands.NextBlock, 0, 64, 64);
         Assert.Equal(operands.Expected(), MemoryMarshal.Cast<uint, float>(actual).ToArray());
     }
 
@@ -37,7 +37,7 @@ public sealed unsafe class AmxBytesTests
         fixed (byte* inputs = operands.Inputs, weights = operands.Weights, waiting = new byte[AmxBytes.WaitingBytes])
         {
             AmxBytes.Configure((AmxBytes.Kind)kind);
-            AmxBytes.Multiply((AmxBytes.Kind)kind, sums, inputs, blocks == 1 ? 0 : operands.NextBlock, weights, operands.NextPanel, groups, waiting);
+            AmxBytes.Multiply((AmxBytes.Kind)kind, sums, inputs, blocks == 1 ? 0 : operands.NextBlock, weights, operands.NextPanel, groups, waiting, default);
             Amx.Release();
         }
 
@@ -47,7 +47,7 @@ public sealed unsafe class AmxBytesTests
     [Fact]
     public void The_code_needs_no_other_instructions_than_those_that_are_asked_for()
     {
-        CpuidFeature[] features = [CpuidFeature.INTEL8086, CpuidFeature.INTEL386, CpuidFeature.X64, CpuidFeature.AVX,
+        CpuidFeature[] features = [CpuidFeature.INTEL8086, CpuidFeature.INTEL386, CpuidFeature.X64, CpuidFeature.SSE, CpuidFeature.AVX,
             CpuidFeature.AVX512F, CpuidFeature.AMX_TILE, CpuidFeature.AMX_INT8];
         foreach (AmxBytes.Kind kind in s_kinds)
         {

@@ -130,7 +130,7 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
                 ulong stack = _registers[Register.RSP];
                 _registers[Register.RSP] = stack + 8;
                 return Word(stack);
-            case Mnemonic.Prefetcht0:
+            case Mnemonic.Prefetcht0 or Mnemonic.Prefetcht1:
                 break;
             case Mnemonic.Vzeroupper:
                 _upperCleared = true;
