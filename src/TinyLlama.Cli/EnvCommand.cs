@@ -55,6 +55,7 @@ internal static class EnvCommand
         }
 
         Row("bf16", $"matrix products in bf16 use {Bf16Products()}");
+        Row("quantized", $"products with quantized weights use {CpuPaths.QuantizedProducts}");
         if (Gpu.MachineFault is { } fault)
         {
             Row("cuda", $"{fault}");
@@ -86,6 +87,7 @@ internal static class EnvCommand
         ["paths"] = new JsonObject(
             Enum.GetValues<CpuPath>().Select(path => KeyValuePair.Create(path.ToString(), (JsonNode?)Claim(path)))),
         ["bf16_products"] = Bf16Products(),
+        ["quantized_products"] = CpuPaths.QuantizedProducts,
         ["cuda_fault"] = Gpu.MachineFault,
         ["cuda_libraries"] = new JsonArray([.. Gpu.Libraries.Select(library => (JsonNode?)library)]),
         ["nccl"] = NcclLibrary.Found.Description,

@@ -137,7 +137,7 @@ public sealed class FrozenWeightTests
     public void Tiles_give_the_bits_of_rows(DType type, int inputs)
     {
         Assert.SkipWhen(AmxBytes.Fault is not null, $"{AmxBytes.Fault}");
-        foreach ((int rows, int outputs) in (ReadOnlySpan<(int, int)>)[(6, 52), (16, 16), (17, 144), (32, 64), (33, 48), (300, 70)])
+        foreach ((int rows, int outputs) in (ReadOnlySpan<(int, int)>)[(6, 52), (9, 52), (16, 16), (17, 144), (32, 64), (33, 48), (300, 70)])
         {
             using CpuBackend tiles = CpuBackend.Create(2, CpuPath.Vector512Amx);
             using CpuBackend lanes = CpuBackend.Create(1, CpuPath.Vector512);
@@ -160,6 +160,40 @@ public sealed class FrozenWeightTests
                 tiles.Pack(packed);
                 actual.Output.HostSpan<float>().Clear();
                 tiles.MatMul(actual.Output, actual.Input, packed);
+                Assert.Equal(expected.Output.HostSpan<float>(), actual.Output.HostSpan<float>());
+            }
+        }
+    }
+
+    [Theory]
+    [InlineData(DType.Q8_0)]
+    [InlineData(DType.Q4_0)]
+    [InlineData(DType.Q5_0)]
+    [InlineData(DType.Q4_K)]
+    [InlineData(DType.Q5_K)]
+    [InlineData(DType.Q6_K)]
+    public void Emitted_code_gives_the_bits_of_rows(DType type)
+    {
+        Assert.SkipUnless(VnniBytes.IsSupported && Avx512Bf16Tile.IsSupported, "no AVX-512 with VNNI and BF16 here");
+        using CpuBackend emitted = CpuBackend.Create(2, CpuPath.Vector512Bf16);
+        using CpuBackend lanes = CpuBackend.Create(1, CpuPath.Vector512);
+        foreach ((int rows, int outputs) in (ReadOnlySpan<(int, int)>)[(1, 52), (1, 150), (2, 16), (5, 144), (33, 70)])
+        {
+            using Operands actual = new(emitted, type, rows, outputs, inputs: 512);
+            using Operands expected = new(lanes, type, rows, outputs, inputs: 512);
+            using Arena arena = emitted.Allocate("test", 1 << 20);
+            Weight weight = actual.Weight;
+            if (emitted.ReadsInPlace(type, weight.Inputs, weight.Rows.FirstOrDefault()))
+            {
+                weight = Weight.InPlace(actual.Weight.Rows, weight.Inputs, type);
+                weight.AwaitPacking(arena, emitted);
+                emitted.Pack(weight);
+            }
+
+            foreach (bool accumulate in (bool[])[false, true])
+            {
+                emitted.MatMul(actual.Output, actual.Input, weight, accumulate);
+                lanes.MatMul(expected.Output, expected.Input, expected.Weight, accumulate);
                 Assert.Equal(expected.Output.HostSpan<float>(), actual.Output.HostSpan<float>());
             }
         }

@@ -38,8 +38,8 @@ internal static unsafe class AmxBytes
     /// <summary>Where in a group the first of what follows its bytes lies.</summary>
     public const int BytesOfGroup = RoundedInputs.Group * Rows;
 
-    // Lines of 64 bytes that are fetched of a panel for a group: as large as the largest group is stored, but for the last line of Q8_0.
-    private const int LinesAhead = 7;
+    /// <summary>Lines of 64 bytes that are fetched of a panel for a group: as large as the largest group is stored, but for the last lines of Q8_0.</summary>
+    public const int LinesAhead = 7;
 
     private static readonly Kind[] s_kinds = Enum.GetValues<Kind>();
 

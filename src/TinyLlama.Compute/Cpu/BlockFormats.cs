@@ -25,8 +25,8 @@ internal unsafe interface IBlockFormat<V>
     /// <summary>Gets a value indicating whether there is an offset.</summary>
     static abstract bool HasOffsets { get; }
 
-    /// <summary>Gets a value indicating whether bytes are 8 too large: value = scale · (byte - 8).</summary>
-    static virtual bool IsEightTooLarge => false;
+    /// <summary>Gets what bytes have too much, where no offset says so: value = scale · (byte - excess).</summary>
+    static virtual int Excess => 0;
 
     /// <summary>Elements 4i … 4i + 3 of a group.</summary>
     static abstract V Bytes(byte* block, int group, int i);
@@ -41,7 +41,7 @@ internal unsafe interface IBlockFormat<V>
     /// <summary>The scales and offsets of a group: in units, out values.</summary>
     static abstract void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset);
 
-    /// <summary>Scales of 16 elements, signed bytes that count units, as int16; bytes are 32 too large.</summary>
+    /// <summary>Scales of 16 elements, signed bytes that count units, as int16.</summary>
     /// <param name="block">The block.</param>
     /// <param name="group">The group.</param>
     /// <param name="first">That of the first half, twice.</param>
@@ -121,7 +121,7 @@ internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
 
     public static bool HasOffsets => false;
 
-    public static bool IsEightTooLarge => true;
+    public static int Excess => 8;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Nibbles(block, 2, i);
@@ -336,6 +336,8 @@ internal readonly unsafe struct Q6KFormat<V> : IBlockFormat<V>
     public static bool HasHalfScales => true;
 
     public static bool HasOffsets => true;
+
+    public static int Excess => 32;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V Bytes(byte* block, int group, int i)

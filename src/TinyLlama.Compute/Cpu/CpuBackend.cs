@@ -3,9 +3,9 @@ namespace TinyLlama.Compute.Cpu;
 /// <summary>The CPU: checks the shapes of each operation once, then runs its kernel at the width chosen at start.</summary>
 public abstract class CpuBackend : Backend
 {
-    private protected CpuBackend(CpuPath path, int threads, DType products, bool multipliesTiles)
+    private protected CpuBackend(CpuPath path, int threads, DType products, CpuPath emitted)
     {
-        (Path, Products, MultipliesTiles, Scratch, Team) = (path, products, multipliesTiles, new Scratch(threads), new ThreadTeam(threads));
+        (Path, Products, Emitted, Scratch, Team) = (path, products, emitted, new Scratch(threads), new ThreadTeam(threads));
     }
 
     /// <summary>Gets the width of the kernels.</summary>
@@ -43,8 +43,8 @@ public abstract class CpuBackend : Backend
 
     internal ThreadTeam Team { get; }
 
-    /// <summary>Gets a value indicating whether many rows are multiplied by quantized weights on AMX, where its code can be used.</summary>
-    private protected bool MultipliesTiles { get; }
+    /// <summary>Gets the path whose emitted code multiplies by quantized weights, where it can be used: that of AMX, of BF16, or one that has none.</summary>
+    private protected CpuPath Emitted { get; }
 
     private protected Scratch Scratch { get; }
 
@@ -55,7 +55,7 @@ public abstract class CpuBackend : Backend
     /// <remarks>
     /// <see cref="CpuPath.Vector512Amx"/> and <see cref="CpuPath.Vector512Bf16"/> differ from <see cref="CpuPath.Vector512"/> in products
     /// of BF16 alone; where their code is not asked for or cannot be used (<see cref="CpuPaths.Bf16Fault"/>), the backend is and says Vector512.
-    /// That of AMX also multiplies many rows by quantized weights, which changes no bit.
+    /// Both also multiply rows by quantized weights with code of their own, which changes no bit: many by the tiles of AMX, others by vpdpbusd.
     /// </remarks>
     /// <exception cref="DeviceException">The environment names a path that does not exist.</exception>
     public static CpuBackend Create(int threads = 0, CpuPath? path = null, DType products = DType.F32)
@@ -64,11 +64,10 @@ public abstract class CpuBackend : Backend
         threads = threads > 0 ? threads : Environment.ProcessorCount;
         bool bf16 = products == DType.BF16;
         CpuPath chosen = path ?? CpuPaths.Choose();
-        bool tiles = chosen == CpuPath.Vector512Amx;
         return chosen switch
         {
-            CpuPath.Vector512Amx when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, AmxTile>(chosen, threads, tiles),
-            CpuPath.Vector512Bf16 when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, Avx512Bf16Tile>(chosen, threads),
+            CpuPath.Vector512Amx when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, AmxTile>(chosen, threads, chosen),
+            CpuPath.Vector512Bf16 when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, Avx512Bf16Tile>(chosen, threads, chosen),
             CpuPath.Vector512Amx or CpuPath.Vector512Bf16 or CpuPath.Vector512 => On<Lanes512>(CpuPath.Vector512),
             CpuPath.Vector256 => On<Lanes256>(CpuPath.Vector256),
             CpuPath.Vector128 => On<Lanes128>(CpuPath.Vector128),
@@ -78,7 +77,7 @@ public abstract class CpuBackend : Backend
 
         CpuBackend On<V>(CpuPath width)
             where V : struct, ILanes<V> =>
-            bf16 ? new CpuBackend<V, Bf16Tile<V>>(width, threads, tiles) : new CpuBackend<V, Tile<V>>(width, threads, tiles);
+            bf16 ? new CpuBackend<V, Bf16Tile<V>>(width, threads, chosen) : new CpuBackend<V, Tile<V>>(width, threads, chosen);
     }
 
     /// <inheritdoc/>
@@ -118,7 +117,7 @@ public abstract class CpuBackend : Backend
 /// <summary>The kernels, specialized to one register width.</summary>
 /// <typeparam name="V">The register.</typeparam>
 /// <typeparam name="T">The tile of matrix products.</typeparam>
-internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, bool multipliesTiles = false) : CpuBackend(path, threads, T.Type, multipliesTiles)
+internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath emitted = CpuPath.Scalar) : CpuBackend(path, threads, T.Type, emitted)
     where V : struct, ILanes<V>
     where T : struct, IPackingTile
 {
@@ -183,15 +182,22 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, bool mu
             output.Rows == input.Rows && output.Columns == weight.Outputs && input.Columns == weight.Inputs,
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, output);
-        if (MultipliesTiles && input.Rows >= TiledMatMul.LeastRows && weight.Type.IsQuantized() && AmxBytes.Fault is null)
+        bool isQuantized = weight.Type.IsQuantized();
+        nint code = isQuantized && weight.Rows.Length == 0 && Emitted <= CpuPath.Vector512Bf16 ? VnniBytes.Of(weight.Type) : 0;
+        int leastRows = code == 0 ? TiledMatMul.LeastRows : TiledMatMul.LeastRowsBesideVnni;
+        if (isQuantized && Emitted == CpuPath.Vector512Amx && input.Rows >= leastRows && AmxBytes.Fault is null)
         {
             TiledMatMul.Forward(Team, Scratch, output, input, weight, accumulate);
+        }
+        else if (code != 0)
+        {
+            QuantizedMatMul.Forward<Lanes512>(Team, Scratch, output, input, weight.PackedForward, accumulate, code);
         }
         else if (weight.Type == DType.Q8_0)
         {
             Q8MatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
         }
-        else if (weight.Type.IsQuantized())
+        else if (isQuantized)
         {
             QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight.PackedForward, accumulate);
         }

@@ -7,10 +7,16 @@ namespace TinyLlama.Compute.Cpu;
 /// <summary>The widths that CPU kernels are compiled for.</summary>
 public enum CpuPath
 {
-    /// <summary>16 floats a register, and products in bf16 by the tiles of AMX, in code emitted at run time: AMX with BF16, Linux on x64.</summary>
+    /// <summary>
+    /// 16 floats a register, and products in bf16 and with many rows of quantized weights by the tiles of AMX, in code emitted at run
+    /// time: AMX with BF16, Linux on x64.
+    /// </summary>
     Vector512Amx,
 
-    /// <summary>16 floats a register, and products in bf16 by vdpbf16ps, in code emitted at run time: AVX-512 with BF16, Linux on x64.</summary>
+    /// <summary>
+    /// 16 floats a register, and products in bf16 by vdpbf16ps, with quantized weights by vpdpbusd, in code emitted at run time: AVX-512
+    /// with BF16, Linux on x64.
+    /// </summary>
     Vector512Bf16,
 
     /// <summary>16 floats a register: AVX-512.</summary>
@@ -50,6 +56,25 @@ public static class CpuPaths
     /// </summary>
     /// <exception cref="DeviceException">The variable names no path.</exception>
     public static string? Bf16Fault => Bf16FaultOf(Choose());
+
+    /// <summary>Gets which instructions multiply by quantized weights on the path to use, in a few words.</summary>
+    /// <exception cref="DeviceException">The variable names no path.</exception>
+    public static string QuantizedProducts
+    {
+        get
+        {
+            const string Intrinsics = "instructions that .NET has";
+            CpuPath path = Choose();
+            if (path > CpuPath.Vector512Bf16)
+            {
+                return Intrinsics;
+            }
+
+            string? fault = VnniBytes.Types.Select(VnniBytes.FaultOf).FirstOrDefault(static fault => fault is not null);
+            string rows = fault is null ? "vpdpbusd, in code emitted at run time" : $"{Intrinsics}: {fault}";
+            return path == CpuPath.Vector512Amx && AmxBytes.Fault is null ? $"tdpbssd on tiles of AMX for many rows, for few {rows}" : rows;
+        }
+    }
 
     /// <summary>Gets the type in which matrix products are fastest on the path to use: BF16 where it has instructions for it.</summary>
     /// <exception cref="DeviceException">The variable names no path.</exception>

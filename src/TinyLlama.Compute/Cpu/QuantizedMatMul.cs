@@ -13,17 +13,17 @@ namespace TinyLlama.Compute.Cpu;
 /// </remarks>
 internal static unsafe class QuantizedMatMul
 {
+    /// <summary>Panels that one row is multiplied by in turns, block after block: memory is read faster in several places at once.</summary>
+    public const int PanelsTogether = 4;
+
+    /// <summary>How far ahead panels are fetched: some memory latency at the rate of a core.</summary>
+    public const int PrefetchBytes = 2048;
+
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
     private const int MostRows = 32;
 
-    // Panels that one row is multiplied by in turns, block after block: memory is read faster in several places at once.
-    private const int PanelsTogether = 4;
-
-    // How far ahead panels are fetched: some memory latency at the rate of a core.
-    private const int PrefetchBytes = 2048;
-
-    /// <summary>output (N, O) = or += input (N, I) · weightᵀ.</summary>
-    public static void Forward<V>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Tensor panels, bool accumulate)
+    /// <summary>output (N, O) = or += input (N, I) · weightᵀ; by <see cref="VnniBytes"/> where its code is given, which Q8_0 needs here.</summary>
+    public static void Forward<V>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Tensor panels, bool accumulate, nint code = 0)
         where V : struct, ILanes<V>
     {
         Shape.Require(input.Columns <= RoundedInputs.MaxElements, "rows of inputs that fit the scratch");
@@ -31,49 +31,52 @@ internal static unsafe class QuantizedMatMul
         for (int row = 0; row < input.Rows; row += rowsAtOnce)
         {
             int count = Math.Min(rowsAtOnce, input.Rows - row);
-            Multiply<V>(team, (byte*)scratch.Shared, output.RowRange(row, count), input.RowRange(row, count), panels, accumulate);
+            Multiply<V>(team, (byte*)scratch.Shared, output.RowRange(row, count), input.RowRange(row, count), panels, accumulate, code);
         }
     }
 
-    private static void Multiply<V>(ThreadTeam team, byte* rounded, Tensor output, Tensor input, Tensor panels, bool accumulate)
+    private static void Multiply<V>(ThreadTeam team, byte* rounded, Tensor output, Tensor input, Tensor panels, bool accumulate, nint code)
         where V : struct, ILanes<V>
     {
         switch (panels.Type)
         {
+            case DType.Q8_0 when code != 0:
+                Multiply<V, Q8Format<V>>(team, rounded, output, input, panels, accumulate, code);
+                break;
             case DType.Q4_0:
-                Multiply<V, Q4Format<V>>(team, rounded, output, input, panels, accumulate);
+                Multiply<V, Q4Format<V>>(team, rounded, output, input, panels, accumulate, code);
                 break;
             case DType.Q4_1:
-                Multiply<V, Q41Format<V>>(team, rounded, output, input, panels, accumulate);
+                Multiply<V, Q41Format<V>>(team, rounded, output, input, panels, accumulate, code);
                 break;
             case DType.Q5_0:
-                Multiply<V, Q5Format<V>>(team, rounded, output, input, panels, accumulate);
+                Multiply<V, Q5Format<V>>(team, rounded, output, input, panels, accumulate, code);
                 break;
             case DType.Q5_1:
-                Multiply<V, Q51Format<V>>(team, rounded, output, input, panels, accumulate);
+                Multiply<V, Q51Format<V>>(team, rounded, output, input, panels, accumulate, code);
                 break;
             case DType.Q4_K:
-                Multiply<V, Q4KFormat<V>>(team, rounded, output, input, panels, accumulate);
+                Multiply<V, Q4KFormat<V>>(team, rounded, output, input, panels, accumulate, code);
                 break;
             case DType.Q5_K:
-                Multiply<V, Q5KFormat<V>>(team, rounded, output, input, panels, accumulate);
+                Multiply<V, Q5KFormat<V>>(team, rounded, output, input, panels, accumulate, code);
                 break;
             case DType.Q6_K:
-                Multiply<V, Q6KFormat<V>>(team, rounded, output, input, panels, accumulate);
+                Multiply<V, Q6KFormat<V>>(team, rounded, output, input, panels, accumulate, code);
                 break;
             default:
                 throw new ArgumentOutOfRangeException(nameof(panels), panels.Type, "not a quantized type");
         }
     }
 
-    private static void Multiply<V, F>(ThreadTeam team, byte* rounded, Tensor output, Tensor input, Tensor panels, bool accumulate)
+    private static void Multiply<V, F>(ThreadTeam team, byte* rounded, Tensor output, Tensor input, Tensor panels, bool accumulate, nint code)
         where V : struct, ILanes<V>
         where F : struct, IBlockFormat<V>
     {
         RoundedInputs.Round<V>(team, rounded, input, MostRows, inWords: false);
         long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
-        int panelsTogether = input.Rows == 1 ? PanelsTogether : 1;
+        int panelsTogether = code != 0 || input.Rows == 1 ? PanelsTogether : 1;
         int panelsPerTask = WeightPanels.OfTask(panelBytes, panelCount, panelsTogether);
         MultiplyWork<V, F> work = new()
         {
@@ -86,6 +89,7 @@ internal static unsafe class QuantizedMatMul
             PanelsTogether = panelsTogether,
             Groups = panels.Columns / RoundedInputs.Group,
             Accumulate = accumulate,
+            Code = code,
         };
         team.Run(ref work, (panelCount + panelsPerTask - 1) / panelsPerTask);
     }
@@ -104,9 +108,12 @@ internal static unsafe class QuantizedMatMul
         public int Groups;
         public bool Accumulate;
 
+        // Of VnniBytes, or zero.
+        public nint Code;
+
         public readonly void Run(int task, int thread)
         {
-            float* sums = stackalloc float[MostRows * V.Count];
+            float* sums = stackalloc float[(Code == 0 ? 1 : PanelsTogether) * MostRows * V.Count];
             int first = task * PanelsPerTask;
             int end = Math.Min(PanelCount, first + PanelsPerTask);
             for (int row = 0; row < Output.Rows; row += MostRows)
@@ -123,7 +130,11 @@ internal static unsafe class QuantizedMatMul
                         Begin(sums + (p * rows * V.Count), row, rows, panel + p);
                     }
 
-                    if (F.HasHalfScales)
+                    if (Code != 0)
+                    {
+                        VnniBytes.Multiply(Code, sums, weights, PanelBytes, panels, rounded, Groups / F.Groups, rows);
+                    }
+                    else if (F.HasHalfScales)
                     {
                         Multiply<Halves>(sums, weights, panels, rounded, rows, rows > 1 ? rows : 0);
                     }
@@ -337,7 +348,7 @@ internal static unsafe class QuantizedMatMul
             }
 
             V integers = F.FitsWords ? V.AddNeighbours(products) : products;
-            if (F.IsEightTooLarge)
+            if (F.Excess == 8)
             {
                 integers = V.AddDwords(integers, Input(rounded + RoundedInputs.Group + (3 * sizeof(int))));
             }

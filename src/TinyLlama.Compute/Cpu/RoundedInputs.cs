@@ -51,6 +51,17 @@ internal static unsafe class RoundedInputs
         team.Run(ref work, (input.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows * parts);
     }
 
+    /// <summary>The four dwords behind the bytes of a group.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    internal static void WriteScale(byte* dwords, float scale, int firstSum, int secondSum)
+    {
+        ((float*)dwords)[0] = scale;
+        ((short*)dwords)[2] = (short)(-16 * firstSum);
+        ((short*)dwords)[3] = (short)(-16 * secondSum);
+        ((float*)dwords)[2] = scale * (firstSum + secondSum);
+        ((int*)dwords)[3] = -8 * (firstSum + secondSum);
+    }
+
     // 32 bytes; returns their scale and the sums of both halves.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static (float Scale, int FirstSum, int SecondSum) RoundGroup<V>(byte* destination, float* x)
@@ -122,12 +133,7 @@ internal static unsafe class RoundedInputs
                         Widen(destination);
                     }
 
-                    byte* dwords = destination + bytes - DwordBytes;
-                    ((float*)dwords)[0] = scale;
-                    ((short*)dwords)[2] = (short)(-16 * firstSum);
-                    ((short*)dwords)[3] = (short)(-16 * secondSum);
-                    ((float*)dwords)[2] = scale * (firstSum + secondSum);
-                    ((int*)dwords)[3] = -8 * (firstSum + secondSum);
+                    WriteScale(destination + bytes - DwordBytes, scale, firstSum, secondSum);
                     source += Group;
                     destination += blockRows * bytes;
                 }

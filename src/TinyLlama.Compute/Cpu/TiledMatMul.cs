@@ -14,6 +14,9 @@ internal static unsafe class TiledMatMul
     /// <summary>The rows from which on this is faster than kernels that multiply row by row: a tile takes the time of sixteen.</summary>
     public const int LeastRows = 6;
 
+    /// <summary>The same beside <see cref="VnniBytes"/>.</summary>
+    public const int LeastRowsBesideVnni = 9;
+
     /// <summary>Bytes that <see cref="Scratch.Of"/> must hold.</summary>
     public const int ThreadBytes = SumsBytes + WeightsBytes + AmxBytes.WaitingBytes + TurnedBytes;
 
@@ -229,8 +232,7 @@ internal static unsafe class TiledMatMul
         private static Lanes512 Bytes(byte* block, int group, int i)
         {
             Lanes512 bytes = F.Bytes(block, group, i);
-            int excess = F.HasHalfScales ? 32 : F.IsEightTooLarge ? 8 : 0;
-            return excess == 0 ? bytes : new((bytes.Value.AsSByte() - Vector512.Create((sbyte)excess)).AsSingle());
+            return F.Excess == 0 ? bytes : new((bytes.Value.AsSByte() - Vector512.Create((sbyte)F.Excess)).AsSingle());
         }
 
         // A scale that stands twice in its dword.

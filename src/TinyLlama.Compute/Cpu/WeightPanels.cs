@@ -89,7 +89,7 @@ internal static unsafe class WeightPanels
     // Where in a block the odd word lies: a scale. -1 where there is none.
     private static int Word(DType type) => type switch
     {
-        DType.Q4_0 or DType.Q5_0 => 0,
+        DType.Q4_0 or DType.Q5_0 or DType.Q8_0 => 0,
         DType.Q6_K => 208,
         _ => -1,
     };

@@ -17,13 +17,22 @@ public sealed unsafe class AmxBytesTests
     public void The_code_gives_the_bits_of_the_definition(int blocks, int groups, int kind)
     {
         Operands operands = new(blocks, groups, (AmxBytes.Kind)kind);
-        MachineCode code = new(AmxBytes.Emit(blocks, (AmxBytes.Kind)kind), tile => AmxBytes.TileSize((AmxBytes.Kind)kind, tile));
-        ulong sums = code.Memory(MemoryMarshal.Cast<float, uint>(operands.Sums).ToArray(), writable: true);
-        ulong inputs = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Inputs).ToArray());
-        ulong weights = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Weights).ToArray());
-        ulong waiting = code.Memory(new uint[AmxBytes.WaitingBytes / 4], writable: true);
-        uint[] actual = code.Call(sums, inputs, weights, (ulong)groups, waiting, (ulong)operands.NextPanel, (ulong)operands.NextBlock, 0, 64, 64);
+        uint[] actual = Interpret(operands, blocks, groups, (AmxBytes.Kind)kind, default, out _);
         Assert.Equal(operands.Expected(), MemoryMarshal.Cast<uint, float>(actual).ToArray());
+    }
+
+    [Theory]
+    [MemberData(nameof(Products))]
+    public void For_each_group_but_the_last_one_block_fetches_a_group_of_four_panels(int blocks, int groups, int kind)
+    {
+        AmxBytes.Ahead ahead = new(0x7000_0000, 0x10_0000, 0x1000);
+        Interpret(new(blocks, groups, (AmxBytes.Kind)kind), blocks, groups, (AmxBytes.Kind)kind, ahead, out IReadOnlyList<ulong> fetched);
+        IEnumerable<ulong> expected =
+            from ofGroup in Enumerable.Range(0, blocks == 1 ? groups - 1 : 0)
+            from line in Enumerable.Range(0, AmxBytes.LinesAhead)
+            from panel in Enumerable.Range(0, AmxBytes.Tiles)
+            select (ulong)(ahead.First + (panel * ahead.NextPanel) + (ofGroup * ahead.GroupBytes) + (line * 64));
+        Assert.Equal(expected, fetched);
     }
 
     [Theory]
@@ -54,6 +63,18 @@ public sealed unsafe class AmxBytesTests
             Assert.All(MachineCode.Decode(AmxBytes.Emit(1, kind)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
             Assert.All(MachineCode.Decode(AmxBytes.Emit(2, kind)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
         }
+    }
+
+    private static uint[] Interpret(Operands operands, int blocks, int groups, AmxBytes.Kind kind, AmxBytes.Ahead ahead, out IReadOnlyList<ulong> fetched)
+    {
+        MachineCode code = new(AmxBytes.Emit(blocks, kind), tile => AmxBytes.TileSize(kind, tile));
+        ulong sums = code.Memory(MemoryMarshal.Cast<float, uint>(operands.Sums).ToArray(), writable: true);
+        ulong inputs = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Inputs).ToArray());
+        ulong weights = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Weights).ToArray());
+        ulong waiting = code.Memory(new uint[AmxBytes.WaitingBytes / 4], writable: true);
+        fetched = code.Fetched;
+        return code.Call(sums, inputs, weights, (ulong)groups, waiting, (ulong)operands.NextPanel, (ulong)operands.NextBlock,
+            (ulong)ahead.First, (ulong)ahead.NextPanel, (ulong)ahead.GroupBytes);
     }
 
     /// <summary>Random groups: any bytes, scales and offsets of which no two products are alike.</summary>

@@ -28,6 +28,9 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
     private bool _zero;
     private bool _upperCleared;
 
+    /// <summary>The addresses of lines that were fetched ahead, in order.</summary>
+    public List<ulong> Fetched { get; } = [];
+
     /// <summary>The instructions, the first at address 0.</summary>
     public static List<Instruction> Decode(byte[] code)
     {
@@ -131,13 +134,53 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
                 _registers[Register.RSP] = stack + 8;
                 return Word(stack);
             case Mnemonic.Prefetcht0 or Mnemonic.Prefetcht1:
+                Fetched.Add(Address(instruction, 0));
                 break;
             case Mnemonic.Vzeroupper:
                 _upperCleared = true;
                 break;
             case Mnemonic.Vpxord:
-                Assert.True(instruction.Op1Register == instruction.Op2Register);
-                Vector(instruction, 0).AsSpan().Clear();
+                Lanes(instruction, (_, a, b) => a ^ b);
+                break;
+            case Mnemonic.Vpandd:
+                Lanes(instruction, (_, a, b) => a & b);
+                break;
+            case Mnemonic.Vpord:
+                Lanes(instruction, (_, a, b) => a | b);
+                break;
+            case Mnemonic.Vpternlogd when instruction.GetImmediate(3) == 0xF8:
+                Lanes(instruction, (bits, a, b) => bits | (a & b));
+                break;
+            case Mnemonic.Vpsrld:
+                Shift(instruction, (a, count) => a >> count);
+                break;
+            case Mnemonic.Vpsrad:
+                Shift(instruction, (a, count) => (uint)((int)a >> count));
+                break;
+            case Mnemonic.Vpslld:
+                Shift(instruction, (a, count) => a << count);
+                break;
+            case Mnemonic.Vpaddd:
+                Lanes(instruction, (_, a, b) => a + b);
+                break;
+            case Mnemonic.Vpdpbusd:
+                Lanes(instruction, ByteProducts);
+                break;
+            case Mnemonic.Vpbroadcastd:
+                uint dword = instruction.Op1Kind == OpKind.Memory
+                    ? Read(Address(instruction, 1), 1)[0]
+                    : (uint)General(instruction.Op1Register.GetFullRegister());
+                Vector(instruction, 0).AsSpan().Fill(dword);
+                break;
+            case Mnemonic.Vpmovdw:
+                uint[] words = Vector(instruction, 1);
+                uint[] narrow = new uint[16];
+                for (int lane = 0; lane < 16; lane++)
+                {
+                    narrow[lane / 2] |= (words[lane] & 0xFFFF) << (lane % 2 * 16);
+                }
+
+                narrow.CopyTo(LowHalf(instruction, 0), 0);
                 break;
             case Mnemonic.Vmovups when instruction.Op0Kind == OpKind.Memory:
                 Write(Address(instruction, 0), Vector(instruction, 1));
@@ -151,6 +194,9 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
             case Mnemonic.Vaddps:
                 Lanes(instruction, (_, a, b) => Bits(Float(a) + Float(b)));
                 break;
+            case Mnemonic.Vsubps:
+                Lanes(instruction, (_, a, b) => Bits(Float(a) - Float(b)));
+                break;
             case Mnemonic.Vmulps:
                 Lanes(instruction, (_, a, b) => Bits(Float(a) * Float(b)));
                 break;
@@ -161,7 +207,8 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
                 Array.ConvertAll(Source(instruction, 1), static whole => Bits((int)whole)).CopyTo(Vector(instruction, 0), 0);
                 break;
             case Mnemonic.Vcvtph2ps:
-                Read(Address(instruction, 1), 8).SelectMany(static pair => new[] { (ushort)pair, (ushort)(pair >> 16) })
+                uint[] pairs = instruction.Op1Kind == OpKind.Memory ? Read(Address(instruction, 1), 8) : LowHalf(instruction, 1)[..8];
+                pairs.SelectMany(static pair => new[] { (ushort)pair, (ushort)(pair >> 16) })
                     .Select(static half => Bits((float)BitConverter.UInt16BitsToHalf(half))).ToArray().CopyTo(Vector(instruction, 0), 0);
                 break;
             case Mnemonic.Vdpbf16ps:
@@ -246,6 +293,17 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
         }
     }
 
+    // VPDPBUSD: unsigned bytes of a by signed ones of b.
+    private static uint ByteProducts(uint sum, uint a, uint b)
+    {
+        for (int shift = 0; shift < 32; shift += 8)
+        {
+            sum += (uint)((byte)(a >> shift) * (sbyte)(b >> shift));
+        }
+
+        return sum;
+    }
+
     private static float Float(uint bits) => BitConverter.UInt32BitsToSingle(bits);
 
     private static uint Bits(float value) => BitConverter.SingleToUInt32Bits(value);
@@ -281,6 +339,12 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
         }
     }
 
+    private void Shift(Instruction instruction, Func<uint, int, uint> function)
+    {
+        int count = (int)instruction.GetImmediate(2);
+        Array.ConvertAll(Source(instruction, 1), a => function(a, count)).CopyTo(Vector(instruction, 0), 0);
+    }
+
     private uint[] Source(Instruction instruction, int operand) =>
         instruction.GetOpKind(operand) != OpKind.Memory ? Vector(instruction, operand)
         : instruction.IsBroadcast ? [.. Enumerable.Repeat(Read(Address(instruction, operand), 1)[0], 16)]
@@ -290,6 +354,14 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
     {
         Register register = instruction.GetOpRegister(operand);
         Assert.True(register.IsZMM(), $"{instruction}: only 512-bit registers are known");
+        return _vectors[register.GetNumber()];
+    }
+
+    // The register that a 256-bit one is the lower half of.
+    private uint[] LowHalf(Instruction instruction, int operand)
+    {
+        Register register = instruction.GetOpRegister(operand);
+        Assert.True(register.IsYMM(), $"{instruction}: {register} has other than 256 bits");
         return _vectors[register.GetNumber()];
     }
 
