@@ -134,6 +134,7 @@ internal static class EnvCommand
         {
             CpuPath.Vector512Amx => "the processor has AMX with BF16",
             CpuPath.Vector512Bf16 => "the processor has AVX-512 with BF16",
+            CpuPath.Vector512Vnni => "the processor has AVX-512 with VNNI",
             CpuPath.Vector512 => "the processor has AVX-512",
             CpuPath.Vector256 => "the processor has AVX2 and FMA, no AVX-512",
             CpuPath.Vector128 => "128-bit registers are the widest that the runtime uses here",

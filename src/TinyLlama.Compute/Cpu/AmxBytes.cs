@@ -66,10 +66,10 @@ internal static unsafe class AmxBytes
     }
 
     /// <summary>
-    /// What is fetched to the second cache while one block multiplies, as it would else wait for memory: for each group but the last as
-    /// many bytes of four panels.
+    /// What is fetched to the second cache meanwhile, as few rows would else wait for memory: for each group but the last as many bytes of
+    /// as many panels as are multiplied.
     /// </summary>
-    /// <param name="First">Where the first of the panels is read next; any address, as nothing is loaded.</param>
+    /// <param name="First">Where the first of the panels is read next, or zero: nothing is fetched. Any address, as nothing is loaded.</param>
     /// <param name="NextPanel">The bytes from it to the next panel.</param>
     /// <param name="GroupBytes">Bytes of a group.</param>
     public readonly record struct Ahead(nint First, nint NextPanel, nint GroupBytes);
@@ -98,9 +98,9 @@ internal static unsafe class AmxBytes
     /// <param name="nextPanel">The bytes from it to the next panel.</param>
     /// <param name="groups">The number of groups, at least one.</param>
     /// <param name="waiting">Room for <see cref="WaitingBytes"/>.</param>
-    /// <param name="ahead">What one block fetches; two do not.</param>
+    /// <param name="ahead">What is fetched.</param>
     public static void Multiply(Kind kind, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting, Ahead ahead) =>
-        Call(s_code.Of(nextBlock == 0 ? 1 : 2, kind), sums, inputs, nextBlock, weights, nextPanel, groups, waiting, ahead);
+        Call(s_code.Of(nextBlock == 0 ? 1 : 2, kind, ahead.First != 0), sums, inputs, nextBlock, weights, nextPanel, groups, waiting, ahead);
 
     /// <summary>Rows and bytes of a row of a tile register: sums in 0 to 3, inputs in 4 and 5, weights in 6 and 7, of all elements that share a scale.</summary>
     internal static (int Rows, int Bytes) TileSize(Kind kind, int tile)
@@ -112,11 +112,12 @@ internal static unsafe class AmxBytes
     /// <summary>The machine code of <see cref="Multiply"/>; position-independent, without data.</summary>
     /// <param name="blocks">One or two.</param>
     /// <param name="kind">What weights are.</param>
-    internal static byte[] Emit(int blocks, Kind kind) => Amx.Assemble(code =>
+    /// <param name="fetches">Whether anything is fetched ahead.</param>
+    internal static byte[] Emit(int blocks, Kind kind, bool fetches) => Amx.Assemble(code =>
     {
         // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of panels; on the stack that of the second
-        // block, and what is ahead: its first panel, the distance of its panels, the bytes of a group.
-        // Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3, offsets in 4 to 7; or units and the
+        // block, and what is ahead: its first panel, the distance of its panels, the bytes of a group. They go to r12, r13 and r15, the
+        // third of the panels ahead to r14. Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3, offsets in 4 to 7; or units and the
         // scales of the two halves.
         int panelCount = Tiles / blocks;
         AssemblerRegister64 secondBlock = r11;
@@ -126,25 +127,29 @@ internal static unsafe class AmxBytes
         int parts = Parts(kind);
         int bytesAt = BytesAt(kind);
         Label loop = code.CreateLabel(), last = code.CreateLabel();
+        foreach (AssemblerRegister64 register in saved)
+        {
+            code.push(register);
+        }
+
+        int onStack = sizeof(long) * (saved.Length + 1);
         if (blocks == 1)
         {
-            foreach (AssemblerRegister64 register in saved)
-            {
-                code.push(register);
-            }
-
-            int onStack = sizeof(long) * (saved.Length + 1);
-            code.mov(r12, __[rsp + (onStack + sizeof(long))]);
-            code.mov(r13, __[rsp + (onStack + (2 * sizeof(long)))]);
-            code.mov(r15, __[rsp + (onStack + (3 * sizeof(long)))]);
-            code.lea(r14, __[r12 + (r13 * 2)]);
             code.lea(r11, __[rdx + (r9 * 2)]);
             code.lea(rbx, __[r11 + r9]);
         }
         else
         {
-            code.mov(r11, __[rsp + 8]);
+            code.mov(r11, __[rsp + onStack]);
             code.add(r11, rsi);
+        }
+
+        if (fetches)
+        {
+            code.mov(r12, __[rsp + (onStack + sizeof(long))]);
+            code.mov(r13, __[rsp + (onStack + (2 * sizeof(long)))]);
+            code.mov(r15, __[rsp + (onStack + (3 * sizeof(long)))]);
+            code.lea(r14, __[r12 + (r13 * 2)]);
         }
 
         code.add(r9, rdx);
@@ -159,7 +164,7 @@ internal static unsafe class AmxBytes
         int fetched = 0;
         MultiplyGroup(rax, group: 1, () =>
         {
-            Fetch(blocks == 1 ? 2 : 0);
+            Fetch(fetches ? panelCount / 2 : 0);
             for (int i = 0; i < Tiles / parts; i++, row++)
             {
                 AddScaled(row);
@@ -176,7 +181,7 @@ internal static unsafe class AmxBytes
             code.add(panel, groupBytes);
         }
 
-        if (blocks == 1)
+        if (fetches)
         {
             code.add(r12, r15);
             code.add(r14, r15);
@@ -191,12 +196,9 @@ internal static unsafe class AmxBytes
             AddScaled(row);
         }
 
-        if (blocks == 1)
+        foreach (AssemblerRegister64 register in saved.Reverse())
         {
-            foreach (AssemblerRegister64 register in saved.Reverse())
-            {
-                code.pop(register);
-            }
+            code.pop(register);
         }
 
         code.vzeroupper();
@@ -205,10 +207,10 @@ internal static unsafe class AmxBytes
         // Of one panel after the other a line, so that few are under way at a time.
         void Fetch(int count)
         {
-            for (int end = Math.Min(fetched + count, Tiles * LinesAhead); fetched < end; fetched++)
+            for (int end = Math.Min(fetched + count, panelCount * LinesAhead); fetched < end; fetched++)
             {
-                int line = fetched / Tiles * 64;
-                AssemblerRegister64 pair = fetched % Tiles < 2 ? r12 : r14;
+                int line = fetched / panelCount * 64;
+                AssemblerRegister64 pair = fetched % panelCount < 2 ? r12 : r14;
                 code.prefetcht1(fetched % 2 == 0 ? __byte_ptr[pair + line] : __byte_ptr[pair + r13 + line]);
             }
         }
@@ -337,7 +339,7 @@ internal static unsafe class AmxBytes
 
         try
         {
-            Code code = new() { Addresses = [.. s_kinds.SelectMany(kind => new[] { Map(1, kind), Map(2, kind) })] };
+            Code code = new() { Addresses = [.. from kind in s_kinds from blocks in (int[])[1, 2] from fetches in (bool[])[false, true] select ExecutableMemory.Map(Emit(blocks, kind, fetches))] };
             return IsRight(code) ? code : new Code { Fault = "the code for bytes on AMX gives wrong sums on this processor" };
         }
         catch (DeviceException e)
@@ -345,8 +347,6 @@ internal static unsafe class AmxBytes
             return new Code { Fault = $"the code for bytes on AMX cannot be loaded, {e.Message}" };
         }
     }
-
-    private static nint Map(int blocks, Kind kind) => ExecutableMemory.Map(Emit(blocks, kind));
 
     private static void Call(
         nint code, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting, Ahead ahead) =>
@@ -389,10 +389,10 @@ internal static unsafe class AmxBytes
                 }
 
                 Configure(kind);
-                for (int blocks = 1; blocks <= 2; blocks++)
+                foreach ((int blocks, bool fetches) in (ReadOnlySpan<(int, bool)>)[(1, false), (1, true), (2, false), (2, true)])
                 {
                     Array.Fill(actual, 7);
-                    Call(code.Of(blocks, kind), sums, inputs, NextBlock, weights, Groups * weightBytes, Groups, waiting, default);
+                    Call(code.Of(blocks, kind, fetches), sums, inputs, NextBlock, weights, Groups * weightBytes, Groups, waiting, default);
                     for (int i = 0; i < actual.Length; i++)
                     {
                         (int tile, int row, int output) = (i / (Rows * Rows), i / Rows % Rows, i % Rows);
@@ -469,6 +469,6 @@ internal static unsafe class AmxBytes
         public string? Fault;
         public nint[] Addresses;
 
-        public readonly nint Of(int blocks, Kind kind) => Addresses[(2 * (int)kind) + blocks - 1];
+        public readonly nint Of(int blocks, Kind kind, bool fetches) => Addresses[(4 * (int)kind) + (2 * (blocks - 1)) + (fetches ? 1 : 0)];
     }
 }

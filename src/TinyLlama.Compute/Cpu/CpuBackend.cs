@@ -43,7 +43,7 @@ public abstract class CpuBackend : Backend
 
     internal ThreadTeam Team { get; }
 
-    /// <summary>Gets the path whose emitted code multiplies by quantized weights, where it can be used: that of AMX, of BF16, or one that has none.</summary>
+    /// <summary>Gets the path whose emitted code multiplies by quantized weights, where it has any that can be used.</summary>
     private protected CpuPath Emitted { get; }
 
     private protected Scratch Scratch { get; }
@@ -55,7 +55,8 @@ public abstract class CpuBackend : Backend
     /// <remarks>
     /// <see cref="CpuPath.Vector512Amx"/> and <see cref="CpuPath.Vector512Bf16"/> differ from <see cref="CpuPath.Vector512"/> in products
     /// of BF16 alone; where their code is not asked for or cannot be used (<see cref="CpuPaths.Bf16Fault"/>), the backend is and says Vector512.
-    /// Both also multiply rows by quantized weights with code of their own, which changes no bit: many by the tiles of AMX, others by vpdpbusd.
+    /// <see cref="CpuPath.Vector512Vnni"/> multiplies rows by quantized weights with code of its own, which changes no bit; so do both, that
+    /// of AMX many rows by its tiles. Its backend, too, says Vector512.
     /// </remarks>
     /// <exception cref="DeviceException">The environment names a path that does not exist.</exception>
     public static CpuBackend Create(int threads = 0, CpuPath? path = null, DType products = DType.F32)
@@ -68,7 +69,7 @@ public abstract class CpuBackend : Backend
         {
             CpuPath.Vector512Amx when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, AmxTile>(chosen, threads, chosen),
             CpuPath.Vector512Bf16 when bf16 && CpuPaths.Bf16FaultOf(chosen) is null => new CpuBackend<Lanes512, Avx512Bf16Tile>(chosen, threads, chosen),
-            CpuPath.Vector512Amx or CpuPath.Vector512Bf16 or CpuPath.Vector512 => On<Lanes512>(CpuPath.Vector512),
+            CpuPath.Vector512Amx or CpuPath.Vector512Bf16 or CpuPath.Vector512Vnni or CpuPath.Vector512 => On<Lanes512>(CpuPath.Vector512),
             CpuPath.Vector256 => On<Lanes256>(CpuPath.Vector256),
             CpuPath.Vector128 => On<Lanes128>(CpuPath.Vector128),
             CpuPath.Scalar => On<Lanes1>(CpuPath.Scalar),
@@ -183,7 +184,7 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, output);
         bool isQuantized = weight.Type.IsQuantized();
-        nint code = isQuantized && weight.Rows.Length == 0 && Emitted <= CpuPath.Vector512Bf16 ? VnniBytes.Of(weight.Type) : 0;
+        nint code = isQuantized && weight.Rows.Length == 0 && Emitted <= CpuPath.Vector512Vnni ? VnniBytes.Of(weight.Type) : 0;
         int leastRows = code == 0 ? TiledMatMul.LeastRows : TiledMatMul.LeastRowsBesideVnni;
         if (isQuantized && Emitted == CpuPath.Vector512Amx && input.Rows >= leastRows && AmxBytes.Fault is null)
         {

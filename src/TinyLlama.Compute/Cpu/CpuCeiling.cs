@@ -30,7 +30,7 @@ public sealed record CpuCeiling(
         ArgumentNullException.ThrowIfNull(backend);
         return backend.Path switch
         {
-            CpuPath.Vector512Amx or CpuPath.Vector512Bf16 or CpuPath.Vector512 => Measure<Lanes512>(backend),
+            CpuPath.Vector512Amx or CpuPath.Vector512Bf16 or CpuPath.Vector512Vnni or CpuPath.Vector512 => Measure<Lanes512>(backend),
             CpuPath.Vector256 => Measure<Lanes256>(backend),
             CpuPath.Vector128 => Measure<Lanes128>(backend),
             _ => Measure<Lanes1>(backend),

@@ -13,11 +13,14 @@ public enum CpuPath
     /// </summary>
     Vector512Amx,
 
-    /// <summary>
-    /// 16 floats a register, and products in bf16 by vdpbf16ps, with quantized weights by vpdpbusd, in code emitted at run time: AVX-512
-    /// with BF16, Linux on x64.
-    /// </summary>
+    /// <summary>16 floats a register, and products in bf16 by vdpbf16ps, in code emitted at run time: AVX-512 with BF16, Linux on x64.</summary>
     Vector512Bf16,
+
+    /// <summary>
+    /// 16 floats a register, and products with quantized weights by vpdpbusd, in code emitted at run time, as the paths before it have it
+    /// too: AVX-512 with VNNI, Linux on x64.
+    /// </summary>
+    Vector512Vnni,
 
     /// <summary>16 floats a register: AVX-512.</summary>
     Vector512,
@@ -35,7 +38,7 @@ public enum CpuPath
 /// <summary>Which path this machine runs, and why.</summary>
 public static class CpuPaths
 {
-    /// <summary>Forces a path: <c>512amx</c>, <c>512bf16</c>, <c>512</c> (which emits no code), <c>256</c>, <c>128</c> or <c>scalar</c>.</summary>
+    /// <summary>Forces a path: <c>512amx</c>, <c>512bf16</c>, <c>512vnni</c>, <c>512</c> (which emits no code), <c>256</c>, <c>128</c> or <c>scalar</c>.</summary>
     public const string Variable = "TINYLLAMA_CPU";
 
     /// <summary>Gets a value indicating whether 128-bit fused multiply-add is one instruction here.</summary>
@@ -45,6 +48,7 @@ public static class CpuPaths
     public static CpuPath Best =>
         Amx.IsSupported ? CpuPath.Vector512Amx
         : Avx512Bf16Tile.IsSupported ? CpuPath.Vector512Bf16
+        : VnniBytes.IsSupported ? CpuPath.Vector512Vnni
         : Avx512F.IsSupported ? CpuPath.Vector512
         : Avx2.IsSupported && Fma.IsSupported ? CpuPath.Vector256
         : Vector128.IsHardwareAccelerated ? CpuPath.Vector128
@@ -65,7 +69,7 @@ public static class CpuPaths
         {
             const string Intrinsics = "instructions that .NET has";
             CpuPath path = Choose();
-            if (path > CpuPath.Vector512Bf16)
+            if (path > CpuPath.Vector512Vnni)
             {
                 return Intrinsics;
             }
@@ -87,15 +91,18 @@ public static class CpuPaths
         null or "" => Best,
         "512amx" => Amx.IsSupported
             ? CpuPath.Vector512Amx
-            : throw new DeviceException($"{Variable}=512amx needs a processor with AMX for BF16 and Linux on x64; use 512bf16, 512, 256, 128 or scalar"),
+            : throw new DeviceException($"{Variable}=512amx needs a processor with AMX for BF16 and Linux on x64; use 512bf16, 512vnni, 512, 256, 128 or scalar"),
         "512bf16" => Avx512Bf16Tile.IsSupported
             ? CpuPath.Vector512Bf16
-            : throw new DeviceException($"{Variable}=512bf16 needs a processor with AVX512-BF16 and Linux on x64; use 512, 256, 128 or scalar"),
+            : throw new DeviceException($"{Variable}=512bf16 needs a processor with AVX512-BF16 and Linux on x64; use 512vnni, 512, 256, 128 or scalar"),
+        "512vnni" => VnniBytes.IsSupported
+            ? CpuPath.Vector512Vnni
+            : throw new DeviceException($"{Variable}=512vnni needs a processor with AVX512-VNNI and Linux on x64; use 512, 256, 128 or scalar"),
         "512" => CpuPath.Vector512,
         "256" => CpuPath.Vector256,
         "128" => CpuPath.Vector128,
         "scalar" => CpuPath.Scalar,
-        string other => throw new DeviceException($"{Variable}={other} names no path; use 512amx, 512bf16, 512, 256, 128 or scalar"),
+        string other => throw new DeviceException($"{Variable}={other} names no path; use 512amx, 512bf16, 512vnni, 512, 256, 128 or scalar"),
     };
 
     /// <summary>Why the code for bf16 of a path cannot be used, in one line, or null; also where the path has none.</summary>

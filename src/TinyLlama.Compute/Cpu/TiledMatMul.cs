@@ -26,11 +26,11 @@ internal static unsafe class TiledMatMul
     // Panels of a task.
     private const int MostPanels = AmxBytes.Tiles;
 
-    // Groups that are unpacked at once, a block or more: those of the panels stay in the first cache. One block of rows takes half as many,
-    // as it unpacks as often as it multiplies: stores that leave that cache, which another hyperthread may share, hold up both.
+    // Groups that are unpacked at once, a block or more: those of the panels stay in the first cache. Few rows take half as many, as they
+    // unpack as often as they multiply: stores that leave that cache, which another hyperthread may share, hold up both.
     private const int MostGroups = 8;
 
-    // So few multiply bytes of Q8_0 where they lie; for more it is worth to align them.
+    // So few wait for memory, and multiply bytes of Q8_0 where they lie; for more it is worth to align them.
     private const int FewRows = 32;
 
     private const int SumsBytes = MostPanels * MostRows * AmxBytes.Rows * sizeof(float);
@@ -125,10 +125,11 @@ internal static unsafe class TiledMatMul
             int panels = Math.Min(MostPanels, PanelCount - first);
             int blocks = (Output.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows;
             Begin(sums, first, panels);
-            bool areStored = typeof(F) == typeof(Q8Format<Lanes512>) && Output.Rows <= FewRows && Rows.Length == 0 && panels == MostPanels;
+            bool areFew = Output.Rows <= FewRows;
+            bool areStored = typeof(F) == typeof(Q8Format<Lanes512>) && areFew && Rows.Length == 0 && panels == MostPanels;
             AmxBytes.Kind kind = areStored ? AmxBytes.Kind.Stored : Unpacked;
             nint nextPanel = areStored ? RowBytes * Lanes512.Count : MostGroups * AmxBytes.WeightBytes(kind);
-            int groupsAtOnce = blocks == 1 && !areStored ? Math.Max(MostGroups / 2, F.Groups) : MostGroups;
+            int groupsAtOnce = areFew && !areStored ? Math.Max(MostGroups / 2, F.Groups) : MostGroups;
             AmxBytes.Configure(kind);
             for (int group = 0; group < Groups; group += groupsAtOnce)
             {
@@ -146,13 +147,15 @@ internal static unsafe class TiledMatMul
                 {
                     for (int panel = 0; panel < panels; panel += 2)
                     {
-                        AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, panel), inputs, blockBytes, operands + (panel * nextPanel), nextPanel, groups, waiting, default);
+                        AmxBytes.Ahead ahead = areFew ? Ahead(first + panel, group + groups) : default;
+                        AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, panel), inputs, blockBytes, operands + (panel * nextPanel), nextPanel, groups, waiting, ahead);
                     }
                 }
 
                 if (block < blocks)
                 {
-                    AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, 0), inputs, 0, operands, nextPanel, groups, waiting, Ahead(weights, first, group + groups));
+                    AmxBytes.Ahead ahead = areFew ? Ahead(first, group + groups) : default;
+                    AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, 0), inputs, 0, operands, nextPanel, groups, waiting, ahead);
                 }
             }
 
@@ -184,8 +187,8 @@ internal static unsafe class TiledMatMul
             return turned;
         }
 
-        // What is read next of panels. Rows lie in too many places: for them, what is at hand.
-        private readonly AmxBytes.Ahead Ahead(byte* atHand, int panel, int group) => Rows.Length > 0 ? new((nint)atHand, 0, 0) : new(
+        // What is read next of panels. Rows lie in too many places.
+        private readonly AmxBytes.Ahead Ahead(int panel, int group) => Rows.Length > 0 ? default : new(
             (nint)(Panels + (((panel * RowBytes) + (group / F.Groups * F.BlockBytes)) * Lanes512.Count)),
             RowBytes * Lanes512.Count,
             F.BlockBytes * Lanes512.Count / F.Groups);

@@ -23,16 +23,20 @@ public sealed unsafe class AmxBytesTests
 
     [Theory]
     [MemberData(nameof(Products))]
-    public void For_each_group_but_the_last_one_block_fetches_a_group_of_four_panels(int blocks, int groups, int kind)
+    public void For_each_group_but_the_last_a_group_of_each_panel_is_fetched(int blocks, int groups, int kind)
     {
         AmxBytes.Ahead ahead = new(0x7000_0000, 0x10_0000, 0x1000);
-        Interpret(new(blocks, groups, (AmxBytes.Kind)kind), blocks, groups, (AmxBytes.Kind)kind, ahead, out IReadOnlyList<ulong> fetched);
+        Operands operands = new(blocks, groups, (AmxBytes.Kind)kind);
+        uint[] actual = Interpret(operands, blocks, groups, (AmxBytes.Kind)kind, ahead, out IReadOnlyList<ulong> fetched);
+        Assert.Equal(operands.Expected(), MemoryMarshal.Cast<uint, float>(actual).ToArray());
         IEnumerable<ulong> expected =
-            from ofGroup in Enumerable.Range(0, blocks == 1 ? groups - 1 : 0)
+            from ofGroup in Enumerable.Range(0, groups - 1)
             from line in Enumerable.Range(0, AmxBytes.LinesAhead)
-            from panel in Enumerable.Range(0, AmxBytes.Tiles)
+            from panel in Enumerable.Range(0, AmxBytes.Tiles / blocks)
             select (ulong)(ahead.First + (panel * ahead.NextPanel) + (ofGroup * ahead.GroupBytes) + (line * 64));
         Assert.Equal(expected, fetched);
+        Interpret(new(blocks, groups, (AmxBytes.Kind)kind), blocks, groups, (AmxBytes.Kind)kind, default, out fetched);
+        Assert.Empty(fetched);
     }
 
     [Theory]
@@ -46,7 +50,8 @@ public sealed unsafe class AmxBytesTests
         fixed (byte* inputs = operands.Inputs, weights = operands.Weights, waiting = new byte[AmxBytes.WaitingBytes])
         {
             AmxBytes.Configure((AmxBytes.Kind)kind);
-            AmxBytes.Multiply((AmxBytes.Kind)kind, sums, inputs, blocks == 1 ? 0 : operands.NextBlock, weights, operands.NextPanel, groups, waiting, default);
+            AmxBytes.Ahead ahead = new(groups % 2 == 0 ? 0 : (nint)weights, operands.NextPanel, 64);
+            AmxBytes.Multiply((AmxBytes.Kind)kind, sums, inputs, blocks == 1 ? 0 : operands.NextBlock, weights, operands.NextPanel, groups, waiting, ahead);
             Amx.Release();
         }
 
@@ -60,14 +65,14 @@ public sealed unsafe class AmxBytesTests
             CpuidFeature.AVX512F, CpuidFeature.AMX_TILE, CpuidFeature.AMX_INT8];
         foreach (AmxBytes.Kind kind in s_kinds)
         {
-            Assert.All(MachineCode.Decode(AmxBytes.Emit(1, kind)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
-            Assert.All(MachineCode.Decode(AmxBytes.Emit(2, kind)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
+            Assert.All(MachineCode.Decode(AmxBytes.Emit(1, kind, fetches: true)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
+            Assert.All(MachineCode.Decode(AmxBytes.Emit(2, kind, fetches: true)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
         }
     }
 
     private static uint[] Interpret(Operands operands, int blocks, int groups, AmxBytes.Kind kind, AmxBytes.Ahead ahead, out IReadOnlyList<ulong> fetched)
     {
-        MachineCode code = new(AmxBytes.Emit(blocks, kind), tile => AmxBytes.TileSize(kind, tile));
+        MachineCode code = new(AmxBytes.Emit(blocks, kind, fetches: ahead.First != 0), tile => AmxBytes.TileSize(kind, tile));
         ulong sums = code.Memory(MemoryMarshal.Cast<float, uint>(operands.Sums).ToArray(), writable: true);
         ulong inputs = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Inputs).ToArray());
         ulong weights = code.Memory(MemoryMarshal.Cast<byte, uint>(operands.Weights).ToArray());
