@@ -117,8 +117,8 @@ internal static unsafe class AmxBytes
     {
         // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of panels; on the stack that of the second
         // block, and what is ahead: its first panel, the distance of its panels, the bytes of a group. They go to r12, r13 and r15, the
-        // third of the panels ahead to r14. Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3, offsets in 4 to 7; or units and the
-        // scales of the two halves.
+        // third of the panels ahead to r14. Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3,
+        // offsets in 4 to 7; or units and the scales of the two halves.
         int panelCount = Tiles / blocks;
         AssemblerRegister64 secondBlock = r11;
         AssemblerRegister64[] saved = [rbx, r12, r13, r14, r15];
@@ -339,7 +339,10 @@ internal static unsafe class AmxBytes
 
         try
         {
-            Code code = new() { Addresses = [.. from kind in s_kinds from blocks in (int[])[1, 2] from fetches in (bool[])[false, true] select ExecutableMemory.Map(Emit(blocks, kind, fetches))] };
+            Code code = new()
+            {
+                Addresses = [.. from kind in s_kinds from blocks in (int[])[1, 2] from fetches in (bool[])[false, true] select ExecutableMemory.Map(Emit(blocks, kind, fetches))],
+            };
             return IsRight(code) ? code : new Code { Fault = "the code for bytes on AMX gives wrong sums on this processor" };
         }
         catch (DeviceException e)

@@ -11,8 +11,9 @@ namespace TinyLlama.Compute.Cpu;
 /// intrinsic for it on 512-bit registers, so that kernels of the formats that matter most are emitted when first asked for.
 /// </summary>
 /// <remarks>
-/// Weights are read as panels have them (<see cref="WeightPanels"/>, of Q8_0 <see cref="Q8MatMul"/>) and unpacked to registers, group after
-/// group; each group is multiplied by all rows. Integers are exact and groups add up as in <see cref="QuantizedMatMul"/>, so the bits are those of its kernels.
+/// Weights are read as panels have them (<see cref="WeightPanels"/>, of Q8_0 <see cref="Q8MatMul"/>) and unpacked to registers, group
+/// after group; each group is multiplied by all rows. Integers are exact and groups add up as in <see cref="QuantizedMatMul"/>, so the
+/// bits are those of its kernels.
 /// </remarks>
 internal static unsafe class VnniBytes
 {
@@ -143,7 +144,7 @@ internal static unsafe class VnniBytes
             }
         }
 
-        AssemblerMemoryOperand Plane(int bytesBefore, int i) => __zmmword_ptr[r12 + (((bytesBefore + (4 * i)) * Lanes))];
+        AssemblerMemoryOperand Plane(int bytesBefore, int i) => __zmmword_ptr[r12 + ((bytesBefore + (4 * i)) * Lanes)];
 
         void LoadUnits()
         {
