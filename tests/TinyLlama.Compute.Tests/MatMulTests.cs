@@ -241,6 +241,41 @@ public sealed class MatMulTests
         }
     }
 
+    [Theory]
+    [InlineData(DType.F32)]
+    [InlineData(DType.BF16)]
+    public void Few_sums_of_many_products_have_the_bits_of_many_sums(DType products)
+    {
+        // Few sums are added to in two sweeps over the depth, so many in one.
+        using CpuBackend backend = CpuBackend.Create(2, products: products);
+        using Operands operands = new(backend, tokens: 260, outputs: 2300, inputs: 2048, ranges: false, packed: true);
+        backend.MatMulBackwardInput(operands.DInput, operands.DOutput, operands.Weight);
+        float[] many = operands.DInput.RowRange(100, 3).HostSpan<float>().ToArray();
+        backend.MatMulBackwardInput(operands.DInput.RowRange(0, 3), operands.DOutput.RowRange(100, 3), operands.Weight);
+        AssertSameBits(many, operands.DInput.RowRange(0, 3).HostSpan<float>());
+        backend.MatMulBackwardInput(operands.DInput.RowRange(100, 3), operands.DOutput.RowRange(100, 3), operands.Weight, accumulate: true);
+        for (int i = 0; i < many.Length; i++)
+        {
+            Assert.Equal(2 * many[i], operands.DInput.RowRange(100, 3).HostSpan<float>()[i], 1e-4f);
+        }
+    }
+
+    [Fact]
+    public void Tiles_fetch_the_next_panel()
+    {
+        using var backend = new CpuBackend<Lanes128, RecordingTile>(CpuPath.Vector128, 1);
+        using Operands operands = new(backend, tokens: 66, outputs: 64, inputs: 400, ranges: false, packed: true);
+        RecordingTile.Calls.Clear();
+        backend.MatMul(operands.Output, operands.Input, operands.Weight);
+        (nint Panel, nint Bytes, HashSet<nint> Fetched)[] panels =
+            [.. RecordingTile.Calls.GroupBy(static call => (call.Panel, call.PanelBytes)).Select(static calls =>
+                (calls.Key.Panel, calls.Key.PanelBytes, calls.SelectMany(static call => Lines(call.Ahead, call.AheadBytes)).ToHashSet()))];
+        Assert.Equal(2 * 8, panels.Length);
+        Assert.All(panels, panel => Assert.Subset(panel.Fetched, Lines(panel.Panel + panel.Bytes, panel.Bytes).ToHashSet()));
+
+        static IEnumerable<nint> Lines(nint address, nint bytes) => Enumerable.Range(0, (int)(bytes / 64)).Select(line => address + (line * 64));
+    }
+
     [Fact]
     public void Operands_that_do_not_fit_together_are_refused()
     {

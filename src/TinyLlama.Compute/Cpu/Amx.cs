@@ -1,6 +1,5 @@
 using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics.X86;
-using Iced.Intel;
 using TinyLlama.Compute.Native;
 using static Iced.Intel.AssemblerRegisters;
 
@@ -59,16 +58,6 @@ internal static unsafe partial class Amx
         return sizes;
     }
 
-    /// <summary>Assembles code that lies anywhere.</summary>
-    public static byte[] Assemble(Action<Assembler> emit)
-    {
-        Assembler code = new(64);
-        emit(code);
-        using MemoryStream bytes = new();
-        code.Assemble(new StreamCodeWriter(bytes), rip: 0);
-        return bytes.ToArray();
-    }
-
     private static bool HasInstructions()
     {
         const int Bf16 = 1 << 22, Tile = 1 << 24;
@@ -93,12 +82,12 @@ internal static unsafe partial class Amx
         {
             return new State
             {
-                Configure = ExecutableMemory.Map(Assemble(code =>
+                Configure = ExecutableMemory.Map(ExecutableMemory.Assemble(code =>
                 {
                     code.ldtilecfg(__[rdi]);
                     code.ret();
                 })),
-                Release = ExecutableMemory.Map(Assemble(code =>
+                Release = ExecutableMemory.Map(ExecutableMemory.Assemble(code =>
                 {
                     code.tilerelease();
                     code.ret();

@@ -113,7 +113,7 @@ internal static unsafe class AmxBytes
     /// <param name="blocks">One or two.</param>
     /// <param name="kind">What weights are.</param>
     /// <param name="fetches">Whether anything is fetched ahead.</param>
-    internal static byte[] Emit(int blocks, Kind kind, bool fetches) => Amx.Assemble(code =>
+    internal static byte[] Emit(int blocks, Kind kind, bool fetches) => ExecutableMemory.Assemble(code =>
     {
         // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of panels; on the stack that of the second
         // block, and what is ahead: its first panel, the distance of its panels, the bytes of a group. They go to r12, r13 and r15, the

@@ -63,15 +63,19 @@ internal readonly unsafe struct AmxTile : IPackingTile
     public static void End() => Amx.Release();
 
     /// <inheritdoc/>
+    public static int StepsOfLine => 1;
+
+    /// <inheritdoc/>
     public static void Multiply(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate) =>
-        Multiply(s_code.Address, sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate);
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate) =>
+        Multiply(s_code.Address, sums, sumsRow, left, leftRow, leftStep, panel, steps, ahead, accumulate);
 
     /// <summary>The same by code as <see cref="Emit"/> makes it.</summary>
     [SkipLocalsInit]
     internal static void Multiply(
-        nint code, float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
+        nint code, float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)
     {
+        Tile<Lanes512>.Prefetch(sums, sumsRow, Rows);
         float* whole = stackalloc float[Rows * Columns];
         float* rest = stackalloc float[2 * 32 * Chunk];
         Product product = new()
@@ -83,6 +87,7 @@ internal readonly unsafe struct AmxTile : IPackingTile
             LeftChunk = leftStep * Chunk * sizeof(float),
             Panel = panel,
             Chunks = steps / Chunk,
+            Ahead = ahead,
             Whole = accumulate ? whole : null,
         };
         int more = (int)(steps % Chunk);
@@ -146,7 +151,7 @@ internal readonly unsafe struct AmxTile : IPackingTile
         Bf16Tile<Lanes512>.CopyPairs(row, source, depth);
 
     /// <summary>The machine code of a <see cref="Product"/>; position-independent, without data.</summary>
-    internal static byte[] Emit() => Amx.Assemble(code =>
+    internal static byte[] Emit() => ExecutableMemory.Assemble(code =>
     {
         Label loop = code.CreateLabel(), rest = code.CreateLabel(), store = code.CreateLabel();
         Label add = code.CreateLabel(), rows = code.CreateLabel();
@@ -157,6 +162,7 @@ internal readonly unsafe struct AmxTile : IPackingTile
         code.mov(rsi, Field(nameof(Product.LeftChunk)));
         code.mov(r9, Field(nameof(Product.Panel)));
         code.mov(r10, Field(nameof(Product.Chunks)));
+        code.mov(r8, Field(nameof(Product.Ahead)));
         code.mov(rax, rcx);
         code.shl(rax, 4);
         code.add(rax, rdx);
@@ -168,7 +174,7 @@ internal readonly unsafe struct AmxTile : IPackingTile
         code.add(r10, 0);
         code.je(rest);
         code.Label(ref loop);
-        Multiply();
+        Multiply(linesOfProduct: 4);
         code.add(rdx, rsi);
         code.add(rax, rsi);
         code.add(r9, 16 * 128);
@@ -182,7 +188,7 @@ internal readonly unsafe struct AmxTile : IPackingTile
         code.mov(r9, Field(nameof(Product.RestPanel)));
         code.mov(rcx, 64);
         code.lea(rax, __[rdx + (16 * 64)]);
-        Multiply();
+        Multiply(linesOfProduct: 0);
 
         code.Label(ref store);
         code.mov(rdx, Field(nameof(Product.Sums)));
@@ -213,16 +219,33 @@ internal readonly unsafe struct AmxTile : IPackingTile
         code.vzeroupper();
         code.ret();
 
-        void Multiply()
+        void Multiply(int linesOfProduct)
         {
             code.tileloadd(tmm4, __[rdx + rcx]);
             code.tileloadd(tmm6, __[r9 + r11]);
             code.tdpbf16ps(tmm0, tmm4, tmm6);
+            Fetch();
             code.tileloadd(tmm7, __[r9 + r11 + 64]);
             code.tdpbf16ps(tmm1, tmm4, tmm7);
+            Fetch();
             code.tileloadd(tmm5, __[rax + rcx]);
             code.tdpbf16ps(tmm2, tmm5, tmm6);
+            Fetch();
             code.tdpbf16ps(tmm3, tmm5, tmm7);
+            Fetch();
+
+            void Fetch()
+            {
+                for (int line = 0; line < linesOfProduct; line++)
+                {
+                    code.prefetcht1(__byte_ptr[r8 + (line * 64)]);
+                }
+
+                if (linesOfProduct > 0)
+                {
+                    code.add(r8, linesOfProduct * 64);
+                }
+            }
         }
 
         void Store(AssemblerRegister64 sums, AssemblerRegister64 row, AssemblerRegister64 spare)
@@ -300,7 +323,7 @@ internal readonly unsafe struct AmxTile : IPackingTile
                 float[] actual = numbers[..(32 * SumsRow)];
                 fixed (float* a = actual)
                 {
-                    Multiply(code, a, SumsRow, left, leftRow, leftStep, panel, Steps, accumulate);
+                    Multiply(code, a, SumsRow, left, leftRow, leftStep, panel, Steps, panel, accumulate);
                 }
 
                 return Enumerable.Range(0, actual.Length).All(at =>
@@ -326,6 +349,9 @@ internal readonly unsafe struct AmxTile : IPackingTile
         public nint LeftChunk;
         public float* Panel;
         public nint Chunks;
+
+        // What is fetched meanwhile: a line for each step of a chunk.
+        public float* Ahead;
 
         // Where to add to the sums: room for a tile. Else null.
         public float* Whole;

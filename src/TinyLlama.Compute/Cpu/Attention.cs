@@ -210,7 +210,7 @@ internal static unsafe class Attention
     {
         for (int j = 0; j < columns; j += T.Columns, panels += nextPanel)
         {
-            T.Multiply(c + j, cRow, a, aRow, aStep, panels, steps, accumulate);
+            T.Multiply(c + j, cRow, a, aRow, aStep, panels, steps, panels, accumulate);
         }
     }
 

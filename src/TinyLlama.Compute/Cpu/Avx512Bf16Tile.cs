@@ -39,9 +39,12 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
     public static int Columns => 32;
 
     /// <inheritdoc/>
+    public static int StepsOfLine => 4;
+
+    /// <inheritdoc/>
     public static void Multiply(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate) =>
-        Call(s_code.Address, sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate);
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate) =>
+        Call(s_code.Address, sums, sumsRow, left, leftRow, leftStep, panel, steps, ahead, accumulate);
 
     /// <inheritdoc/>
     public static void MultiplyRow(float* sums, float* left, float* panels, nint nextPanel, nint steps, bool accumulate) =>
@@ -55,7 +58,7 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
         float* tile = stackalloc float[T.Rows * T.Columns];
         for (int panel = 0; panel < 4; panel++, panels += nextPanel, sums += T.Columns)
         {
-            T.Multiply(tile, T.Columns, left, leftRow: 0, leftStep: 1, panels, steps, accumulate: false);
+            T.Multiply(tile, T.Columns, left, leftRow: 0, leftStep: 1, panels, steps, panels, accumulate: false);
             for (int j = 0; j < T.Columns; j++)
             {
                 sums[j] = accumulate ? sums[j] + tile[j] : tile[j];
@@ -90,12 +93,13 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
         Bf16Tile<Lanes512>.CopyPairs(row, source, depth);
 
     /// <summary>The machine code of <see cref="ITile.Multiply"/> for tiles of 8 × 32; position-independent, without data.</summary>
-    internal static byte[] Emit()
+    internal static byte[] Emit() => ExecutableMemory.Assemble(code =>
     {
-        // On entry: rdi sums, rsi sumsRow, rdx left, rcx leftRow, r8 leftStep, r9 panel; [rsp + 8] steps, [rsp + 16] accumulate.
-        Assembler code = new(64);
+        // On entry: rdi sums, rsi sumsRow, rdx left, rcx leftRow, r8 leftStep, r9 panel; once rbx is kept, [rsp + 16] steps, [rsp + 24] ahead,
+        // [rsp + 32] accumulate.
         Label loop = code.CreateLabel();
         Label store = code.CreateLabel();
+        code.push(rbx);
         code.shl(rsi, 2);
         code.shl(rcx, 2);
         code.shl(r8, 2);
@@ -115,12 +119,15 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
         }
 
         // Rows 0 to 2 from rdx, 3 to 5 from rax, 6 and 7 from r11. Sums in zmm0 to 15, the panel in 16 and 17, rows in 18 to 25.
-        code.mov(r10, __qword_ptr[rsp + 8]);
+        code.mov(r10, __qword_ptr[rsp + 16]);
         code.lea(rax, __[rdx + (rcx * 2)]);
         code.add(rax, rcx);
         code.lea(r11, __[rax + (rcx * 2)]);
         code.add(r11, rcx);
+        code.mov(rbx, __qword_ptr[rsp + 24]);
         code.Label(ref loop);
+        code.prefetcht1(__byte_ptr[rbx]);
+        code.add(rbx, 64 / StepsOfLine);
         code.vmovups(zmm16, __zmmword_ptr[r9]);
         code.vmovups(zmm17, __zmmword_ptr[r9 + 64]);
         for (int row = 0; row < 8; row++)
@@ -143,7 +150,7 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
         code.dec(r10);
         code.jne(loop);
 
-        code.cmp(__dword_ptr[rsp + 16], 0);
+        code.cmp(__dword_ptr[rsp + 32], 0);
         code.je(store);
         code.mov(rax, rdi);
         for (int row = 0; row < 8; row++)
@@ -161,18 +168,16 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
             code.add(rdi, rsi);
         }
 
+        code.pop(rbx);
         code.vzeroupper();
         code.ret();
-        using MemoryStream bytes = new();
-        code.Assemble(new StreamCodeWriter(bytes), rip: 0);
-        return bytes.ToArray();
-    }
+    });
 
     /// <summary>Calls code as <see cref="Emit"/> makes it.</summary>
     internal static void Call(
-        nint code, float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate) =>
-        ((delegate* unmanaged<float*, nint, float*, nint, nint, float*, nint, int, void>)code)(
-            sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate ? 1 : 0);
+        nint code, float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate) =>
+        ((delegate* unmanaged<float*, nint, float*, nint, nint, float*, nint, float*, int, void>)code)(
+            sums, sumsRow, left, leftRow, leftStep, panel, steps, ahead, accumulate ? 1 : 0);
 
     private static AssemblerRegisterZMM Register512(int number) => new(Register.ZMM0 + number);
 
@@ -211,8 +216,8 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
             Bf16Tile<Lanes512>.PackRows(wide, from + 100, step: 11, rows: 8, Depth);
             foreach (bool accumulate in (bool[])[false, true])
             {
-                Call(code, a, SumsRow, left, leftRow: 1, leftStep: 8, p, Steps, accumulate);
-                Bf16Tile<Lanes512>.Multiply(e, SumsRow, wide, leftRow: 1, leftStep: 8, p, Steps, accumulate);
+                Call(code, a, SumsRow, left, leftRow: 1, leftStep: 8, p, Steps, p, accumulate);
+                Bf16Tile<Lanes512>.Multiply(e, SumsRow, wide, leftRow: 1, leftStep: 8, p, Steps, p, accumulate);
                 same &= expected.AsSpan().SequenceEqual(actual);
             }
         }

@@ -37,10 +37,13 @@ internal readonly unsafe struct Bf16Tile<V> : IPackingTile
     }
 
     /// <inheritdoc/>
+    public static int StepsOfLine => Tile<V>.StepsOfLine;
+
+    /// <inheritdoc/>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Multiply(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate) =>
-        PairTile<V, BFloat16Pairs<V>>.Multiply(sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate);
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate) =>
+        PairTile<V, BFloat16Pairs<V>>.Multiply(sums, sumsRow, left, leftRow, leftStep, panel, steps, ahead, accumulate);
 
     /// <inheritdoc/>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]

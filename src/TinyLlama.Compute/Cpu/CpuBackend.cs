@@ -184,9 +184,10 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, output);
         bool isQuantized = weight.Type.IsQuantized();
-        nint code = isQuantized && weight.Rows.Length == 0 && Emitted <= CpuPath.Vector512Vnni ? VnniBytes.Of(weight.Type) : 0;
-        int leastRows = code == 0 ? TiledMatMul.LeastRows : TiledMatMul.LeastRowsBesideVnni;
-        if (isQuantized && Emitted == CpuPath.Vector512Amx && input.Rows >= leastRows && AmxBytes.Fault is null)
+        bool tiles = isQuantized && Emitted == CpuPath.Vector512Amx && input.Rows >= TiledMatMul.LeastRows && AmxBytes.Fault is null;
+        bool vnni = isQuantized && Emitted <= CpuPath.Vector512Vnni && weight.Rows.Length == 0 && !(tiles && input.Rows >= TiledMatMul.LeastRowsBesideVnni);
+        nint code = vnni ? VnniBytes.Of(weight.Type) : 0;
+        if (tiles && code == 0)
         {
             TiledMatMul.Forward(Team, Scratch, output, input, weight, accumulate);
         }

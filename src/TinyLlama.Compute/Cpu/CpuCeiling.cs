@@ -135,7 +135,7 @@ public sealed record CpuCeiling(
             T.Begin();
             for (int tile = 0; tile < Tiles; tile++)
             {
-                T.Multiply(sums, T.Columns, Operands, T.PackedRow, T.Rows, Operands + (T.Rows * Steps), Steps, accumulate: false);
+                T.Multiply(sums, T.Columns, Operands, T.PackedRow, T.Rows, Operands + (T.Rows * Steps), Steps, Operands, accumulate: false);
             }
 
             T.End();

@@ -1,5 +1,6 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
+using System.Runtime.Intrinsics.X86;
 using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Compute.Cpu;
@@ -12,8 +13,9 @@ namespace TinyLlama.Compute.Cpu;
 /// After Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), and BLIS: the right operand
 /// lies in panels (see <see cref="ITile"/>), block of k after block of k, panel after panel; a task owns a block of the
 /// result and walks k in blocks: it copies a block of the left operand next to each other, which stays in the second
-/// cache, and multiplies it by panel after panel, each of which stays in the first cache while the rows pass by. Where
-/// the left operand is the transpose of a tensor, it is packed like the right one, in tiles of rows.
+/// cache, and multiplies it by panel after panel, each of which stays in the first cache while the rows pass by; they
+/// fetch the next one meanwhile. Where the left operand is the transpose of a tensor, it is packed like the right one,
+/// in tiles of rows.
 /// Blocks depend on the shape alone, and blocks of k on k alone: neither the number of threads nor the number of rows
 /// changes a bit of a row, nor does it matter who packed the right operand, when.
 /// Blocks, panels and tiles count steps: the dwords that a tile reads at once, one k of fp32 or a pair of k of bfloat16.
@@ -51,6 +53,9 @@ internal static unsafe class MatMul
 
     // Panels for one sweep over the rows: their share of the last cache.
     private const long MaxSweepBytes = 8 << 20;
+
+    // Sums that are added to in several sweeps, not in one: they cost less than the panels of a sweep.
+    private const long FewSumsBytes = MaxSweepBytes / 4;
 
     // Tasks to aim at, so that many threads have some each, and products below which a task is not worth its claim.
     private const int FewestTasks = 16;
@@ -208,7 +213,18 @@ internal static unsafe class MatMul
         int blockSteps = BlockSteps<T>(depth);
         if (!packed.IsEmpty)
         {
-            Multiply<T>(team, scratch, sums, left, null, Panels(packed), depth, blockSteps, accumulate);
+            // Few sums of many products: some blocks of k at once, so that tasks of other columns still find their rows in a cache.
+            int width = RoundUp(sums.Columns, T.Columns);
+            int stepsAtOnce = (long)sums.Count * sizeof(float) > FewSumsBytes ? Steps<T>(depth)
+                : Math.Max(1, (int)(MaxSweepBytes / sizeof(float) / width) / blockSteps) * blockSteps;
+            for (int step = 0; step < Steps<T>(depth); step += stepsAtOnce)
+            {
+                int first = step * StepDepth<T>();
+                int count = Math.Min(stepsAtOnce * StepDepth<T>(), depth - first);
+                Multiply<T>(
+                    team, scratch, sums, left.From(0, first), null, Panels(packed) + ((nint)step * width), count, blockSteps, accumulate || step > 0);
+            }
+
             return;
         }
 
@@ -534,9 +550,12 @@ internal static unsafe class MatMul
         private readonly void Multiply(
             int firstRow, int endRow, int firstPanel, int endPanel, int step, int steps, float* block, nint leftRow, nint leftStep, nint perRow, bool accumulate)
         {
+            // While a panel is multiplied by the tiles of all rows, they fetch the next one, which lies behind it.
+            int fetched = Math.Min(steps / T.StepsOfLine, steps * T.Columns / ITile.Line * T.Rows / (endRow - firstRow)) * ITile.Line;
             for (int panel = firstPanel; panel < endPanel; panel++)
             {
                 float* right = PanelsFrom(block, panel, 1, step, steps);
+                float* ahead = right + ((nint)steps * T.Columns);
                 int column = panel * T.Columns;
                 float* sums = Sums + (firstRow * SumsRow) + column;
                 float* left = block;
@@ -546,16 +565,17 @@ internal static unsafe class MatMul
                     int rows = endRow - row;
                     if (rows >= T.Rows && columns >= T.Columns)
                     {
-                        T.Multiply(sums, SumsRow, left, leftRow, leftStep, right, steps, accumulate);
+                        T.Multiply(sums, SumsRow, left, leftRow, leftStep, right, steps, ahead, accumulate);
                     }
                     else
                     {
                         MultiplyEdge(
-                            sums, Math.Min(rows, T.Rows), Math.Min(columns, T.Columns), left, leftRow, leftStep, right, steps, accumulate);
+                            sums, Math.Min(rows, T.Rows), Math.Min(columns, T.Columns), left, leftRow, leftStep, right, steps, ahead, accumulate);
                     }
 
                     sums += T.Rows * SumsRow;
                     left += T.Rows * perRow;
+                    ahead += fetched;
                 }
             }
         }
@@ -564,10 +584,10 @@ internal static unsafe class MatMul
         // of the panel all columns; what sticks out may hold anything.
         [SkipLocalsInit]
         private readonly void MultiplyEdge(
-            float* sums, int rows, int columns, float* left, nint leftRow, nint leftStep, float* panel, int steps, bool accumulate)
+            float* sums, int rows, int columns, float* left, nint leftRow, nint leftStep, float* panel, int steps, float* ahead, bool accumulate)
         {
             float* whole = stackalloc float[MaxTileCount];
-            T.Multiply(whole, T.Columns, left, leftRow, leftStep, panel, steps, accumulate: false);
+            T.Multiply(whole, T.Columns, left, leftRow, leftStep, panel, steps, ahead, accumulate: false);
             for (int r = 0; r < rows; r++, sums += SumsRow, whole += T.Columns)
             {
                 for (int j = 0; j < columns; j++)
@@ -616,6 +636,15 @@ internal static unsafe class MatMul
             float* source = Left.At(firstRow, first);
             for (int row = firstRow; row < endRow; row++, source += Left.Row, block += BlockRow(steps))
             {
+                if (Sse.IsSupported && row + 1 < endRow)
+                {
+                    float* next = source + Left.Row;
+                    for (int k = 0; k < depth; k += ITile.Line)
+                    {
+                        Sse.Prefetch1(next + k);
+                    }
+                }
+
                 T.CopyRow(block, source, depth);
             }
         }

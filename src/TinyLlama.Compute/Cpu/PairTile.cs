@@ -85,16 +85,19 @@ internal readonly unsafe struct PairTile<V, P> : ITile
     }
 
     /// <inheritdoc/>
+    public static int StepsOfLine => Tile<V>.StepsOfLine;
+
+    /// <inheritdoc/>
     public static void Multiply(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)
     {
         if (V.Count == 16)
         {
-            Multiply8(sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate);
+            Multiply8(sums, sumsRow, left, leftRow, leftStep, panel, steps, ahead, accumulate);
         }
         else
         {
-            Multiply6(sums, sumsRow, left, leftRow, leftStep, panel, steps, accumulate);
+            Multiply6(sums, sumsRow, left, leftRow, leftStep, panel, steps, ahead, accumulate);
         }
     }
 
@@ -137,7 +140,7 @@ internal readonly unsafe struct PairTile<V, P> : ITile
 
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Multiply6(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)
     {
         Tile<V>.Prefetch(sums, sumsRow, 6);
         V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default;
@@ -150,26 +153,31 @@ internal readonly unsafe struct PairTile<V, P> : ITile
         float* end = panel + (steps * Columns);
         while (panel != end)
         {
-            V p0 = P.Second(V.Load(panel)), p1 = P.Second(V.Load(panel + V.Count));
-            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-            left = (float*)((byte*)left - back);
-            left3 = (float*)((byte*)left3 - back);
-            p0 = P.First(V.Load(panel));
-            p1 = P.First(V.Load(panel + V.Count));
-            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-            left = (float*)((byte*)left + next);
-            left3 = (float*)((byte*)left3 + next);
-            panel += Columns;
+            float* pause = Tile<V>.Fetch(ref ahead, panel, end);
+            do
+            {
+                V p0 = P.Second(V.Load(panel)), p1 = P.Second(V.Load(panel + V.Count));
+                AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
+                AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
+                AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
+                AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
+                AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
+                AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
+                left = (float*)((byte*)left - back);
+                left3 = (float*)((byte*)left3 - back);
+                p0 = P.First(V.Load(panel));
+                p1 = P.First(V.Load(panel + V.Count));
+                AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
+                AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
+                AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
+                AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
+                AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
+                AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
+                left = (float*)((byte*)left + next);
+                left3 = (float*)((byte*)left3 + next);
+                panel += Columns;
+            }
+            while (panel != pause);
         }
 
         Tile<V>.Put(sums, s00, s01, accumulate);
@@ -182,7 +190,7 @@ internal readonly unsafe struct PairTile<V, P> : ITile
 
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Multiply8(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)
     {
         Tile<V>.Prefetch(sums, sumsRow, 8);
         V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default, s30 = default, s31 = default;
@@ -196,32 +204,37 @@ internal readonly unsafe struct PairTile<V, P> : ITile
         float* end = panel + (steps * Columns);
         while (panel != end)
         {
-            V p0 = P.Second(V.Load(panel)), p1 = P.Second(V.Load(panel + V.Count));
-            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-            AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
-            AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
-            left = (float*)((byte*)left - back);
-            left3 = (float*)((byte*)left3 - back);
-            left6 = (float*)((byte*)left6 - back);
-            p0 = P.First(V.Load(panel));
-            p1 = P.First(V.Load(panel + V.Count));
-            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-            AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
-            AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
-            left = (float*)((byte*)left + next);
-            left3 = (float*)((byte*)left3 + next);
-            left6 = (float*)((byte*)left6 + next);
-            panel += Columns;
+            float* pause = Tile<V>.Fetch(ref ahead, panel, end);
+            do
+            {
+                V p0 = P.Second(V.Load(panel)), p1 = P.Second(V.Load(panel + V.Count));
+                AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
+                AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
+                AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
+                AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
+                AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
+                AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
+                AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
+                AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
+                left = (float*)((byte*)left - back);
+                left3 = (float*)((byte*)left3 - back);
+                left6 = (float*)((byte*)left6 - back);
+                p0 = P.First(V.Load(panel));
+                p1 = P.First(V.Load(panel + V.Count));
+                AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
+                AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
+                AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
+                AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
+                AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
+                AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
+                AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
+                AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
+                left = (float*)((byte*)left + next);
+                left3 = (float*)((byte*)left3 + next);
+                left6 = (float*)((byte*)left6 + next);
+                panel += Columns;
+            }
+            while (panel != pause);
         }
 
         Tile<V>.Put(sums, s00, s01, accumulate);

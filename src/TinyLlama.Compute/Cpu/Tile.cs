@@ -34,16 +34,23 @@ internal readonly unsafe struct Tile<V> : IPackingTile
     }
 
     /// <inheritdoc/>
+    public static int StepsOfLine
+    {
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        get => V.Count == 16 ? 4 : 8;
+    }
+
+    /// <inheritdoc/>
     public static void Multiply(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, bool accumulate)
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, float* ahead, bool accumulate)
     {
         if (V.Count == 16)
         {
-            Multiply8(sums, sumsRow, left, leftRow, leftStep, panel, depth, accumulate);
+            Multiply8(sums, sumsRow, left, leftRow, leftStep, panel, depth, ahead, accumulate);
         }
         else
         {
-            Multiply6(sums, sumsRow, left, leftRow, leftStep, panel, depth, accumulate);
+            Multiply6(sums, sumsRow, left, leftRow, leftStep, panel, depth, ahead, accumulate);
         }
     }
 
@@ -165,7 +172,7 @@ internal readonly unsafe struct Tile<V> : IPackingTile
     // program would otherwise spend seconds in the unoptimized form.
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Multiply6(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, bool accumulate)
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, float* ahead, bool accumulate)
     {
         Prefetch(sums, sumsRow, 6);
         V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default;
@@ -176,28 +183,33 @@ internal readonly unsafe struct Tile<V> : IPackingTile
         float* end = panel + (depth * Columns);
         while (panel != end)
         {
-            V p0 = V.Load(panel), p1 = V.Load(panel + V.Count);
-            V x = V.Create(left[0]);
-            V.AddProduct(ref s00, x, p0);
-            V.AddProduct(ref s01, x, p1);
-            x = V.Create(left[leftRow]);
-            V.AddProduct(ref s10, x, p0);
-            V.AddProduct(ref s11, x, p1);
-            x = V.Create(left[leftRow2]);
-            V.AddProduct(ref s20, x, p0);
-            V.AddProduct(ref s21, x, p1);
-            x = V.Create(left3[0]);
-            V.AddProduct(ref s30, x, p0);
-            V.AddProduct(ref s31, x, p1);
-            x = V.Create(left3[leftRow]);
-            V.AddProduct(ref s40, x, p0);
-            V.AddProduct(ref s41, x, p1);
-            x = V.Create(left3[leftRow2]);
-            V.AddProduct(ref s50, x, p0);
-            V.AddProduct(ref s51, x, p1);
-            left = (float*)((byte*)left + leftStep);
-            left3 = (float*)((byte*)left3 + leftStep);
-            panel += Columns;
+            float* pause = Fetch(ref ahead, panel, end);
+            do
+            {
+                V p0 = V.Load(panel), p1 = V.Load(panel + V.Count);
+                V x = V.Create(left[0]);
+                V.AddProduct(ref s00, x, p0);
+                V.AddProduct(ref s01, x, p1);
+                x = V.Create(left[leftRow]);
+                V.AddProduct(ref s10, x, p0);
+                V.AddProduct(ref s11, x, p1);
+                x = V.Create(left[leftRow2]);
+                V.AddProduct(ref s20, x, p0);
+                V.AddProduct(ref s21, x, p1);
+                x = V.Create(left3[0]);
+                V.AddProduct(ref s30, x, p0);
+                V.AddProduct(ref s31, x, p1);
+                x = V.Create(left3[leftRow]);
+                V.AddProduct(ref s40, x, p0);
+                V.AddProduct(ref s41, x, p1);
+                x = V.Create(left3[leftRow2]);
+                V.AddProduct(ref s50, x, p0);
+                V.AddProduct(ref s51, x, p1);
+                left = (float*)((byte*)left + leftStep);
+                left3 = (float*)((byte*)left3 + leftStep);
+                panel += Columns;
+            }
+            while (panel != pause);
         }
 
         Put(sums, s00, s01, accumulate);
@@ -210,7 +222,7 @@ internal readonly unsafe struct Tile<V> : IPackingTile
 
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     private static void Multiply8(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, bool accumulate)
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint depth, float* ahead, bool accumulate)
     {
         Prefetch(sums, sumsRow, 8);
         V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default, s30 = default, s31 = default;
@@ -222,35 +234,40 @@ internal readonly unsafe struct Tile<V> : IPackingTile
         float* end = panel + (depth * Columns);
         while (panel != end)
         {
-            V p0 = V.Load(panel), p1 = V.Load(panel + V.Count);
-            V x = V.Create(left[0]);
-            V.AddProduct(ref s00, x, p0);
-            V.AddProduct(ref s01, x, p1);
-            x = V.Create(left[leftRow]);
-            V.AddProduct(ref s10, x, p0);
-            V.AddProduct(ref s11, x, p1);
-            x = V.Create(left[leftRow2]);
-            V.AddProduct(ref s20, x, p0);
-            V.AddProduct(ref s21, x, p1);
-            x = V.Create(left3[0]);
-            V.AddProduct(ref s30, x, p0);
-            V.AddProduct(ref s31, x, p1);
-            x = V.Create(left3[leftRow]);
-            V.AddProduct(ref s40, x, p0);
-            V.AddProduct(ref s41, x, p1);
-            x = V.Create(left3[leftRow2]);
-            V.AddProduct(ref s50, x, p0);
-            V.AddProduct(ref s51, x, p1);
-            x = V.Create(left6[0]);
-            V.AddProduct(ref s60, x, p0);
-            V.AddProduct(ref s61, x, p1);
-            x = V.Create(left6[leftRow]);
-            V.AddProduct(ref s70, x, p0);
-            V.AddProduct(ref s71, x, p1);
-            left = (float*)((byte*)left + leftStep);
-            left3 = (float*)((byte*)left3 + leftStep);
-            left6 = (float*)((byte*)left6 + leftStep);
-            panel += Columns;
+            float* pause = Fetch(ref ahead, panel, end);
+            do
+            {
+                V p0 = V.Load(panel), p1 = V.Load(panel + V.Count);
+                V x = V.Create(left[0]);
+                V.AddProduct(ref s00, x, p0);
+                V.AddProduct(ref s01, x, p1);
+                x = V.Create(left[leftRow]);
+                V.AddProduct(ref s10, x, p0);
+                V.AddProduct(ref s11, x, p1);
+                x = V.Create(left[leftRow2]);
+                V.AddProduct(ref s20, x, p0);
+                V.AddProduct(ref s21, x, p1);
+                x = V.Create(left3[0]);
+                V.AddProduct(ref s30, x, p0);
+                V.AddProduct(ref s31, x, p1);
+                x = V.Create(left3[leftRow]);
+                V.AddProduct(ref s40, x, p0);
+                V.AddProduct(ref s41, x, p1);
+                x = V.Create(left3[leftRow2]);
+                V.AddProduct(ref s50, x, p0);
+                V.AddProduct(ref s51, x, p1);
+                x = V.Create(left6[0]);
+                V.AddProduct(ref s60, x, p0);
+                V.AddProduct(ref s61, x, p1);
+                x = V.Create(left6[leftRow]);
+                V.AddProduct(ref s70, x, p0);
+                V.AddProduct(ref s71, x, p1);
+                left = (float*)((byte*)left + leftStep);
+                left3 = (float*)((byte*)left3 + leftStep);
+                left6 = (float*)((byte*)left6 + leftStep);
+                panel += Columns;
+            }
+            while (panel != pause);
         }
 
         Put(sums, s00, s01, accumulate);
@@ -275,6 +292,19 @@ internal readonly unsafe struct Tile<V> : IPackingTile
 
         left.Store(sums);
         right.Store(sums + V.Count);
+    }
+
+    /// <summary>Asks for the next line of what is read later; returns where in the panel to ask for one more.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static float* Fetch(ref float* ahead, float* panel, float* end)
+    {
+        if (Sse.IsSupported)
+        {
+            Sse.Prefetch1(ahead);
+        }
+
+        ahead += ITile.Line;
+        return panel + Math.Min(StepsOfLine * Columns, (nint)(end - panel));
     }
 
     /// <summary>Asks for the lines of a tile's sums: needed when its loop over k ends, they arrive meanwhile.</summary>

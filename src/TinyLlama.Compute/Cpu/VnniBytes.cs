@@ -58,7 +58,7 @@ internal static unsafe class VnniBytes
             sums, weights, panelBytes, panels, rounded, blocks, rows);
 
     /// <summary>The machine code of <see cref="Multiply"/>; position-independent, without data.</summary>
-    internal static byte[] Emit(DType type) => Amx.Assemble(code =>
+    internal static byte[] Emit(DType type) => ExecutableMemory.Assemble(code =>
     {
         // On entry: rdi sums, rsi weights, rdx panelBytes, rcx panels, r8 rounded, r9 blocks, on the stack rows.
         // A block's panels at r12, r13 of them left; a panel's sums at r11; a row's group at rax, its sums at r10, rbx rows left; what

@@ -1,10 +1,21 @@
 using System.Runtime.InteropServices;
+using Iced.Intel;
 
 namespace TinyLlama.Compute.Native;
 
 /// <summary>Machine code in memory, on Linux: written first, then made executable; never both at once.</summary>
 internal static unsafe partial class ExecutableMemory
 {
+    /// <summary>Assembles code that lies anywhere.</summary>
+    public static byte[] Assemble(Action<Assembler> emit)
+    {
+        Assembler code = new(64);
+        emit(code);
+        using MemoryStream bytes = new();
+        code.Assemble(new StreamCodeWriter(bytes), rip: 0);
+        return bytes.ToArray();
+    }
+
     /// <summary>Maps code for the life of the process.</summary>
     /// <returns>The address of its first byte.</returns>
     /// <exception cref="DeviceException">The system does not allow it, as some policies do.</exception>

@@ -15,12 +15,14 @@ internal readonly unsafe struct AmxPairTile : IPackingTile
 
     public static int StepUnit => AmxTile.StepUnit;
 
+    public static int StepsOfLine => AmxTile.StepsOfLine;
+
     public static int PackedRow => AmxTile.PackedRow;
 
     public static bool InAttention => true;
 
     public static void Multiply(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)
     {
         for (int row = 0; row < Rows; row++)
         {

@@ -23,9 +23,9 @@ public sealed unsafe class AmxTileTests
         float[] expected = Numbers((31 * sumsRow) + 32, 3), actual = [.. expected];
         fixed (float* e = expected, a = actual, left = operands.Left, panel = operands.Panel)
         {
-            AmxPairTile.Multiply(e, sumsRow, left, operands.LeftRow, operands.LeftStep, panel, operands.Steps, accumulate);
+            AmxPairTile.Multiply(e, sumsRow, left, operands.LeftRow, operands.LeftStep, panel, operands.Steps, panel, accumulate);
             AmxTile.Begin();
-            AmxTile.Multiply(a, sumsRow, left, operands.LeftRow, operands.LeftStep, panel, operands.Steps, accumulate);
+            AmxTile.Multiply(a, sumsRow, left, operands.LeftRow, operands.LeftStep, panel, operands.Steps, panel, accumulate);
             AmxTile.End();
         }
 
@@ -42,11 +42,12 @@ public sealed unsafe class AmxTileTests
         foreach (bool packed in (bool[])[false, true])
         {
             const int SumsRow = 45;
+            const ulong Ahead = 0x5000_0000;
             Operands operands = new(32 * (chunks + rest), packed);
             float[] expected = Numbers((31 * SumsRow) + 32, 3), actual = [.. expected];
             fixed (float* e = expected, left = operands.Left, panel = operands.Panel)
             {
-                AmxPairTile.Multiply(e, SumsRow, left, operands.LeftRow, operands.LeftStep, panel, operands.Steps, accumulate);
+                AmxPairTile.Multiply(e, SumsRow, left, operands.LeftRow, operands.LeftStep, panel, operands.Steps, panel, accumulate);
             }
 
             // The last chunk as it lies among the others, or by itself.
@@ -58,11 +59,12 @@ public sealed unsafe class AmxTileTests
             ulong chunk = (ulong)(operands.LeftStep * 64), done = (ulong)chunks * 2048;
             ulong[] product =
             [
-                sums, SumsRow * 4, leftAt, (ulong)operands.LeftRow * 4, chunk, panelAt, (ulong)chunks, accumulate ? whole : 0,
+                sums, SumsRow * 4, leftAt, (ulong)operands.LeftRow * 4, chunk, panelAt, (ulong)chunks, Ahead, accumulate ? whole : 0,
                 rest > 0 ? lastAt + done : 0, rest > 0 ? panelAt + done : 0,
             ];
             ulong at = code.Memory([.. product.SelectMany(word => new[] { (uint)word, (uint)(word >> 32) })]);
             Assert.Equal(Bits(expected), code.Call(at));
+            Assert.Equal(Enumerable.Range(0, 16 * chunks / AmxTile.StepsOfLine).Select(static line => Ahead + ((ulong)line * 64)), code.Fetched);
         }
     }
 

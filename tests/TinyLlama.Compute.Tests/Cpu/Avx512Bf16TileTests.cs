@@ -17,6 +17,7 @@ public sealed unsafe class Avx512Bf16TileTests
     [InlineData(300, true)]
     public void The_code_gives_the_bits_of_the_tile_that_it_stands_for(int depth, bool accumulate)
     {
+        const ulong Ahead = 0x5000_0000;
         foreach (bool packed in (bool[])[false, true])
         {
             foreach (int sumsRow in (int[])[32, 45])
@@ -43,15 +44,18 @@ public sealed unsafe class Avx512Bf16TileTests
                         }
                     }
 
-                    Bf16Tile<Lanes512>.Multiply(e, sumsRow, wide, packed ? 1 : (2 * steps) + 3, leftStep, p, steps, accumulate);
+                    Bf16Tile<Lanes512>.Multiply(e, sumsRow, wide, packed ? 1 : (2 * steps) + 3, leftStep, p, steps, p, accumulate);
                 }
 
                 MachineCode code = new(Avx512Bf16Tile.Emit());
                 ulong sums = code.Memory(Bits(actual), writable: true);
                 ulong leftAt = code.Memory(Bits(pairs)), panelAt = code.Memory(Bits(panel));
                 uint[] result = code.Call(
-                    sums, (ulong)sumsRow, leftAt, (ulong)leftRow, (ulong)leftStep, panelAt, (ulong)steps, accumulate ? 1u : 0u);
+                    sums, (ulong)sumsRow, leftAt, (ulong)leftRow, (ulong)leftStep, panelAt, (ulong)steps, Ahead, accumulate ? 1u : 0u);
                 Assert.Equal(Bits(expected), result);
+                Assert.Equal(
+                    Enumerable.Range(0, (steps + Avx512Bf16Tile.StepsOfLine - 1) / Avx512Bf16Tile.StepsOfLine).Select(static line => Ahead + ((ulong)line * 64)),
+                    code.Fetched.Where(static address => address >= Ahead).Select(static address => address & ~63ul).Distinct());
             }
         }
     }
@@ -69,17 +73,19 @@ public sealed unsafe class Avx512Bf16TileTests
 
         code.mov(rax, __qword_ptr[rsp + 8]);
         code.mov(__qword_ptr[rdi + 48], rax);
-        code.mov(eax, __dword_ptr[rsp + 16]);
+        code.mov(rax, __qword_ptr[rsp + 16]);
         code.mov(__qword_ptr[rdi + 56], rax);
+        code.mov(eax, __dword_ptr[rsp + 24]);
+        code.mov(__qword_ptr[rdi + 64], rax);
         code.ret();
         using MemoryStream bytes = new();
         code.Assemble(new StreamCodeWriter(bytes), rip: 0);
         nint address = ExecutableMemory.Map(bytes.ToArray());
-        long* seen = stackalloc long[8];
+        long* seen = stackalloc long[9];
         foreach (bool accumulate in (bool[])[false, true])
         {
-            Avx512Bf16Tile.Call(address, (float*)seen, -2, (float*)3, nint.MaxValue, 5, (float*)6, nint.MinValue, accumulate);
-            Assert.Equal([(long)seen, -2, 3, nint.MaxValue, 5, 6, nint.MinValue, accumulate ? 1 : 0], new ReadOnlySpan<long>(seen, 8).ToArray());
+            Avx512Bf16Tile.Call(address, (float*)seen, -2, (float*)3, nint.MaxValue, 5, (float*)6, nint.MinValue, (float*)7, accumulate);
+            Assert.Equal([(long)seen, -2, 3, nint.MaxValue, 5, 6, nint.MinValue, 7, accumulate ? 1 : 0], new ReadOnlySpan<long>(seen, 9).ToArray());
         }
     }
 

@@ -13,8 +13,10 @@ internal readonly unsafe struct PairTile : IPackingTile
 
     public static int Columns => Avx512Bf16Tile.Columns;
 
+    public static int StepsOfLine => Avx512Bf16Tile.StepsOfLine;
+
     public static void Multiply(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, bool accumulate)
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)
     {
         for (int row = 0; row < Rows; row++)
         {
