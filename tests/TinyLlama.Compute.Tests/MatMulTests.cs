@@ -246,7 +246,7 @@ public sealed class MatMulTests
     [InlineData(DType.BF16)]
     public void Few_sums_of_many_products_have_the_bits_of_many_sums(DType products)
     {
-        // Few sums are added to in two sweeps over the depth, so many in one.
+        // Few sums are added to in several sweeps over the depth, so many in one.
         using CpuBackend backend = CpuBackend.Create(2, products: products);
         using Operands operands = new(backend, tokens: 260, outputs: 2300, inputs: 2048, ranges: false, packed: true);
         backend.MatMulBackwardInput(operands.DInput, operands.DOutput, operands.Weight);
