@@ -29,7 +29,7 @@ internal static unsafe class AmxBytes
     /// <summary>The most bytes of a group of weights.</summary>
     public const int MostWeightBytes = BytesOfGroup + (3 * Rows * sizeof(float));
 
-    /// <summary>Bytes that code needs for integers that wait: those of the halves of two groups.</summary>
+    /// <summary>Bytes that code needs for integers that wait: those of the halves of two groups. Those of two whole groups leave room for bytes.</summary>
     public const int WaitingBytes = 4 * Tiles * TileBytes;
 
     /// <summary>Bytes of a tile of sums.</summary>
@@ -38,8 +38,21 @@ internal static unsafe class AmxBytes
     /// <summary>Where in a group the first of what follows its bytes lies.</summary>
     public const int BytesOfGroup = RoundedInputs.Group * Rows;
 
-    /// <summary>Lines of 64 bytes that are fetched of a panel for a group: as large as the largest group is stored, but for the last lines of Q8_0.</summary>
-    public const int LinesAhead = 7;
+    // Of Q4_0: bytes of a block, registers that a group is read in.
+    private const int NibbleBlockBytes = 18;
+    private const int Planes = 4;
+
+    // Of the instructions that multiply four tiles, those between which others have their place.
+    private const int Steps = 16;
+
+    // Half precision of 16 outputs, in front of the bytes of a group.
+    private const int HalfScalesBytes = Rows * sizeof(ushort);
+
+    // GF2P8AFFINEQB: bit i of a byte is the parity of the bits that byte 7 - i of the matrix selects, turned over where the constant has bit
+    // i. Nibbles 8 too large become signed bytes: their last bit, turned over, is that of the sign. One matrix reads low bits, one high ones.
+    private const ulong LowNibbles = 0x0102040808080808;
+    private const ulong HighNibbles = 0x1020408080808080;
+    private const byte NibbleSigns = 0xF8;
 
     private static readonly Kind[] s_kinds = Enum.GetValues<Kind>();
 
@@ -63,11 +76,14 @@ internal static unsafe class AmxBytes
 
         /// <summary>Q8_0 as panels have it: scales in half precision, then eight such registers.</summary>
         Stored,
+
+        /// <summary>Q4_0 as panels have it: scales in half precision, then four registers, of the first four and of the last four in the high bits.</summary>
+        Nibbles,
     }
 
     /// <summary>
-    /// What is fetched to the second cache meanwhile, as few rows would else wait for memory: for each group but the last as many bytes of
-    /// as many panels as are multiplied.
+    /// What is fetched to the second cache meanwhile, as few rows would else wait for memory: for each group <see cref="LinesAhead"/> of as
+    /// many panels as are multiplied.
     /// </summary>
     /// <param name="First">Where the first of the panels is read next, or zero: nothing is fetched. Any address, as nothing is loaded.</param>
     /// <param name="NextPanel">The bytes from it to the next panel.</param>
@@ -83,8 +99,12 @@ internal static unsafe class AmxBytes
         Kind.Unpacked => BytesOfGroup + (Rows * sizeof(float)),
         Kind.Offsets => BytesOfGroup + (2 * Rows * sizeof(float)),
         Kind.Halves => MostWeightBytes,
-        _ => Q8MatMul.BlockBytes * Rows,
+        Kind.Stored => Q8MatMul.BlockBytes * Rows,
+        _ => NibbleBlockBytes * Rows,
     };
+
+    /// <summary>Lines of 64 bytes that are fetched of a panel for a group: those of one, or as many as the largest group that is unpacked takes.</summary>
+    public static int LinesAhead(Kind kind) => IsStored(kind) ? (WeightBytes(kind) + 63) / 64 : 7;
 
     /// <summary>Makes this thread ready for a kind; until <see cref="Amx.Release"/> nothing else may configure tiles.</summary>
     public static void Configure(Kind kind) => Amx.Configure(kind == Kind.Halves ? s_sizesOfHalves : s_sizes);
@@ -117,16 +137,19 @@ internal static unsafe class AmxBytes
     {
         // On entry: rdi sums, rsi inputs, rdx weights, rcx groups, r8 waiting, r9 the distance of panels; on the stack that of the second
         // block, and what is ahead: its first panel, the distance of its panels, the bytes of a group. They go to r12, r13 and r15, the
-        // third of the panels ahead to r14. Integers of a group wait at r8, those of the next at rax. Scales of panels in zmm0 to 3,
-        // offsets in 4 to 7; or units and the scales of the two halves.
+        // third of the panels ahead to r14. Integers of a group wait at r8, those of the next at rax; behind them lie the bytes that they are
+        // the products of, if nibbles were unpacked. Scales of panels in zmm0 to 3, offsets in 4 to 7; or units and the scales of the two
+        // halves.
         int panelCount = Tiles / blocks;
         AssemblerRegister64 secondBlock = r11;
         AssemblerRegister64[] saved = [rbx, r12, r13, r14, r15];
         AssemblerRegister64[] panels = blocks == 1 ? [rdx, r9, r11, rbx] : [rdx, r9];
+        AssemblerRegisterZMM lowNibbles = zmm8, highNibbles = zmm9;
         int groupBytes = WeightBytes(kind);
         int parts = Parts(kind);
-        int bytesAt = BytesAt(kind);
-        Label loop = code.CreateLabel(), last = code.CreateLabel();
+        bool unpacks = kind == Kind.Nibbles;
+        int integersBytes = parts * Tiles * TileBytes;
+        Label loop = code.CreateLabel(), beforeLast = code.CreateLabel(), last = code.CreateLabel();
         foreach (AssemblerRegister64 register in saved)
         {
             code.push(register);
@@ -153,47 +176,42 @@ internal static unsafe class AmxBytes
         }
 
         code.add(r9, rdx);
+        if (unpacks)
+        {
+            Constant(lowNibbles, LowNibbles);
+            Constant(highNibbles, HighNibbles);
+        }
+
         code.mov(r10, RoundedInputs.Group);
-        code.lea(rax, __[r8 + (parts * Tiles * TileBytes)]);
+        code.lea(rax, __[r8 + (integersBytes + (unpacks ? panelCount * BytesOfGroup : 0))]);
+        UnpackGroup(r8, group: 0);
         MultiplyGroup(r8, group: 0, static () => { });
-        code.Label(ref loop);
         code.dec(rcx);
         code.je(last);
-        LoadScales();
-        int row = 0;
-        int fetched = 0;
-        MultiplyGroup(rax, group: 1, () =>
+        if (unpacks)
         {
-            Fetch(fetches ? panelCount / 2 : 0);
-            for (int i = 0; i < Tiles / parts; i++, row++)
-            {
-                AddScaled(row);
-            }
-        });
-        code.add(rsi, InputBytes);
-        if (blocks == 2)
-        {
-            code.add(secondBlock, InputBytes);
+            UnpackGroup(rax, group: 1);
+            code.dec(rcx);
+            code.je(beforeLast);
         }
 
-        foreach (AssemblerRegister64 panel in panels)
+        code.Label(ref loop);
+        MultiplyNext(unpacks);
+        code.dec(rcx);
+        code.jne(loop);
+        if (unpacks)
         {
-            code.add(panel, groupBytes);
+            code.Label(ref beforeLast);
+            MultiplyNext(unpacksNext: false);
         }
 
-        if (fetches)
-        {
-            code.add(r12, r15);
-            code.add(r14, r15);
-        }
-
-        code.xchg(r8, rax);
-        code.jmp(loop);
         code.Label(ref last);
         LoadScales();
-        for (row = 0; row < Tiles * Rows; row++)
+        int row = 0, line = 0, piece = 0;
+        while (row < Tiles * Rows)
         {
-            AddScaled(row);
+            Fetch();
+            AddScaled(row++);
         }
 
         foreach (AssemblerRegister64 register in saved.Reverse())
@@ -204,14 +222,85 @@ internal static unsafe class AmxBytes
         code.vzeroupper();
         code.ret();
 
-        // Of one panel after the other a line, so that few are under way at a time.
-        void Fetch(int count)
+        void Constant(AssemblerRegisterZMM register, ulong value)
         {
-            for (int end = Math.Min(fetched + count, panelCount * LinesAhead); fetched < end; fetched++)
+            code.mov(rax, value);
+            code.vpbroadcastq(register, rax);
+        }
+
+        // The next group while the integers of this one are scaled, and the one after it unpacked where those of this one were.
+        void MultiplyNext(bool unpacksNext)
+        {
+            LoadScales();
+            (row, line, piece) = (0, 0, 0);
+            int steps = parts * Steps;
+            MultiplyGroup(rax, group: 1, () =>
             {
-                int line = fetched / panelCount * 64;
-                AssemblerRegister64 pair = fetched % panelCount < 2 ? r12 : r14;
-                code.prefetcht1(fetched % 2 == 0 ? __byte_ptr[pair + line] : __byte_ptr[pair + r13 + line]);
+                int step = row * steps / (Tiles * Rows);
+                for (int end = (step + 1) * panelCount * LinesAhead(kind) / steps; line < end;)
+                {
+                    Fetch();
+                }
+
+                for (int end = (step + 1) * panelCount * Planes / steps; unpacksNext && piece < end; piece++)
+                {
+                    Unpack(r8, group: 2, piece / Planes, piece % Planes);
+                }
+
+                for (int end = (step + 1) * Tiles * Rows / steps; row < end; row++)
+                {
+                    AddScaled(row);
+                }
+            });
+            code.add(rsi, InputBytes);
+            if (blocks == 2)
+            {
+                code.add(secondBlock, InputBytes);
+            }
+
+            foreach (AssemblerRegister64 panel in panels)
+            {
+                code.add(panel, groupBytes);
+            }
+
+            if (fetches)
+            {
+                code.add(r12, r15);
+                code.add(r14, r15);
+            }
+
+            code.xchg(r8, rax);
+        }
+
+        // Of one panel after the other a line, so that few are under way at a time.
+        void Fetch()
+        {
+            if (fetches && line < panelCount * LinesAhead(kind))
+            {
+                AssemblerRegister64 pair = line % panelCount < 2 ? r12 : r14;
+                int at = line / panelCount * 64;
+                code.prefetcht1(line % 2 == 0 ? __byte_ptr[pair + at] : __byte_ptr[pair + r13 + at]);
+            }
+
+            line++;
+        }
+
+        // Signed bytes, behind the integers.
+        void Unpack(AssemblerRegister64 waiting, int group, int panel, int plane)
+        {
+            int destination = integersBytes + (panel * BytesOfGroup) + (plane * 64);
+            code.vmovups(zmm10, __zmmword_ptr[panels[panel] + ((group * groupBytes) + HalfScalesBytes + (plane * 64))]);
+            code.vgf2p8affineqb(zmm11, zmm10, lowNibbles, NibbleSigns);
+            code.vmovups(__zmmword_ptr[waiting + destination], zmm11);
+            code.vgf2p8affineqb(zmm10, zmm10, highNibbles, NibbleSigns);
+            code.vmovups(__zmmword_ptr[waiting + (destination + (Planes * 64))], zmm10);
+        }
+
+        void UnpackGroup(AssemblerRegister64 waiting, int group)
+        {
+            for (int i = 0; unpacks && i < panelCount * Planes; i++)
+            {
+                Unpack(waiting, group, i / Planes, i % Planes);
             }
         }
 
@@ -223,7 +312,7 @@ internal static unsafe class AmxBytes
             }
         }
 
-        // 16 steps, and what is done between them: of the four tiles that wait, some rows.
+        // Steps, and what is done between them: of the four tiles that wait, some rows.
         void MultiplyTiles(AssemblerRegister64 waiting, int group, int part, Action between)
         {
             for (int tile = 0; tile < Tiles; tile++)
@@ -232,15 +321,15 @@ internal static unsafe class AmxBytes
             }
 
             Do(() => LoadInputs(tmm4, rsi, group, part));
-            Do(() => LoadWeights(tmm6, 0, group, part));
+            Do(() => LoadWeights(tmm6, waiting, 0, group, part));
             Do(() => code.tdpbssd(tmm0, tmm4, tmm6));
-            Do(() => LoadWeights(tmm7, 1, group, part));
+            Do(() => LoadWeights(tmm7, waiting, 1, group, part));
             Do(() => code.tdpbssd(tmm1, tmm4, tmm7));
             if (blocks == 1)
             {
-                Do(() => LoadWeights(tmm6, 2, group, part));
+                Do(() => LoadWeights(tmm6, waiting, 2, group, part));
                 Do(() => code.tdpbssd(tmm2, tmm4, tmm6));
-                LoadWeights(tmm7, 3, group, part);
+                LoadWeights(tmm7, waiting, 3, group, part);
                 Do(() => code.tdpbssd(tmm3, tmm4, tmm7));
             }
             else
@@ -265,14 +354,16 @@ internal static unsafe class AmxBytes
         void LoadInputs(AssemblerRegisterTMM tile, AssemblerRegister64 block, int group, int part) =>
             code.tileloadd(tile, __[block + r10 + ((group * InputBytes) + (part * RoundedInputs.Group / parts))]);
 
-        void LoadWeights(AssemblerRegisterTMM tile, int panel, int group, int part) =>
-            code.tileloadd(tile, __[panels[panel] + (r10 * 2) + ((group * groupBytes) + bytesAt + (part * BytesOfGroup / parts))]);
+        void LoadWeights(AssemblerRegisterTMM tile, AssemblerRegister64 waiting, int panel, int group, int part) =>
+            code.tileloadd(tile, unpacks
+                ? __[waiting + (r10 * 2) + (integersBytes + (panel * BytesOfGroup))]
+                : __[panels[panel] + (r10 * 2) + ((group * groupBytes) + BytesAt(kind) + (part * BytesOfGroup / parts))]);
 
         void LoadScales()
         {
             for (int panel = 0; panel < panelCount; panel++)
             {
-                if (kind == Kind.Stored)
+                if (IsStored(kind))
                 {
                     code.vcvtph2ps(Register512(panel), __ymmword_ptr[panels[panel]]);
                     continue;
@@ -314,11 +405,14 @@ internal static unsafe class AmxBytes
         }
     });
 
+    // Whether panels have it so.
+    private static bool IsStored(Kind kind) => kind is Kind.Stored or Kind.Nibbles;
+
     // Products of a group that are scaled by themselves.
     private static int Parts(Kind kind) => kind == Kind.Halves ? 2 : 1;
 
     // Where in a group of weights its bytes are.
-    private static int BytesAt(Kind kind) => kind == Kind.Stored ? sizeof(ushort) * Rows : 0;
+    private static int BytesAt(Kind kind) => IsStored(kind) ? HalfScalesBytes : 0;
 
     private static AssemblerRegisterTMM Sums(int tile) => new(Register.TMM0 + tile);
 
@@ -326,15 +420,16 @@ internal static unsafe class AmxBytes
 
     private static Code Load()
     {
-        const int Int8 = 1 << 25;
+        const int Int8 = 1 << 25, Gfni = 1 << 8;
         if (Amx.Fault is string none)
         {
             return new Code { Fault = none };
         }
 
-        if ((X86Base.CpuId(7, 0).Edx & Int8) == 0)
+        (_, _, int ecx, int edx) = X86Base.CpuId(7, 0);
+        if ((edx & Int8) == 0 || (ecx & Gfni) == 0)
         {
-            return new Code { Fault = "no AMX for bytes here" };
+            return new Code { Fault = "no AMX for bytes, or no GFNI here" };
         }
 
         try
@@ -370,7 +465,7 @@ internal static unsafe class AmxBytes
             for (int group = 0; group < 2 * Groups; group++)
             {
                 byte* place = inputs + (group * InputBytes);
-                FillBytes(place, group);
+                FillBytes(place, BytesOfGroup, group);
                 FillScales((float*)(place + BytesOfGroup), InputBytes, group);
             }
 
@@ -380,8 +475,8 @@ internal static unsafe class AmxBytes
                 for (int group = 0; group < Tiles * Groups; group++)
                 {
                     byte* place = weights + (group * weightBytes);
-                    FillBytes(place + BytesAt(kind), group);
-                    if (kind == Kind.Stored)
+                    FillBytes(place + BytesAt(kind), kind == Kind.Nibbles ? Planes * 64 : BytesOfGroup, group);
+                    if (IsStored(kind))
                     {
                         FillHalves((Half*)place, group);
                     }
@@ -410,9 +505,9 @@ internal static unsafe class AmxBytes
 
         return same;
 
-        static void FillBytes(byte* bytes, int group)
+        static void FillBytes(byte* bytes, int count, int group)
         {
-            for (int i = 0; i < BytesOfGroup; i++)
+            for (int i = 0; i < count; i++)
             {
                 bytes[i] = (byte)((i * (37 + (2 * group)) % 255) - 127);
             }
@@ -441,8 +536,8 @@ internal static unsafe class AmxBytes
             {
                 float* ofRow = (float*)(inputs + BytesOfGroup) + row;
                 float* ofOutput = (float*)(weights + BytesOfGroup) + output;
-                int first = Products(inputs, weights + BytesAt(kind), row, output, 0);
-                int second = Products(inputs, weights + BytesAt(kind), row, output, RoundedInputs.Group / 2);
+                int first = Products(kind, inputs, weights + BytesAt(kind), row, output, 0);
+                int second = Products(kind, inputs, weights + BytesAt(kind), row, output, RoundedInputs.Group / 2);
                 sum += kind switch
                 {
                     Kind.Unpacked => (first + second) * ofRow[0] * ofOutput[0],
@@ -455,12 +550,16 @@ internal static unsafe class AmxBytes
             return sum;
         }
 
-        static int Products(byte* inputs, byte* weights, int row, int output, int start)
+        static int Products(Kind kind, byte* inputs, byte* weights, int row, int output, int start)
         {
             int products = 0;
             for (int i = start; i < start + (RoundedInputs.Group / 2); i++)
             {
-                products += (sbyte)inputs[(row * RoundedInputs.Group) + i] * (sbyte)weights[(i / 4 * 64) + (output * 4) + (i % 4)];
+                int place = (i / 4 * 64) + (output * 4) + (i % 4);
+                int weight = kind == Kind.Nibbles
+                    ? ((weights[place % (Planes * 64)] >> (start == 0 ? 0 : 4)) & 0xF) - 8
+                    : (sbyte)weights[place];
+                products += (sbyte)inputs[(row * RoundedInputs.Group) + i] * weight;
             }
 
             return products;

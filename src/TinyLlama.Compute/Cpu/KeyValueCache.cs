@@ -20,8 +20,8 @@ internal static unsafe class KeyValueCache
 
     private const int Block = TokenLayout.KeyBlock;
 
-    // Tokens of a task.
-    private const int TokensPerTask = 4;
+    // Tokens of a task, of one head. Positions that follow each other share lines: threads should not write them in turns.
+    private const int TokensPerTask = 32;
 
     /// <summary>Room for keys, or values.</summary>
     public static Tensor Take(Arena arena, int blocks, int keyHeads, int headDim, DType type)
@@ -55,7 +55,7 @@ internal static unsafe class KeyValueCache
         }
 
         AppendWork<V> work = new(cacheKeys, cacheValues, keys, values, layout, headDim);
-        team.Run(ref work, (layout.TokenCount + TokensPerTask - 1) / TokensPerTask);
+        team.Run(ref work, (layout.TokenCount + TokensPerTask - 1) / TokensPerTask * (keys.Columns / headDim));
     }
 
     /// <summary>The panels of the first keys of a block: in place, or widened to <paramref name="room"/>.</summary>
@@ -187,7 +187,8 @@ internal static unsafe class KeyValueCache
     {
         public void Run(int task, int thread)
         {
-            int first = task * TokensPerTask;
+            (int chunk, int head) = Math.DivRem(task, keys.Columns / headDim);
+            int first = chunk * TokensPerTask;
             int end = Math.Min(layout.TokenCount, first + TokensPerTask);
             for (int s = 0; s < layout.SegmentCount; s++)
             {
@@ -195,25 +196,22 @@ internal static unsafe class KeyValueCache
                 int endOfBoth = Math.Min(end, segment.FirstRow + segment.RowCount);
                 for (int row = Math.Max(first, segment.FirstRow); row < endOfBoth; row++)
                 {
-                    Append(segment, row);
+                    Append(segment, row, head);
                 }
             }
         }
 
-        private void Append(Segment segment, int row)
+        private void Append(Segment segment, int row, int head)
         {
             int position = segment.FirstPosition + row - segment.FirstRow;
             int block = layout.KeyBlockOf(segment, position, cacheKeys.Rows);
             int place = position % Block;
-            for (int from = 0; from < keys.Columns; from += headDim)
+            byte* key = Head(cacheKeys, block, head, headDim);
+            byte* value = Head(cacheValues, block, head, headDim);
+            for (int d = 0; d < headDim; d += GroupChannels)
             {
-                byte* key = Head(cacheKeys, block, from / headDim, headDim);
-                byte* value = Head(cacheValues, block, from / headDim, headDim);
-                for (int d = 0; d < headDim; d += GroupChannels)
-                {
-                    PutGroup(key, keys.F32(row) + from, d, place, areKeys: true);
-                    PutGroup(value, values.F32(row) + from, d, place, areKeys: false);
-                }
+                PutGroup(key, keys.F32(row) + (head * headDim), d, place, areKeys: true);
+                PutGroup(value, values.F32(row) + (head * headDim), d, place, areKeys: false);
             }
         }
 
@@ -221,35 +219,43 @@ internal static unsafe class KeyValueCache
         private void PutGroup(byte* head, float* x, int first, int place, bool areKeys)
         {
             int end = Math.Min(first + GroupChannels, headDim);
-            float inverse = cacheKeys.Type == DType.Q8_0 ? PutScale(head, x, first, end, place) : 1;
-            uint* halves = stackalloc uint[GroupChannels];
-            if (cacheKeys.Type == DType.F16)
+            switch (cacheKeys.Type)
             {
-                Round(halves, x + first, end - first);
-            }
+                case DType.F32:
+                    for (int d = first; d < end; d++)
+                    {
+                        ((float*)head)[Element(d, place, areKeys)] = x[d];
+                    }
 
-            for (int d = first; d < end; d++)
-            {
-                // A key is a column of a panel, a value a step of each.
-                (int step, int column) = areKeys
-                    ? ((place / Tile<V>.Columns * headDim) + d, place % Tile<V>.Columns)
-                    : ((d / Tile<V>.Columns * Block) + place, d % Tile<V>.Columns);
-                int at = step * Tile<V>.Columns;
-                switch (cacheKeys.Type)
-                {
-                    case DType.F32:
-                        ((float*)head)[at + column] = x[d];
-                        break;
-                    case DType.F16:
-                        ((ushort*)head)[at + column] = (ushort)halves[d - first];
-                        break;
-                    default:
+                    break;
+                case DType.F16:
+                    uint* halves = stackalloc uint[GroupChannels];
+                    Round(halves, x + first, end - first);
+                    for (int d = first; d < end; d++)
+                    {
+                        ((ushort*)head)[Element(d, place, areKeys)] = (ushort)halves[d - first];
+                    }
+
+                    break;
+                default:
+                    float inverse = PutScale(head, x, first, end, place);
+                    for (int d = first; d < end; d++)
+                    {
+                        (int step, int column) = Math.DivRem(Element(d, place, areKeys), Tile<V>.Columns);
                         (int half, int word) = Math.DivRem(column, V.Count);
-                        ((sbyte*)head)[at + (2 * word) + half] = (sbyte)Math.Clamp(MathF.Round(x[d] * inverse), -sbyte.MaxValue, sbyte.MaxValue);
-                        break;
-                }
+                        ((sbyte*)head)[(step * Tile<V>.Columns) + (2 * word) + half] =
+                            (sbyte)Math.Clamp(MathF.Round(x[d] * inverse), -sbyte.MaxValue, sbyte.MaxValue);
+                    }
+
+                    break;
             }
         }
+
+        // Of a head's panels: a key is a column of one, a value a step of each.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private int Element(int d, int place, bool areKeys) => areKeys
+            ? (((place / Tile<V>.Columns * headDim) + d) * Tile<V>.Columns) + (place % Tile<V>.Columns)
+            : (((d / Tile<V>.Columns * Block) + place) * Tile<V>.Columns) + (d % Tile<V>.Columns);
 
         private static void Round(uint* halves, float* x, int count)
         {

@@ -1,5 +1,6 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.Intrinsics;
+using System.Runtime.Intrinsics.X86;
 
 namespace TinyLlama.Compute.Cpu;
 
@@ -32,6 +33,9 @@ internal static unsafe class RoundedInputs
 
     private const float SmallestNormal = 1.17549435e-38f;
 
+    // Adding 1.5 · 2²³ rounds to the nearest whole number, ties to even, and leaves it in the low bits.
+    private const float Shift = 12_582_912f;
+
     /// <summary>Rounds rows; they lie in blocks of so many, in a block group after group of all its rows.</summary>
     public static void Round<V>(ThreadTeam team, byte* rounded, Tensor input, int blockRows, bool inWords)
         where V : struct, ILanes<V>
@@ -42,12 +46,11 @@ internal static unsafe class RoundedInputs
     }
 
     /// <summary>Rounds rows for <see cref="AmxBytes"/>; rows that the last block lacks are zero.</summary>
-    public static void RoundTiles<V>(ThreadTeam team, byte* rounded, Tensor input)
-        where V : struct, ILanes<V>
+    public static void RoundTiles(ThreadTeam team, byte* rounded, Tensor input)
     {
         int groups = input.Columns / Group;
         int parts = (groups + GroupsOfTask - 1) / GroupsOfTask;
-        TileWork<V> work = new() { Rounded = rounded, Input = input, Parts = parts };
+        TileWork work = new() { Rounded = rounded, Input = input, Parts = parts };
         team.Run(ref work, (input.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows * parts);
     }
 
@@ -76,11 +79,10 @@ internal static unsafe class RoundedInputs
             smallest = V.Min(smallest, value);
         }
 
-        // Adding 1.5 · 2²³ rounds to the nearest whole number, ties to even, and leaves it in the low bits. What is smaller than any
-        // normal number counts as zero: its inverse might be infinite.
+        // What is smaller than any normal number counts as zero: its inverse might be infinite.
         float scale = V.Max(largest, V.Create(0) - smallest).Max() / 127;
         V inverse = V.Create(scale >= SmallestNormal ? 1 / scale : 0);
-        V shift = V.Create(12_582_912f);
+        V shift = V.Create(Shift);
         V first = V.Create(0);
         V second = V.Create(0);
         for (int i = 0; i < Group; i += V.Count)
@@ -152,49 +154,89 @@ internal static unsafe class RoundedInputs
         }
     }
 
-    private struct TileWork<V> : IWork
-        where V : struct, ILanes<V>
+    // Rows side by side: what is found across the lanes of each of 16 rows is one register for all. The bits are those of RoundGroup.
+    private struct TileWork : IWork
     {
         public byte* Rounded;
         public Tensor Input;
         public int Parts;
 
-        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
         public readonly void Run(int task, int thread)
         {
             int groups = Input.Columns / Group;
             (int block, int part) = Math.DivRem(task, Parts);
             int first = part * GroupsOfTask;
             int end = Math.Min(groups, first + GroupsOfTask);
-            byte* start = Rounded + ((((nint)block * groups) + first) * AmxBytes.InputBytes);
             int rows = Math.Min(AmxBytes.Rows, Input.Rows - (block * AmxBytes.Rows));
-            for (int row = 0; row < rows; row++)
+            byte* destination = Rounded + ((((nint)block * groups) + first) * AmxBytes.InputBytes);
+            float* source = Input.F32(block * AmxBytes.Rows) + (first * Group);
+            for (int group = first; group < end; group++, destination += AmxBytes.InputBytes, source += Group)
             {
-                byte* group = start;
-                float* source = Input.F32((block * AmxBytes.Rows) + row) + (first * Group);
-                for (int i = first; i < end; i++, group += AmxBytes.InputBytes, source += Group)
-                {
-                    (float scale, int firstSum, int secondSum) = RoundGroup<V>(group + (row * Group), source);
-                    float* places = (float*)(group + AmxBytes.BytesOfGroup) + row;
-                    places[0] = scale;
-                    places[AmxBytes.Rows] = scale * (firstSum + secondSum);
-                }
-            }
-
-            for (int i = first; i < end && rows < AmxBytes.Rows; i++, start += AmxBytes.InputBytes)
-            {
-                Clear(start, rows);
+                RoundRows(destination, source, Input.Stride, rows);
             }
         }
 
-        private static void Clear(byte* group, int firstRow)
+        [SkipLocalsInit]
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+        private static void RoundRows(byte* destination, float* source, nint stride, int rows)
         {
-            int rows = AmxBytes.Rows - firstRow;
-            new Span<byte>(group + (firstRow * Group), rows * Group).Clear();
-            for (int i = 0; i < 2; i++)
+            const int Quarter = 4;
+            float* quarters = stackalloc float[AmxBytes.Rows * Quarter];
+            float* inverses = stackalloc float[AmxBytes.Rows];
+            for (int row = 0; row < rows; row++)
             {
-                new Span<int>((int*)(group + AmxBytes.BytesOfGroup) + (i * AmxBytes.Rows) + firstRow, rows).Clear();
+                float* x = source + (row * stride);
+                var largest = Vector512.MaxNative(Vector512.Abs(Vector512.Load(x)), Vector512.Abs(Vector512.Load(x + Vector512<float>.Count)));
+                var half = Vector256.MaxNative(largest.GetLower(), largest.GetUpper());
+                Vector128.MaxNative(half.GetLower(), half.GetUpper()).Store(quarters + (row * Quarter));
             }
+
+            new Span<float>(quarters + (rows * Quarter), (AmxBytes.Rows - rows) * Quarter).Clear();
+            Transpose(quarters, out Vector512<float> a, out Vector512<float> b, out Vector512<float> c, out Vector512<float> d);
+            Vector512<float> scale = Vector512.MaxNative(Vector512.MaxNative(a, b), Vector512.MaxNative(c, d)) / Vector512.Create(127f);
+            var isNormal = Vector512.GreaterThanOrEqual(scale, Vector512.Create(SmallestNormal));
+            (isNormal & (Vector512<float>.One / scale)).Store(inverses);
+
+            Vector512<float> shift = Vector512.Create(Shift);
+            for (int row = 0; row < rows; row++)
+            {
+                float* x = source + (row * stride);
+                sbyte* bytes = (sbyte*)destination + (row * Group);
+                Vector512<float> inverse = Vector512.Create(inverses[row]);
+                Vector512<float> first = Vector512.FusedMultiplyAdd(Vector512.Load(x), inverse, shift);
+                Vector512<float> second = Vector512.FusedMultiplyAdd(Vector512.Load(x + Vector512<float>.Count), inverse, shift);
+                new Lanes512(first).StoreLowBytes(bytes);
+                new Lanes512(second).StoreLowBytes(bytes + Vector512<float>.Count);
+                Vector512<float> sum = first - shift + (second - shift);
+                Vector256<float> half = sum.GetLower() + sum.GetUpper();
+                (half.GetLower() + half.GetUpper()).Store(quarters + (row * Quarter));
+            }
+
+            new Span<byte>(destination + (rows * Group), (AmxBytes.Rows - rows) * Group).Clear();
+            new Span<float>(quarters + (rows * Quarter), (AmxBytes.Rows - rows) * Quarter).Clear();
+            Transpose(quarters, out a, out b, out c, out d);
+            Vector512<float> sums = a + b + (c + d);
+            scale += sums - sums;
+            scale.Store((float*)(destination + AmxBytes.BytesOfGroup));
+            (scale * sums).Store((float*)(destination + AmxBytes.BytesOfGroup) + AmxBytes.Rows);
+        }
+
+        // Four numbers of each of 16 rows become four registers of one of each row.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        private static void Transpose(float* rows, out Vector512<float> a, out Vector512<float> b, out Vector512<float> c, out Vector512<float> d)
+        {
+            const int Count = 16;
+            Vector512<float> first = Vector512.Load(rows), second = Vector512.Load(rows + Count);
+            Vector512<float> third = Vector512.Load(rows + (2 * Count)), fourth = Vector512.Load(rows + (3 * Count));
+            Vector512<int> evens = Vector512.Create(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+            Vector512<int> odds = evens + Vector512.Create(2);
+            Vector512<float> lowPair = Avx512F.PermuteVar16x32x2(first, evens, second), highPair = Avx512F.PermuteVar16x32x2(third, evens, fourth);
+            a = Vector512.Create(lowPair.GetLower(), highPair.GetLower());
+            b = Vector512.Create(lowPair.GetUpper(), highPair.GetUpper());
+            lowPair = Avx512F.PermuteVar16x32x2(first, odds, second);
+            highPair = Avx512F.PermuteVar16x32x2(third, odds, fourth);
+            c = Vector512.Create(lowPair.GetLower(), highPair.GetLower());
+            d = Vector512.Create(lowPair.GetUpper(), highPair.GetUpper());
         }
     }
 }

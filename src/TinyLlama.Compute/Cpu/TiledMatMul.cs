@@ -5,8 +5,8 @@ using System.Runtime.Intrinsics.X86;
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
-/// output (N, O) = input (N, I) · weightᵀ of many rows and a quantized weight, on AMX: weights are unpacked to signed bytes and scales once
-/// for many rows, which <see cref="AmxBytes"/> multiplies 16 by 16.
+/// output (N, O) = input (N, I) · weightᵀ of many rows and a quantized weight, on AMX: <see cref="AmxBytes"/> multiplies 16 rows by 16
+/// outputs at a time. Q8_0 and Q4_0 are multiplied where they lie; others are first unpacked to signed bytes and scales, once for many rows.
 /// </summary>
 /// <remarks>The bits are those of <see cref="QuantizedMatMul"/> and <see cref="Q8MatMul"/>.</remarks>
 internal static unsafe class TiledMatMul
@@ -30,8 +30,13 @@ internal static unsafe class TiledMatMul
     // unpack as often as they multiply: stores that leave that cache, which another hyperthread may share, hold up both.
     private const int MostGroups = 8;
 
-    // So few wait for memory, and multiply bytes of Q8_0 where they lie; for more it is worth to align them.
+    // How far ahead groups are fetched that are multiplied where they lie. Those that many rows pass by wait for memory with the first rows.
+    private const int GroupsAhead = 8;
+
+    // So few wait for memory. More write so many sums that those would leave the caches before anybody reads them: they pass these by.
     private const int FewRows = 32;
+
+    private const int TileElements = AmxBytes.TileBytes / sizeof(float);
 
     private const int SumsBytes = MostPanels * MostRows * AmxBytes.Rows * sizeof(float);
     private const int WeightsBytes = MostPanels * MostGroups * AmxBytes.MostWeightBytes;
@@ -79,7 +84,7 @@ internal static unsafe class TiledMatMul
         for (int row = 0; row < input.Rows; row += MostRows)
         {
             int count = Math.Min(MostRows, input.Rows - row);
-            RoundedInputs.RoundTiles<Lanes512>(team, (byte*)scratch.Shared, input.RowRange(row, count));
+            RoundedInputs.RoundTiles(team, (byte*)scratch.Shared, input.RowRange(row, count));
             MultiplyWork<F> work = new()
             {
                 Scratch = scratch,
@@ -90,6 +95,7 @@ internal static unsafe class TiledMatMul
                 RowBytes = (nint)weight.Type.RowBytes(weight.Inputs),
                 PanelCount = panelCount,
                 Groups = weight.Inputs / RoundedInputs.Group,
+                NextTask = team.Threads,
                 Accumulate = accumulate,
             };
             team.Run(ref work, (panelCount + MostPanels - 1) / MostPanels);
@@ -109,7 +115,16 @@ internal static unsafe class TiledMatMul
         public nint RowBytes;
         public int PanelCount;
         public int Groups;
+
+        // How many tasks further this thread's next one will be, most likely.
+        public int NextTask;
         public bool Accumulate;
+
+        // What is multiplied where it lies, in whole tasks.
+        private static AmxBytes.Kind? Stored =>
+            typeof(F) == typeof(Q8Format<Lanes512>) ? AmxBytes.Kind.Stored
+            : typeof(F) == typeof(Q4Format<Lanes512>) ? AmxBytes.Kind.Nibbles
+            : null;
 
         // What weights are unpacked to.
         private static AmxBytes.Kind Unpacked =>
@@ -124,12 +139,14 @@ internal static unsafe class TiledMatMul
             int first = task * MostPanels;
             int panels = Math.Min(MostPanels, PanelCount - first);
             int blocks = (Output.Rows + AmxBytes.Rows - 1) / AmxBytes.Rows;
-            Begin(sums, first, panels);
             bool areFew = Output.Rows <= FewRows;
-            bool areStored = typeof(F) == typeof(Q8Format<Lanes512>) && areFew && Rows.Length == 0 && panels == MostPanels;
-            AmxBytes.Kind kind = areStored ? AmxBytes.Kind.Stored : Unpacked;
+            AmxBytes.Kind kind = Rows.Length == 0 && panels == MostPanels ? Stored ?? Unpacked : Unpacked;
+            bool areStored = kind != Unpacked;
             nint nextPanel = areStored ? RowBytes * Lanes512.Count : MostGroups * AmxBytes.WeightBytes(kind);
-            int groupsAtOnce = areFew && !areStored ? Math.Max(MostGroups / 2, F.Groups) : MostGroups;
+            int groupsAtOnce =
+                areStored ? Math.Max(Groups - GroupsAhead, GroupsAhead)
+                : areFew ? Math.Max(MostGroups / 2, F.Groups)
+                : MostGroups;
             AmxBytes.Configure(kind);
             for (int group = 0; group < Groups; group += groupsAtOnce)
             {
@@ -142,36 +159,45 @@ internal static unsafe class TiledMatMul
 
                 nint blockBytes = (nint)Groups * AmxBytes.InputBytes;
                 byte* inputs = Rounded + (group * AmxBytes.InputBytes);
-                int block = 0;
-                for (; block + 1 < blocks; block += 2, inputs += 2 * blockBytes)
+                for (int block = 0; block < blocks; block += 2, inputs += 2 * blockBytes)
                 {
-                    for (int panel = 0; panel < panels; panel += 2)
+                    bool isPair = block + 1 < blocks;
+                    float* ofBlock = sums + (block * MostPanels * TileElements);
+                    if (group == 0)
                     {
-                        AmxBytes.Ahead ahead = areFew ? Ahead(first + panel, group + groups) : default;
-                        AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, panel), inputs, blockBytes, operands + (panel * nextPanel), nextPanel, groups, waiting, ahead);
+                        Begin(ofBlock, block, isPair, first, panels);
                     }
-                }
 
-                if (block < blocks)
-                {
-                    AmxBytes.Ahead ahead = areFew ? Ahead(first, group + groups) : default;
-                    AmxBytes.Multiply(kind, Sums(sums, block * AmxBytes.Rows, 0), inputs, 0, operands, nextPanel, groups, waiting, ahead);
+                    if (areFew && group + groups == Groups)
+                    {
+                        Fetch(block, first);
+                    }
+
+                    for (int panel = 0; panel < panels; panel += isPair ? 2 : MostPanels)
+                    {
+                        bool waits = areFew || (areStored && block == 0);
+                        AmxBytes.Ahead ahead = waits ? Ahead(first + panel, group + (areStored ? GroupsAhead : groups)) : default;
+                        AmxBytes.Multiply(
+                            kind, ofBlock + (Tile(panel, 0, isPair) * TileElements), inputs, isPair ? blockBytes : 0,
+                            operands + (panel * nextPanel), nextPanel, groups, waiting, ahead);
+                    }
+
+                    if (group + groups == Groups)
+                    {
+                        End(ofBlock, block, isPair, first, panels);
+                    }
                 }
             }
 
             Amx.Release();
-            End(sums, first, panels);
+
+            // What passes by the caches is visible to threads that read it next.
+            Sse.StoreFence();
         }
 
-        // Where a row has its sums of a panel: tiles that are multiplied at once follow each other. Panels that the last task lacks have
-        // tiles too, of whatever lies there, which nobody reads.
-        private readonly float* Sums(float* sums, int row, int panel)
-        {
-            (int block, int inTile) = int.DivRem(row, AmxBytes.Rows);
-            bool isPaired = (block | 1) * AmxBytes.Rows < Output.Rows;
-            int tile = isPaired ? ((panel / 2) * 4) + ((block % 2) * 2) + (panel % 2) : panel;
-            return sums + (((((block & ~1) * MostPanels) + tile) * AmxBytes.Rows) + inTile) * Lanes512.Count;
-        }
+        // Which of the tiles of a block or a pair of blocks has its sums of a panel: tiles that are multiplied at once follow each other.
+        // Panels that the last task lacks have tiles too, of whatever lies there, which nobody reads.
+        private static int Tile(int panel, int second, bool isPair) => isPair ? (panel / 2 * 4) + (second * 2) + (panel % 2) : panel;
 
         // Groups of a panel; those of rows are turned.
         private readonly byte* Blocks(byte* turned, int panel, int group, int groups)
@@ -187,11 +213,19 @@ internal static unsafe class TiledMatMul
             return turned;
         }
 
-        // What is read next of panels. Rows lie in too many places.
-        private readonly AmxBytes.Ahead Ahead(int panel, int group) => Rows.Length > 0 ? default : new(
-            (nint)(Panels + (((panel * RowBytes) + (group / F.Groups * F.BlockBytes)) * Lanes512.Count)),
-            RowBytes * Lanes512.Count,
-            F.BlockBytes * Lanes512.Count / F.Groups);
+        // What is read next of panels, after their last groups those of the next task. Rows lie in too many places.
+        private readonly AmxBytes.Ahead Ahead(int panel, int group)
+        {
+            if (group >= Groups)
+            {
+                (panel, group) = (panel + (NextTask * MostPanels), group - Groups);
+            }
+
+            return Rows.Length > 0 ? default : new(
+                (nint)(Panels + (((panel * RowBytes) + (group / F.Groups * F.BlockBytes)) * Lanes512.Count)),
+                RowBytes * Lanes512.Count,
+                F.BlockBytes * Lanes512.Count / F.Groups);
+        }
 
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
@@ -242,42 +276,72 @@ internal static unsafe class TiledMatMul
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
         private static Lanes512 Whole(Lanes512 scales) => Lanes512.FromInt32(Lanes512.DwordProducts(scales, Lanes512.CreateDword(1)));
 
-        // What products are added to, and where they will go is fetched; the last panel may stick out.
-        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private readonly void Begin(float* sums, int first, int panels)
+        // What products are added to.
+        private readonly void Begin(float* sums, int block, bool isPair, int first, int panels)
         {
-            for (int row = 0; row < Output.Rows; row++)
+            new Span<float>(sums, (isPair ? 2 : 1) * MostPanels * TileElements).Clear();
+            if (Accumulate)
             {
-                for (int panel = 0; panel < panels; panel++)
+                Copy(sums, block, isPair, first, panels, isBegin: true);
+            }
+        }
+
+        // Where sums will go, while the last products are added.
+        private readonly void Fetch(int block, int first)
+        {
+            int end = Math.Min(Output.Rows, (block + 2) * AmxBytes.Rows);
+            for (int row = block * AmxBytes.Rows; row < end; row++)
+            {
+                float* place = Output.F32(row) + (first * Lanes512.Count);
+                for (int panel = 0; panel < MostPanels; panel++)
                 {
-                    int column = (first + panel) * Lanes512.Count;
-                    float* sum = Sums(sums, row, panel);
-                    Lanes512.Create(0).Store(sum);
-                    Sse.Prefetch1(Output.F32(row) + column);
-                    if (Accumulate)
+                    Sse.Prefetch1(place + (panel * Lanes512.Count));
+                }
+            }
+        }
+
+        private readonly void End(float* sums, int block, bool isPair, int first, int panels) =>
+            Copy(sums, block, isPair, first, panels, isBegin: false);
+
+        // Between sums and output, row after row: what a row has in all panels lies together. The last panel may stick out.
+        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+        private readonly void Copy(float* sums, int block, bool isPair, int first, int panels, bool isBegin)
+        {
+            int column = first * Lanes512.Count;
+            int columns = Math.Min(panels * Lanes512.Count, Output.Columns - column);
+            bool isStreamed = Output.Rows > FewRows && (Output.Address & 63) == 0 && Output.Stride % 16 == 0;
+            for (int second = 0; second <= (isPair ? 1 : 0); second++)
+            {
+                int firstRow = (block + second) * AmxBytes.Rows;
+                int rows = Math.Min(AmxBytes.Rows, Output.Rows - firstRow);
+                for (int row = 0; row < rows; row++)
+                {
+                    float* place = Output.F32(firstRow + row) + column;
+                    float* ofRow = sums + (row * Lanes512.Count);
+                    for (int panel = 0; panel < panels; panel++)
                     {
-                        Copy(sum, Output.F32(row) + column, Output.Columns - column);
+                        float* sum = ofRow + (Tile(panel, second, isPair) * TileElements);
+                        float* element = place + (panel * Lanes512.Count);
+                        int count = columns - (panel * Lanes512.Count);
+                        if (isBegin)
+                        {
+                            Copy(sum, element, count);
+                        }
+                        else if (isStreamed && count >= Lanes512.Count)
+                        {
+                            Vector512.LoadAligned(sum).StoreAlignedNonTemporal(element);
+                        }
+                        else
+                        {
+                            Copy(element, sum, count);
+                        }
                     }
                 }
             }
         }
 
-        // Row after row: what a row has in all panels lies together.
-        [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private readonly void End(float* sums, int first, int panels)
-        {
-            for (int row = 0; row < Output.Rows; row++)
-            {
-                for (int panel = 0; panel < panels; panel++)
-                {
-                    int column = (first + panel) * Lanes512.Count;
-                    float* sum = Sums(sums, row, panel);
-                    Copy(Output.F32(row) + column, sum, Output.Columns - column);
-                }
-            }
-        }
-
         // A register, or what is left.
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
         private static void Copy(float* destination, float* source, int count)
         {
             if (count >= Lanes512.Count)

@@ -8,6 +8,9 @@ namespace TinyLlama.Inference;
 /// </summary>
 internal sealed class BatchScheduler : IDisposable
 {
+    // Tokens of prompts that are fed at once while texts grow, which wait for them.
+    private const int BesideTexts = 128;
+
     private readonly InferenceEngine _engine;
     private readonly List<BatchRequest> _running = [];
     private readonly NextTokens _next;
@@ -102,13 +105,18 @@ internal sealed class BatchScheduler : IDisposable
         return preempted;
     }
 
-    /// <summary>One forward. Requests with one token to feed come first, so that a long prompt delays nobody by more than it.</summary>
+    /// <summary>One forward. Requests with one token to feed come first, so that a long prompt delays nobody by more than a part of it.</summary>
     public void Step()
     {
         var parts = new List<(BatchRequest Request, ReadOnlyMemory<int> Tokens)>(_running.Count);
         int room = _engine.Capacity;
         foreach (BatchRequest request in _running.Where(request => request.Leader is null).OrderBy(request => request.Pending.Length > 1))
         {
+            if (request.Pending.Length > 1 && parts is [{ Tokens.Length: 1 }, ..])
+            {
+                room = Math.Min(room, BesideTexts);
+            }
+
             int count = Math.Min(request.Pending.Length, room);
             if (count > 0)
             {

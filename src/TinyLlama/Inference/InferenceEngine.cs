@@ -16,7 +16,7 @@ public readonly record struct Continuation(CachedSequence Sequence, ReadOnlyMemo
 /// <remarks>A sequence gets the same bits alone and together with others, in one forward or in many.</remarks>
 public sealed class InferenceEngine : IDisposable
 {
-    private const int PrefillTokens = 128;
+    private const int PrefillTokens = 256;
 
     private readonly LlamaModel _model;
     private readonly Backend _backend;

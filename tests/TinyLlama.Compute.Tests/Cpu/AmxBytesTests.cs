@@ -23,15 +23,15 @@ public sealed unsafe class AmxBytesTests
 
     [Theory]
     [MemberData(nameof(Products))]
-    public void For_each_group_but_the_last_a_group_of_each_panel_is_fetched(int blocks, int groups, int kind)
+    public void For_each_group_a_group_of_each_panel_is_fetched(int blocks, int groups, int kind)
     {
         AmxBytes.Ahead ahead = new(0x7000_0000, 0x10_0000, 0x1000);
         Operands operands = new(blocks, groups, (AmxBytes.Kind)kind);
         uint[] actual = Interpret(operands, blocks, groups, (AmxBytes.Kind)kind, ahead, out IReadOnlyList<ulong> fetched);
         Assert.Equal(operands.Expected(), MemoryMarshal.Cast<uint, float>(actual).ToArray());
         IEnumerable<ulong> expected =
-            from ofGroup in Enumerable.Range(0, groups - 1)
-            from line in Enumerable.Range(0, AmxBytes.LinesAhead)
+            from ofGroup in Enumerable.Range(0, groups)
+            from line in Enumerable.Range(0, AmxBytes.LinesAhead((AmxBytes.Kind)kind))
             from panel in Enumerable.Range(0, AmxBytes.Tiles / blocks)
             select (ulong)(ahead.First + (panel * ahead.NextPanel) + (ofGroup * ahead.GroupBytes) + (line * 64));
         Assert.Equal(expected, fetched);
@@ -62,7 +62,7 @@ public sealed unsafe class AmxBytesTests
     public void The_code_needs_no_other_instructions_than_those_that_are_asked_for()
     {
         CpuidFeature[] features = [CpuidFeature.INTEL8086, CpuidFeature.INTEL386, CpuidFeature.X64, CpuidFeature.SSE, CpuidFeature.AVX,
-            CpuidFeature.AVX512F, CpuidFeature.AMX_TILE, CpuidFeature.AMX_INT8];
+            CpuidFeature.AVX512F, CpuidFeature.AMX_TILE, CpuidFeature.AMX_INT8, CpuidFeature.GFNI];
         foreach (AmxBytes.Kind kind in s_kinds)
         {
             Assert.All(MachineCode.Decode(AmxBytes.Emit(1, kind, fetches: true)), instruction => Assert.Empty(instruction.CpuidFeatures.Except(features)));
@@ -118,7 +118,7 @@ public sealed unsafe class AmxBytesTests
                 random.NextBytes(bytes);
                 for (int start = 0; start < bytes.Length; start += groupBytes)
                 {
-                    foreach (ref float scale in MemoryMarshal.Cast<byte, float>(bytes.AsSpan((start + AmxBytes.BytesOfGroup)..(start + groupBytes))))
+                    foreach (ref float scale in MemoryMarshal.Cast<byte, float>(bytes.AsSpan((start + Math.Min(AmxBytes.BytesOfGroup, groupBytes))..(start + groupBytes))))
                     {
                         scale = random.NextSingle() - 0.5f;
                     }
@@ -141,7 +141,9 @@ public sealed unsafe class AmxBytesTests
 
         private int GroupBytes => AmxBytes.WeightBytes(_kind);
 
-        private int ScaleBytes => _kind == AmxBytes.Kind.Stored ? sizeof(ushort) * AmxBytes.Rows : 0;
+        private bool IsStored => _kind is AmxBytes.Kind.Stored or AmxBytes.Kind.Nibbles;
+
+        private int ScaleBytes => IsStored ? sizeof(ushort) * AmxBytes.Rows : 0;
 
         private int WholeScaleBytes => _kind == AmxBytes.Kind.Halves ? 2 * sizeof(float) * AmxBytes.Rows : 0;
 
@@ -158,13 +160,17 @@ public sealed unsafe class AmxBytesTests
                     ReadOnlySpan<byte> weights = Weights.AsSpan((tile % panels * NextPanel) + (group * GroupBytes), GroupBytes);
                     ReadOnlySpan<byte> bytes = weights[ScaleBytes..];
                     ReadOnlySpan<float> ofRows = MemoryMarshal.Cast<byte, float>(inputs[AmxBytes.BytesOfGroup..]);
-                    ReadOnlySpan<float> ofOutputs = _kind == AmxBytes.Kind.Stored
+                    ReadOnlySpan<float> ofOutputs = IsStored
                         ? [.. MemoryMarshal.Cast<byte, Half>(weights[..ScaleBytes]).ToArray().Select(scale => (float)scale)]
                         : MemoryMarshal.Cast<byte, float>(weights[AmxBytes.BytesOfGroup..]);
                     int products = 0;
                     for (int k = 0; k < RoundedInputs.Group; k++)
                     {
-                        int product = (sbyte)inputs[(row * RoundedInputs.Group) + k] * (sbyte)bytes[(k / 4 * 64) + (output * 4) + (k % 4)];
+                        int place = (output * 4) + (k % 4);
+                        int weight = _kind == AmxBytes.Kind.Nibbles
+                            ? ((bytes[(k / 4 % 4 * 64) + place] >> (k < 16 ? 0 : 4)) & 0xF) - 8
+                            : (sbyte)bytes[(k / 4 * 64) + place];
+                        int product = (sbyte)inputs[(row * RoundedInputs.Group) + k] * weight;
                         products += _kind == AmxBytes.Kind.Halves ? product * (int)ofOutputs[((1 + (k / 16)) * AmxBytes.Rows) + output] : product;
                     }
 

@@ -1,3 +1,4 @@
+using System.Numerics;
 using Iced.Intel;
 
 namespace TinyLlama.Compute.Tests.Cpu;
@@ -172,6 +173,18 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
                     : (uint)General(instruction.Op1Register.GetFullRegister());
                 Vector(instruction, 0).AsSpan().Fill(dword);
                 break;
+            case Mnemonic.Vpbroadcastq:
+                ulong word = General(instruction.Op1Register);
+                uint[] both = [(uint)word, (uint)(word >> 32)];
+                for (int lane = 0; lane < 16; lane++)
+                {
+                    Vector(instruction, 0)[lane] = both[lane % 2];
+                }
+
+                break;
+            case Mnemonic.Vgf2p8affineqb:
+                AffineBytes(Vector(instruction, 0), Vector(instruction, 1), Vector(instruction, 2), (byte)instruction.GetImmediate(3));
+                break;
             case Mnemonic.Vpmovdw:
                 uint[] words = Vector(instruction, 1);
                 uint[] narrow = new uint[16];
@@ -290,6 +303,25 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
                     sums[at] += (uint)((sbyte)(a >> shift) * (sbyte)(b >> shift));
                 }
             }
+        }
+    }
+
+    // VGF2P8AFFINEQB: bit i of a byte is the parity of what row 7 - i of its word's matrix selects of it, turned over by bit i of the constant.
+    private static void AffineBytes(uint[] result, uint[] bytes, uint[] matrices, byte constant)
+    {
+        for (int lane = 0; lane < 16; lane++)
+        {
+            ulong matrix = matrices[lane & ~1] | ((ulong)matrices[lane | 1] << 32);
+            uint sum = 0;
+            for (int bit = 0; bit < 32; bit++)
+            {
+                byte x = (byte)(bytes[lane] >> (bit & ~7));
+                byte row = (byte)(matrix >> (8 * (7 - (bit % 8))));
+                int parity = BitOperations.PopCount((uint)(x & row)) + (constant >> (bit % 8));
+                sum |= (uint)(parity & 1) << bit;
+            }
+
+            result[lane] = sum;
         }
     }
 

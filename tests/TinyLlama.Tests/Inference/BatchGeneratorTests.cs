@@ -186,6 +186,31 @@ public sealed class BatchGeneratorTests : IDisposable
         }
     }
 
+    [Theory]
+    [InlineData(false, 2)]
+    [InlineData(true, 3)]
+    public void A_long_prompt_is_fed_in_smaller_parts_beside_a_text(bool isBesideText, int expected)
+    {
+        using ModelRun run = new(ModelRun.TinyConfig() with { VocabularySize = 258, ContextLength = 400 }, 64, Keep.Nothing);
+        using BatchScheduler scheduler = new(new InferenceEngine(run.Model, run.Backend, sequences: 2), places: 2, vocabulary: 258);
+        if (isBesideText)
+        {
+            GenerationState state = new(_tokenizer, [1, 2], new() { LogitBias = s_neverEnd }, 400, masks: null);
+            Assert.True(scheduler.TryEnter(new BatchGeneration(2, state, CancellationToken.None)));
+            scheduler.Step();
+        }
+
+        BatchEmbedding embedding = new(new int[300], run.Model.Config.Channels, CancellationToken.None);
+        Assert.True(scheduler.TryEnter(embedding));
+        int steps = 0;
+        for (; !embedding.Vector.IsCompleted; steps++)
+        {
+            scheduler.Step();
+        }
+
+        Assert.Equal(expected, steps);
+    }
+
     [Fact]
     public async Task An_embedding_may_fill_the_context_and_may_be_stopped()
     {
