@@ -69,10 +69,13 @@ public abstract class Backend : IDisposable
     public abstract Tensor TakePacked(Arena arena, int outputs, int inputs, DType type);
 
     /// <summary>
-    /// Whether <see cref="MatMul"/> and <see cref="Embedding"/> read rows of that type where a mapped file has them, without a
-    /// copy (<see cref="Weight.InPlace"/>).
+    /// Whether <see cref="MatMul"/> reads rows of that type where a mapped file has them, without a copy (<see cref="Weight.InPlace"/>);
+    /// <see cref="Embedding"/> does where <see cref="ReadsTable"/> says so too.
     /// </summary>
     public abstract bool ReadsInPlace(DType type, int inputs, StoredRows rows);
+
+    /// <summary>Whether <see cref="Embedding"/> reads a table of that type in rows as files keep them.</summary>
+    public abstract bool ReadsTable(DType type);
 
     /// <summary>Fills rows of a frozen weight (<see cref="Weight.Frozen"/>) with what a file stores. The host memory is free on return.</summary>
     /// <param name="weight">The weight.</param>

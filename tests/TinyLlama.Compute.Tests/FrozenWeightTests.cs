@@ -19,7 +19,7 @@ public sealed class FrozenWeightTests
         [.. s_paths.SelectMany(path => s_quantized.Concat([DType.F32, DType.BF16, DType.F16]).Select(type => (path, type)))];
 
     public static TheoryData<CpuPath, DType> ReadInPlace =>
-        [.. s_paths.SelectMany(path => new[] { DType.Q8_0, DType.BF16, DType.F16 }.Select(type => (path, type)))];
+        [.. s_paths.SelectMany(path => new[] { DType.Q8_0, DType.Q4_0, DType.BF16, DType.F16 }.Select(type => (path, type)))];
 
     [Theory]
     [MemberData(nameof(All))]
@@ -134,7 +134,7 @@ public sealed class FrozenWeightTests
     [InlineData(DType.Q4_K, 768)]
     [InlineData(DType.Q5_K, 256)]
     [InlineData(DType.Q6_K, 512)]
-    public void Tiles_give_the_bits_of_rows(DType type, int inputs)
+    public unsafe void Tiles_give_the_bits_of_rows(DType type, int inputs)
     {
         Assert.SkipWhen(AmxBytes.Fault is not null, $"{AmxBytes.Fault}");
         foreach ((int rows, int outputs) in (ReadOnlySpan<(int, int)>)[(6, 52), (9, 52), (16, 16), (17, 144), (32, 64), (33, 48), (300, 70)])
@@ -152,10 +152,19 @@ public sealed class FrozenWeightTests
                 Assert.Equal(expected.Output.HostSpan<float>(), actual.Output.HostSpan<float>());
             }
 
-            if (tiles.ReadsInPlace(type, inputs, actual.Weight.Rows[0]))
+            fixed (byte* stored = actual.Bytes)
             {
+                StoredRows range = new((nint)stored, outputs);
+                if (!tiles.ReadsInPlace(type, inputs, range))
+                {
+                    continue;
+                }
+
                 using Arena arena = tiles.Allocate("test", 1 << 20);
-                var packed = Weight.InPlace(actual.Weight.Rows, inputs, type);
+                var packed = Weight.InPlace([range], inputs, type);
+                actual.Output.HostSpan<float>().Clear();
+                tiles.MatMul(actual.Output, actual.Input, packed);
+                Assert.Equal(expected.Output.HostSpan<float>(), actual.Output.HostSpan<float>());
                 packed.AwaitPacking(arena, tiles);
                 tiles.Pack(packed);
                 actual.Output.HostSpan<float>().Clear();
@@ -183,9 +192,9 @@ public sealed class FrozenWeightTests
             using Operands expected = new(lanes, type, rows, outputs, inputs: 512);
             using Arena arena = emitted.Allocate("test", 1 << 20);
             Weight weight = actual.Weight;
-            if (emitted.ReadsInPlace(type, weight.Inputs, weight.Rows.FirstOrDefault()))
+            if (type == DType.Q8_0 && emitted.ReadsInPlace(type, weight.Inputs, weight.Rows.FirstOrDefault()))
             {
-                weight = Weight.InPlace(actual.Weight.Rows, weight.Inputs, type);
+                weight = Weight.InPlace(weight.Rows, weight.Inputs, type);
                 weight.AwaitPacking(arena, emitted);
                 emitted.Pack(weight);
             }
@@ -259,7 +268,10 @@ public sealed class FrozenWeightTests
         Assert.False(backend.ReadsInPlace(DType.Q8_0, 96, new StoredRows(64, 44)));
         Assert.True(backend.ReadsInPlace(DType.Q8_0, 96, new StoredRows(64, 64, 16)));
         Assert.False(backend.ReadsInPlace(DType.Q8_0, 96, new StoredRows(64, 64, 8)));
-        Assert.False(backend.ReadsInPlace(DType.Q4_0, 96, new StoredRows(64, 40)));
+        Assert.True(backend.ReadsInPlace(DType.Q4_0, 96, new StoredRows(64, 40)));
+        Assert.False(backend.ReadsInPlace(DType.Q4_0, 96, new StoredRows(64, 44)));
+        Assert.False(backend.ReadsInPlace(DType.Q4_0, 1 << 20, new StoredRows(64, 40)));
+        Assert.False(backend.ReadsInPlace(DType.Q4_K, 256, new StoredRows(64, 40)));
         Assert.True(backend.ReadsInPlace(DType.BF16, 96, new StoredRows(64, 48)));
         Assert.False(backend.ReadsInPlace(DType.BF16, 96, new StoredRows(64, 40)));
         Assert.False(backend.ReadsInPlace(DType.BF16, 95, new StoredRows(64, 48)));

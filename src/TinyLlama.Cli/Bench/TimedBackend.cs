@@ -92,6 +92,9 @@ internal sealed class TimedBackend(Backend inner) : Backend
     public override Tensor TakePacked(Arena arena, int outputs, int inputs, DType type) => inner.TakePacked(arena, outputs, inputs, type);
 
     /// <inheritdoc/>
+    public override bool ReadsTable(DType type) => inner.ReadsTable(type);
+
+    /// <inheritdoc/>
     public override bool ReadsInPlace(DType type, int inputs, StoredRows rows) => inner.ReadsInPlace(type, inputs, rows);
 
     /// <inheritdoc/>

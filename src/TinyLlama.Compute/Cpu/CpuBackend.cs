@@ -130,7 +130,12 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
 
     /// <inheritdoc/>
     public override bool ReadsInPlace(DType type, int inputs, StoredRows rows) =>
-        type == DType.Q8_0 ? Q8MatMul.Reads<V>(rows) : ArePairs(type, inputs) && Cpu.MatMul.ReadsPairs<V>(rows);
+        type == DType.Q8_0 ? Q8MatMul.Reads<V>(rows)
+        : type.IsQuantized() ? QuantizedMatMul.Reads<V>(type, inputs, rows)
+        : ArePairs(type, inputs) && Cpu.MatMul.ReadsPairs<V>(rows);
+
+    /// <inheritdoc/>
+    public override bool ReadsTable(DType type) => type == DType.Q8_0 || !type.IsQuantized();
 
     /// <inheritdoc/>
     public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows)
@@ -159,9 +164,9 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
     {
         if (weight.AwaitsPacking)
         {
-            if (weight.Type == DType.Q8_0)
+            if (weight.Type.IsQuantized())
             {
-                Q8MatMul.Pack<V>(Team, weight);
+                WeightPanels.Pack<V>(Team, weight);
             }
             else
             {
@@ -184,8 +189,9 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, output);
         bool isQuantized = weight.Type.IsQuantized();
+        bool isRows = weight.Type == DType.Q8_0 && weight.Rows.Length > 0;
         bool tiles = isQuantized && Emitted == CpuPath.Vector512Amx && input.Rows >= TiledMatMul.LeastRows && AmxBytes.Fault is null;
-        bool vnni = isQuantized && Emitted <= CpuPath.Vector512Vnni && weight.Rows.Length == 0 && !(tiles && input.Rows >= TiledMatMul.LeastRowsBesideVnni);
+        bool vnni = isQuantized && Emitted <= CpuPath.Vector512Vnni && !isRows && !(tiles && input.Rows >= TiledMatMul.LeastRowsBesideVnni);
         nint code = vnni ? VnniBytes.Of(weight.Type) : 0;
         if (tiles && code == 0)
         {
@@ -193,7 +199,7 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
         }
         else if (code != 0)
         {
-            QuantizedMatMul.Forward<Lanes512>(Team, Scratch, output, input, weight.PackedForward, accumulate, code);
+            QuantizedMatMul.Forward<Lanes512>(Team, Scratch, output, input, weight, accumulate, code);
         }
         else if (weight.Type == DType.Q8_0)
         {
@@ -201,7 +207,7 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
         }
         else if (isQuantized)
         {
-            QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight.PackedForward, accumulate);
+            QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
         }
         else if (!ArePairs(weight.Type, weight.Inputs))
         {

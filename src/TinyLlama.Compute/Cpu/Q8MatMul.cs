@@ -1,6 +1,5 @@
 using System.Runtime.CompilerServices;
 using System.Runtime.Intrinsics.X86;
-using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Compute.Cpu;
 
@@ -41,25 +40,6 @@ internal static unsafe class Q8MatMul
     /// <summary>Whether the kernels read rows where they lie.</summary>
     public static bool Reads<V>(StoredRows rows)
         where V : struct, ILanes<V> => rows.IsRegular(V.Count);
-
-    /// <summary>Turns a weight in place into its panels, and drops its pages.</summary>
-    public static void Pack<V>(ThreadTeam team, Weight weight)
-        where V : struct, ILanes<V>
-    {
-        int groups = weight.Inputs / Group;
-        PackWork<V> work = new()
-        {
-            Rows = weight.Rows,
-            Panels = (byte*)weight.PackedForward.Address,
-            RowBytes = (nint)groups * BlockBytes,
-            Groups = groups,
-        };
-        team.Run(ref work, weight.Outputs / V.Count);
-        foreach (StoredRows rows in weight.Rows)
-        {
-            PageMemory.DropFilePages(rows.Address, rows.Count * (long)work.RowBytes);
-        }
-    }
 
     /// <summary>Copies whole rows in the order of outputs to memory of the weight's own.</summary>
     /// <param name="weight">The weight.</param>
@@ -130,63 +110,6 @@ internal static unsafe class Q8MatMul
         }
     }
 
-    /// <summary>The first row of a panel and the bytes to the next.</summary>
-    public static byte* Panel<V>(StoredRows[] ranges, nint rowBytes, int panel, out nint step)
-        where V : struct, ILanes<V>
-    {
-        int row = panel * V.Count;
-        int i = 0;
-        for (; row >= ranges[i].Count; i++)
-        {
-            row -= ranges[i].Count;
-        }
-
-        (nint address, step) = ranges[i].At(row, rowBytes);
-        return (byte*)address;
-    }
-
-    /// <summary>Rows become a panel: of each group the scales, then dword after dword of all rows.</summary>
-    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    public static void Turn<V>(byte* panel, byte* rows, nint step, int groups)
-        where V : struct, ILanes<V>
-    {
-        for (int group = 0; group < groups; group++)
-        {
-            for (int lane = 0; lane < V.Count; lane++)
-            {
-                ((ushort*)panel)[lane] = *(ushort*)(rows + (lane * step));
-            }
-
-            float* dwords = (float*)(panel + (sizeof(ushort) * V.Count));
-            for (int i = 0; i < Group; i += 4 * sizeof(uint), dwords += 4 * V.Count)
-            {
-                V.LoadTurned(rows + sizeof(ushort) + i, step, out V w0, out V w1, out V w2, out V w3);
-                w0.Store(dwords);
-                w1.Store(dwords + V.Count);
-                w2.Store(dwords + (2 * V.Count));
-                w3.Store(dwords + (3 * V.Count));
-            }
-
-            rows += BlockBytes;
-            panel += BlockBytes * V.Count;
-        }
-    }
-
-    private struct PackWork<V> : IWork
-        where V : struct, ILanes<V>
-    {
-        public StoredRows[] Rows;
-        public byte* Panels;
-        public nint RowBytes;
-        public int Groups;
-
-        public readonly void Run(int task, int thread)
-        {
-            byte* source = Panel<V>(Rows, RowBytes, task, out nint step);
-            Turn<V>(Panels + (task * RowBytes * V.Count), source, step, Groups);
-        }
-    }
-
     private struct MultiplyWork<V> : IWork
         where V : struct, ILanes<V>
     {
@@ -250,8 +173,8 @@ internal static unsafe class Q8MatMul
                 int panelBytes = groups * BlockBytes * V.Count;
                 for (int panel = first; panel < end; panel++)
                 {
-                    byte* source = Panel<V>(Weight, RowBytes, panel, out nint step);
-                    Turn<V>(turned + ((panel - first) * panelBytes), source + (group * BlockBytes), step, groups);
+                    byte* source = WeightPanels.Rows<V>(Weight, RowBytes, panel, out nint step);
+                    WeightPanels.Turn<V>(turned + ((panel - first) * panelBytes), source + (group * BlockBytes), step, groups, BlockBytes);
                 }
 
                 int rows;
@@ -306,7 +229,7 @@ internal static unsafe class Q8MatMul
             }
             else
             {
-                byte* rows = Panel<V>(Weight, RowBytes, panel, out nint step);
+                byte* rows = WeightPanels.Rows<V>(Weight, RowBytes, panel, out nint step);
                 MultiplyRow(V.Load(sums), rows, step, rounded, Groups).Store(sums);
             }
 

@@ -22,8 +22,22 @@ internal static unsafe class QuantizedMatMul
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
     private const int MostRows = 32;
 
+    /// <summary>Whether rows may be multiplied where they lie, a panel of which is turned at a time.</summary>
+    public static bool Reads<V>(DType type, int inputs, StoredRows rows)
+        where V : struct, ILanes<V> =>
+        type == DType.Q4_0 && rows.IsRegular(V.Count) && type.RowBytes(inputs) * V.Count <= Q8MatMul.ThreadBytes;
+
     /// <summary>output (N, O) = or += input (N, I) · weightᵀ; by <see cref="VnniBytes"/> where its code is given, which Q8_0 needs here.</summary>
-    public static void Forward<V>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Tensor panels, bool accumulate, nint code = 0)
+    public static void Forward<V>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate, nint code = 0)
+        where V : struct, ILanes<V>
+    {
+        Tensor panels = weight.IsInPlace ? new Tensor(0, weight.Outputs, weight.Inputs, weight.Inputs, weight.Type) : weight.PackedForward;
+        Forward<V>(team, scratch, output, input, panels, accumulate, code, weight.IsInPlace ? weight.Rows : []);
+    }
+
+    /// <summary>The same, of rows in place where there are any, else of panels.</summary>
+    public static void Forward<V>(
+        ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Tensor panels, bool accumulate, nint code, StoredRows[] rows)
         where V : struct, ILanes<V>
     {
         Shape.Require(input.Columns <= RoundedInputs.MaxElements, "rows of inputs that fit the scratch");
@@ -31,57 +45,61 @@ internal static unsafe class QuantizedMatMul
         for (int row = 0; row < input.Rows; row += rowsAtOnce)
         {
             int count = Math.Min(rowsAtOnce, input.Rows - row);
-            Multiply<V>(team, (byte*)scratch.Shared, output.RowRange(row, count), input.RowRange(row, count), panels, accumulate, code);
+            Multiply<V>(team, scratch, output.RowRange(row, count), input.RowRange(row, count), panels, accumulate, code, rows);
         }
     }
 
-    private static void Multiply<V>(ThreadTeam team, byte* rounded, Tensor output, Tensor input, Tensor panels, bool accumulate, nint code)
+    private static void Multiply<V>(
+        ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Tensor panels, bool accumulate, nint code, StoredRows[] rows)
         where V : struct, ILanes<V>
     {
         switch (panels.Type)
         {
             case DType.Q8_0 when code != 0:
-                Multiply<V, Q8Format<V>>(team, rounded, output, input, panels, accumulate, code);
+                Multiply<V, Q8Format<V>>(team, scratch, output, input, panels, accumulate, code, rows);
                 break;
             case DType.Q4_0:
-                Multiply<V, Q4Format<V>>(team, rounded, output, input, panels, accumulate, code);
+                Multiply<V, Q4Format<V>>(team, scratch, output, input, panels, accumulate, code, rows);
                 break;
             case DType.Q4_1:
-                Multiply<V, Q41Format<V>>(team, rounded, output, input, panels, accumulate, code);
+                Multiply<V, Q41Format<V>>(team, scratch, output, input, panels, accumulate, code, rows);
                 break;
             case DType.Q5_0:
-                Multiply<V, Q5Format<V>>(team, rounded, output, input, panels, accumulate, code);
+                Multiply<V, Q5Format<V>>(team, scratch, output, input, panels, accumulate, code, rows);
                 break;
             case DType.Q5_1:
-                Multiply<V, Q51Format<V>>(team, rounded, output, input, panels, accumulate, code);
+                Multiply<V, Q51Format<V>>(team, scratch, output, input, panels, accumulate, code, rows);
                 break;
             case DType.Q4_K:
-                Multiply<V, Q4KFormat<V>>(team, rounded, output, input, panels, accumulate, code);
+                Multiply<V, Q4KFormat<V>>(team, scratch, output, input, panels, accumulate, code, rows);
                 break;
             case DType.Q5_K:
-                Multiply<V, Q5KFormat<V>>(team, rounded, output, input, panels, accumulate, code);
+                Multiply<V, Q5KFormat<V>>(team, scratch, output, input, panels, accumulate, code, rows);
                 break;
             case DType.Q6_K:
-                Multiply<V, Q6KFormat<V>>(team, rounded, output, input, panels, accumulate, code);
+                Multiply<V, Q6KFormat<V>>(team, scratch, output, input, panels, accumulate, code, rows);
                 break;
             default:
                 throw new ArgumentOutOfRangeException(nameof(panels), panels.Type, "not a quantized type");
         }
     }
 
-    private static void Multiply<V, F>(ThreadTeam team, byte* rounded, Tensor output, Tensor input, Tensor panels, bool accumulate, nint code)
+    private static void Multiply<V, F>(
+        ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Tensor panels, bool accumulate, nint code, StoredRows[] rows)
         where V : struct, ILanes<V>
         where F : struct, IBlockFormat<V>
     {
-        RoundedInputs.Round<V>(team, rounded, input, MostRows, inWords: false);
+        RoundedInputs.Round<V>(team, (byte*)scratch.Shared, input, MostRows, inWords: false);
         long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
-        int panelsTogether = code != 0 || input.Rows == 1 ? PanelsTogether : 1;
+        int panelsTogether = rows.Length == 0 && (code != 0 || input.Rows == 1) ? PanelsTogether : 1;
         int panelsPerTask = WeightPanels.OfTask(panelBytes, panelCount, panelsTogether);
         MultiplyWork<V, F> work = new()
         {
+            Scratch = scratch,
             Output = output,
-            Rounded = rounded,
+            Rounded = (byte*)scratch.Shared,
+            Rows = rows,
             Panels = (byte*)panels.Address,
             PanelBytes = (nint)panelBytes,
             PanelCount = panelCount,
@@ -98,8 +116,12 @@ internal static unsafe class QuantizedMatMul
         where V : struct, ILanes<V>
         where F : struct, IBlockFormat<V>
     {
+        public Scratch Scratch;
         public Tensor Output;
         public byte* Rounded;
+
+        // In place of panels.
+        public StoredRows[] Rows;
         public byte* Panels;
         public nint PanelBytes;
         public int PanelCount;
@@ -124,7 +146,7 @@ internal static unsafe class QuantizedMatMul
                 for (int panel = first; panel < end; panel += panels)
                 {
                     panels = Math.Min(PanelsTogether, end - panel);
-                    byte* weights = Panels + (panel * PanelBytes);
+                    byte* weights = Rows.Length == 0 ? Panels + (panel * PanelBytes) : Turned(panel, thread);
                     for (int p = 0; p < panels; p++)
                     {
                         Begin(sums + (p * rows * V.Count), row, rows, panel + p);
@@ -153,6 +175,14 @@ internal static unsafe class QuantizedMatMul
                     }
                 }
             }
+        }
+
+        private readonly byte* Turned(int panel, int thread)
+        {
+            byte* turned = (byte*)Scratch.Of(thread);
+            byte* rows = WeightPanels.Rows<V>(Rows, PanelBytes / V.Count, panel, out nint step);
+            WeightPanels.Turn<V>(turned, rows, step, Groups / F.Groups, F.BlockBytes);
+            return turned;
         }
 
         // One row by panels, whose sums follow each other; or a panel by rows of a block, so many together and a last one.

@@ -90,7 +90,7 @@ internal static unsafe class TiledMatMul
                 Scratch = scratch,
                 Output = output.RowRange(row, count),
                 Rounded = (byte*)scratch.Shared,
-                Rows = weight.Type == DType.Q8_0 ? weight.Rows : [],
+                Rows = weight.Type == DType.Q8_0 || weight.IsInPlace ? weight.Rows : [],
                 Panels = (byte*)weight.PackedForward.Address,
                 RowBytes = (nint)weight.Type.RowBytes(weight.Inputs),
                 PanelCount = panelCount,
@@ -109,7 +109,7 @@ internal static unsafe class TiledMatMul
         public Tensor Output;
         public byte* Rounded;
 
-        // Of Q8_0 until it is packed; else there are panels.
+        // Until they are packed; else there are panels.
         public StoredRows[] Rows;
         public byte* Panels;
         public nint RowBytes;
@@ -208,8 +208,8 @@ internal static unsafe class TiledMatMul
                 return Panels + (((panel * RowBytes) + offset) * Lanes512.Count);
             }
 
-            byte* rows = Q8MatMul.Panel<Lanes512>(Rows, RowBytes, panel, out nint step);
-            Q8MatMul.Turn<Lanes512>(turned, rows + offset, step, groups);
+            byte* rows = WeightPanels.Rows<Lanes512>(Rows, RowBytes, panel, out nint step);
+            WeightPanels.Turn<Lanes512>(turned, rows + offset, step, groups, F.BlockBytes);
             return turned;
         }
 

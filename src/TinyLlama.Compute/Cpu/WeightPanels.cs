@@ -1,4 +1,5 @@
 using System.Runtime.CompilerServices;
+using TinyLlama.Compute.Native;
 
 namespace TinyLlama.Compute.Cpu;
 
@@ -12,6 +13,9 @@ internal static unsafe class WeightPanels
 {
     // They stay in the second cache while rows pass by.
     private const long TaskBytes = 96 << 10;
+
+    // Bytes of rows that are packed between two times that pages are dropped.
+    private const int PackedBytes = 2 << 20;
 
     /// <summary>The panels of a task: multiples of those that are multiplied together.</summary>
     public static int OfTask(long panelBytes, int panelCount, int together) =>
@@ -58,6 +62,73 @@ internal static unsafe class WeightPanels
         }
     }
 
+    /// <summary>Turns a weight in place into its panels, and drops its pages: some at a time, as both are in memory until then.</summary>
+    public static void Pack<V>(ThreadTeam team, Weight weight)
+        where V : struct, ILanes<V>
+    {
+        PackWork<V> work = new()
+        {
+            Rows = weight.Rows,
+            Panels = (byte*)weight.PackedForward.Address,
+            RowBytes = (nint)weight.Type.RowBytes(weight.Inputs),
+            BlockBytes = weight.Type.BlockBytes(),
+        };
+        foreach (StoredRows rows in weight.Rows)
+        {
+            // Rows of heads do not lie in their order.
+            int atOnce = rows.HeadDim > 0 ? rows.Count : (int)Math.Max(1, PackedBytes / (work.RowBytes * V.Count)) * V.Count;
+            for (int row = 0; row < rows.Count; row += atOnce)
+            {
+                int count = Math.Min(atOnce, rows.Count - row);
+                team.Run(ref work, count / V.Count);
+                work.FirstPanel += count / V.Count;
+                PageMemory.DropFilePages(rows.Address + (row * work.RowBytes), count * (long)work.RowBytes);
+            }
+        }
+    }
+
+    /// <summary>The first row of a panel and the bytes to the next.</summary>
+    public static byte* Rows<V>(StoredRows[] ranges, nint rowBytes, int panel, out nint step)
+        where V : struct, ILanes<V>
+    {
+        int row = panel * V.Count;
+        int i = 0;
+        for (; row >= ranges[i].Count; i++)
+        {
+            row -= ranges[i].Count;
+        }
+
+        (nint address, step) = ranges[i].At(row, rowBytes);
+        return (byte*)address;
+    }
+
+    /// <summary>Rows become a panel: of each block, a scale and then whole registers of dwords, the scales of all rows, then dword after dword.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    public static void Turn<V>(byte* panel, byte* rows, nint step, int blocks, int blockBytes)
+        where V : struct, ILanes<V>
+    {
+        for (int block = 0; block < blocks; block++)
+        {
+            for (int lane = 0; lane < V.Count; lane++)
+            {
+                ((ushort*)panel)[lane] = *(ushort*)(rows + (lane * step));
+            }
+
+            float* dwords = (float*)(panel + (sizeof(ushort) * V.Count));
+            for (int i = sizeof(ushort); i < blockBytes; i += 4 * sizeof(uint), dwords += 4 * V.Count)
+            {
+                V.LoadTurned(rows + i, step, out V w0, out V w1, out V w2, out V w3);
+                w0.Store(dwords);
+                w1.Store(dwords + V.Count);
+                w2.Store(dwords + (2 * V.Count));
+                w3.Store(dwords + (3 * V.Count));
+            }
+
+            rows += blockBytes;
+            panel += blockBytes * V.Count;
+        }
+    }
+
     /// <summary>Widens one row.</summary>
     public static void DecodeRow(float* destination, Tensor panels, int lanes, int row)
     {
@@ -93,6 +164,23 @@ internal static unsafe class WeightPanels
         DType.Q6_K => 208,
         _ => -1,
     };
+
+    private struct PackWork<V> : IWork
+        where V : struct, ILanes<V>
+    {
+        public StoredRows[] Rows;
+        public byte* Panels;
+        public int FirstPanel;
+        public nint RowBytes;
+        public int BlockBytes;
+
+        public readonly void Run(int task, int thread)
+        {
+            int panel = FirstPanel + task;
+            byte* source = WeightPanels.Rows<V>(Rows, RowBytes, panel, out nint step);
+            Turn<V>(Panels + (panel * RowBytes * V.Count), source, step, (int)RowBytes / BlockBytes, BlockBytes);
+        }
+    }
 
     private struct WriteWork<V> : IWork
         where V : struct, ILanes<V>

@@ -104,6 +104,9 @@ public sealed unsafe class CudaBackend : Backend
     public override bool ReadsInPlace(DType type, int inputs, StoredRows rows) => false;
 
     /// <inheritdoc/>
+    public override bool ReadsTable(DType type) => false;
+
+    /// <inheritdoc/>
     public override void WriteRows(Weight weight, int firstRow, ReadOnlySpan<byte> rows) =>
         _products.WriteRows(weight, firstRow, rows);
 

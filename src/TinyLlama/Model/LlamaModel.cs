@@ -359,7 +359,7 @@ public sealed class LlamaModel : IDisposable
         }
 
         // A table is never packed in turn: one of 16 bits that is also the head is at once, a quantized one stays rows.
-        if (stored.StaysInPlace(_backend, columns) && (!Config.TiedEmbeddings || type.IsQuantized()))
+        if (stored.StaysInPlace(_backend, columns) && _backend.ReadsTable(type) && (!Config.TiedEmbeddings || type.IsQuantized()))
         {
             return new Parameter(EmbeddingName, default, default, new FrozenRows(Weight.InPlace([stored.Rows], columns, type), 0, rows));
         }

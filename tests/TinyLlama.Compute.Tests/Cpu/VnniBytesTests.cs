@@ -154,7 +154,7 @@ public sealed unsafe class VnniBytesTests
                     using ThreadTeam team = new(1);
                     using Scratch scratch = new(1);
                     QuantizedMatMul.Forward<Lanes512>(
-                        team, scratch, Matrix(to, Outputs), Matrix(input, Columns), new((nint)weights, Outputs, Columns, Columns, Type), accumulate: true);
+                        team, scratch, Matrix(to, Outputs), Matrix(input, Columns), new((nint)weights, Outputs, Columns, Columns, Type), accumulate: true, code: 0, rows: []);
                 }
             }
 
