@@ -224,7 +224,8 @@ internal static unsafe class KeyValueCache
                 case DType.F32:
                     for (int d = first; d < end; d++)
                     {
-                        ((float*)head)[Element(d, place, areKeys)] = x[d];
+                        (int step, int column) = Element(d, place, areKeys);
+                        ((float*)head)[(step * Tile<V>.Columns) + column] = x[d];
                     }
 
                     break;
@@ -233,7 +234,8 @@ internal static unsafe class KeyValueCache
                     Round(halves, x + first, end - first);
                     for (int d = first; d < end; d++)
                     {
-                        ((ushort*)head)[Element(d, place, areKeys)] = (ushort)halves[d - first];
+                        (int step, int column) = Element(d, place, areKeys);
+                        ((ushort*)head)[(step * Tile<V>.Columns) + column] = (ushort)halves[d - first];
                     }
 
                     break;
@@ -241,7 +243,7 @@ internal static unsafe class KeyValueCache
                     float inverse = PutScale(head, x, first, end, place);
                     for (int d = first; d < end; d++)
                     {
-                        (int step, int column) = Math.DivRem(Element(d, place, areKeys), Tile<V>.Columns);
+                        (int step, int column) = Element(d, place, areKeys);
                         (int half, int word) = Math.DivRem(column, V.Count);
                         ((sbyte*)head)[(step * Tile<V>.Columns) + (2 * word) + half] =
                             (sbyte)Math.Clamp(MathF.Round(x[d] * inverse), -sbyte.MaxValue, sbyte.MaxValue);
@@ -253,9 +255,9 @@ internal static unsafe class KeyValueCache
 
         // Of a head's panels: a key is a column of one, a value a step of each.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private int Element(int d, int place, bool areKeys) => areKeys
-            ? (((place / Tile<V>.Columns * headDim) + d) * Tile<V>.Columns) + (place % Tile<V>.Columns)
-            : (((d / Tile<V>.Columns * Block) + place) * Tile<V>.Columns) + (d % Tile<V>.Columns);
+        private (int Step, int Column) Element(int d, int place, bool areKeys) => areKeys
+            ? ((place / Tile<V>.Columns * headDim) + d, place % Tile<V>.Columns)
+            : ((d / Tile<V>.Columns * Block) + place, d % Tile<V>.Columns);
 
         private static void Round(uint* halves, float* x, int count)
         {

@@ -22,7 +22,7 @@ internal static unsafe class QuantizedMatMul
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
     private const int MostRows = 32;
 
-    /// <summary>Whether rows may be multiplied where they lie, a panel of which is turned at a time.</summary>
+    /// <summary>Whether rows may be multiplied where they lie: each task turns its panels into the scratch.</summary>
     public static bool Reads<V>(DType type, int inputs, StoredRows rows)
         where V : struct, ILanes<V> =>
         type == DType.Q4_0 && rows.IsRegular(V.Count) && type.RowBytes(inputs) * V.Count <= Q8MatMul.ThreadBytes;
@@ -92,6 +92,8 @@ internal static unsafe class QuantizedMatMul
         RoundedInputs.Round<V>(team, (byte*)scratch.Shared, input, MostRows, inWords: false);
         long panelBytes = panels.Type.RowBytes(panels.Columns) * V.Count;
         int panelCount = (panels.Rows + V.Count - 1) / V.Count;
+
+        // What a task turns fits the scratch only if it is the fewest panels.
         int panelsTogether = rows.Length == 0 && (code != 0 || input.Rows == 1) ? PanelsTogether : 1;
         int panelsPerTask = WeightPanels.OfTask(panelBytes, panelCount, panelsTogether);
         MultiplyWork<V, F> work = new()
@@ -138,6 +140,7 @@ internal static unsafe class QuantizedMatMul
             float* sums = stackalloc float[(Code == 0 ? 1 : PanelsTogether) * MostRows * V.Count];
             int first = task * PanelsPerTask;
             int end = Math.Min(PanelCount, first + PanelsPerTask);
+            byte* ofTask = Rows.Length == 0 ? Panels + (first * PanelBytes) : Turned((byte*)Scratch.Of(thread), first, end);
             for (int row = 0; row < Output.Rows; row += MostRows)
             {
                 int rows = Math.Min(MostRows, Output.Rows - row);
@@ -146,7 +149,7 @@ internal static unsafe class QuantizedMatMul
                 for (int panel = first; panel < end; panel += panels)
                 {
                     panels = Math.Min(PanelsTogether, end - panel);
-                    byte* weights = Rows.Length == 0 ? Panels + (panel * PanelBytes) : Turned(panel, thread);
+                    byte* weights = ofTask + ((panel - first) * PanelBytes);
                     for (int p = 0; p < panels; p++)
                     {
                         Begin(sums + (p * rows * V.Count), row, rows, panel + p);
@@ -177,11 +180,15 @@ internal static unsafe class QuantizedMatMul
             }
         }
 
-        private readonly byte* Turned(int panel, int thread)
+        // The panels of the task, once for all rows of inputs.
+        private readonly byte* Turned(byte* turned, int first, int end)
         {
-            byte* turned = (byte*)Scratch.Of(thread);
-            byte* rows = WeightPanels.Rows<V>(Rows, PanelBytes / V.Count, panel, out nint step);
-            WeightPanels.Turn<V>(turned, rows, step, Groups / F.Groups, F.BlockBytes);
+            for (int panel = first; panel < end; panel++)
+            {
+                byte* rows = WeightPanels.Rows<V>(Rows, PanelBytes / V.Count, panel, out nint step);
+                WeightPanels.Turn<V>(turned + ((panel - first) * PanelBytes), rows, step, Groups / F.Groups, F.BlockBytes);
+            }
+
             return turned;
         }
 
