@@ -59,6 +59,7 @@ internal static unsafe class KeyValueCache
     }
 
     /// <summary>The panels of the first keys of a block: in place, or widened to <paramref name="room"/>.</summary>
+    [SkipLocalsInit]
     public static float* Keys<V>(float* room, Tensor cache, int block, int head, int headDim, int count)
         where V : struct, ILanes<V>
     {
@@ -91,6 +92,7 @@ internal static unsafe class KeyValueCache
     }
 
     /// <summary>The panels of the first values of a block, the same way.</summary>
+    [SkipLocalsInit]
     public static float* Values<V>(float* room, Tensor cache, int block, int head, int headDim, int count)
         where V : struct, ILanes<V>
     {

@@ -34,9 +34,6 @@ internal static unsafe class Q8MatMul
     // Panels that a row is multiplied by in turns, group after group: memory is read faster in several places at once.
     private const int PanelsTogether = 4;
 
-    // How far ahead panels are fetched: some memory latency at the rate of a core.
-    private const int PrefetchBytes = 2048;
-
     /// <summary>Whether the kernels read rows where they lie.</summary>
     public static bool Reads<V>(StoredRows rows)
         where V : struct, ILanes<V> => rows.IsRegular(V.Count);
@@ -88,6 +85,7 @@ internal static unsafe class Q8MatMul
                 RowBytes = (nint)groups * BlockBytes,
                 PanelCount = panelCount,
                 PanelsPerTask = panelsPerTask,
+                NextTask = team.Threads,
                 Groups = groups,
                 Accumulate = accumulate,
             };
@@ -123,6 +121,9 @@ internal static unsafe class Q8MatMul
         public nint RowBytes;
         public int PanelCount;
         public int PanelsPerTask;
+
+        // The tasks from one that a thread begins to the next that it is likely to.
+        public int NextTask;
         public int Groups;
         public bool Accumulate;
 
@@ -146,7 +147,8 @@ internal static unsafe class Q8MatMul
                 int panels = Panels is null ? 1 : PanelsTogether;
                 for (int panel = first; panel < end; panel += panels)
                 {
-                    MultiplyAlone(row, panel, Math.Min(panels, end - panel), rounded);
+                    int next = panel + panels < end ? panel + panels : (task + NextTask) * PanelsPerTask;
+                    MultiplyAlone(row, panel, Math.Min(panels, end - panel), next, rounded);
                 }
             }
         }
@@ -217,7 +219,7 @@ internal static unsafe class Q8MatMul
         }
 
         [SkipLocalsInit]
-        private readonly void MultiplyAlone(int row, int panel, int panels, byte* rounded)
+        private readonly void MultiplyAlone(int row, int panel, int panels, int next, byte* rounded)
         {
             float* sums = stackalloc float[PanelsTogether * MaxLanes];
             int column = panel * V.Count;
@@ -225,7 +227,8 @@ internal static unsafe class Q8MatMul
             Begin(sums, panels, Output.F32(row) + column, columns, Accumulate);
             if (Panels is not null)
             {
-                MultiplyPanels(sums, Panels + (panel * RowBytes * V.Count), RowBytes * V.Count, panels, rounded, Groups);
+                nint panelBytes = RowBytes * V.Count;
+                MultiplyPanels(sums, Panels + (panel * panelBytes), panelBytes, panels, (next - panel - 1) * panelBytes, rounded, Groups);
             }
             else
             {
@@ -343,15 +346,17 @@ internal static unsafe class Q8MatMul
 
         // One row and panels.
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static void MultiplyPanels(float* sums, byte* weights, nint panelBytes, int panels, byte* rounded, int groups)
+        private static void MultiplyPanels(float* sums, byte* weights, nint panelBytes, int panels, nint next, byte* rounded, int groups)
         {
+            int ahead = QuantizedMatMul.BlocksAhead(BlockBytes * V.Count);
             for (int group = 0; group < groups; group++)
             {
                 byte* panel = weights;
+                nint fetched = (ahead * BlockBytes * V.Count) + (groups - group > ahead ? 0 : next);
                 float* sum = sums;
                 for (int p = 0; p < panels; p++, panel += panelBytes, sum += V.Count)
                 {
-                    Prefetch(panel + PrefetchBytes);
+                    Prefetch(panel + fetched);
                     V scale = Halves<V>.Load(panel) * V.Create(*(float*)(rounded + Group));
                     byte* bytes = panel + (sizeof(ushort) * V.Count);
                     V a = V.AddDwords(Products(bytes, 0, rounded), Products(bytes, 1, rounded));
@@ -389,21 +394,21 @@ internal static unsafe class Q8MatMul
         {
             if (Sse.IsSupported)
             {
-                Sse.Prefetch0(p);
-                Sse.Prefetch0(p + 64);
-                Sse.Prefetch0(p + 128);
+                Sse.Prefetch1(p);
+                Sse.Prefetch1(p + 64);
+                Sse.Prefetch1(p + 128);
                 if (V.Count > 4)
                 {
-                    Sse.Prefetch0(p + 192);
-                    Sse.Prefetch0(p + 256);
+                    Sse.Prefetch1(p + 192);
+                    Sse.Prefetch1(p + 256);
                 }
 
                 if (V.Count > 8)
                 {
-                    Sse.Prefetch0(p + 320);
-                    Sse.Prefetch0(p + 384);
-                    Sse.Prefetch0(p + 448);
-                    Sse.Prefetch0(p + 512);
+                    Sse.Prefetch1(p + 320);
+                    Sse.Prefetch1(p + 384);
+                    Sse.Prefetch1(p + 448);
+                    Sse.Prefetch1(p + 512);
                 }
             }
         }

@@ -16,11 +16,15 @@ internal static unsafe class QuantizedMatMul
     /// <summary>Panels that one row is multiplied by in turns, block after block: memory is read faster in several places at once.</summary>
     public const int PanelsTogether = 4;
 
-    /// <summary>How far ahead panels are fetched: some memory latency at the rate of a core.</summary>
-    public const int PrefetchBytes = 2048;
+    // How far ahead panels are fetched: some memory latency at the rate of a core.
+    private const int PrefetchBytes = 2048;
 
     // Rows that a task multiplies by a panel while their bytes of a block are in the first cache.
     private const int MostRows = 32;
+
+    /// <summary>How many blocks ahead panels are fetched: to the second cache, as more lines can be on their way there than to the first.</summary>
+    /// <param name="blockBytes">Bytes of a block of a panel.</param>
+    public static int BlocksAhead(int blockBytes) => (PrefetchBytes + blockBytes - 1) / blockBytes;
 
     /// <summary>Whether rows may be multiplied where they lie: each task turns its panels into the scratch.</summary>
     public static bool Reads<V>(DType type, int inputs, StoredRows rows)
@@ -107,6 +111,7 @@ internal static unsafe class QuantizedMatMul
             PanelCount = panelCount,
             PanelsPerTask = panelsPerTask,
             PanelsTogether = panelsTogether,
+            NextTask = team.Threads,
             Groups = panels.Columns / RoundedInputs.Group,
             Accumulate = accumulate,
             Code = code,
@@ -129,12 +134,16 @@ internal static unsafe class QuantizedMatMul
         public int PanelCount;
         public int PanelsPerTask;
         public int PanelsTogether;
+
+        // The tasks from one that a thread begins to the next that it is likely to.
+        public int NextTask;
         public int Groups;
         public bool Accumulate;
 
         // Of VnniBytes, or zero.
         public nint Code;
 
+        [SkipLocalsInit]
         public readonly void Run(int task, int thread)
         {
             float* sums = stackalloc float[(Code == 0 ? 1 : PanelsTogether) * MostRows * V.Count];
@@ -155,21 +164,24 @@ internal static unsafe class QuantizedMatMul
                         Begin(sums + (p * rows * V.Count), row, rows, panel + p);
                     }
 
+                    // What is read next, from the end of the first panel: panels of this task, or of the next one that the thread is likely to claim.
+                    bool goesOn = panel + panels < end || Rows.Length > 0;
+                    nint next = ((goesOn ? panels : ((task + NextTask) * PanelsPerTask) - panel) - 1) * PanelBytes;
                     if (Code != 0)
                     {
-                        VnniBytes.Multiply(Code, sums, weights, PanelBytes, panels, rounded, Groups / F.Groups, rows);
+                        VnniBytes.Multiply(Code, sums, weights, PanelBytes, panels, rounded, Groups / F.Groups, rows, next);
                     }
                     else if (F.HasHalfScales)
                     {
-                        Multiply<Halves>(sums, weights, panels, rounded, rows, rows > 1 ? rows : 0);
+                        Multiply<Halves>(sums, weights, panels, next, rounded, rows, rows > 1 ? rows : 0);
                     }
                     else if (F.FitsWords)
                     {
-                        Multiply<Pairs>(sums, weights, panels, rounded, rows, rows & ~1);
+                        Multiply<Pairs>(sums, weights, panels, next, rounded, rows, rows & ~1);
                     }
                     else
                     {
-                        Multiply<Singles>(sums, weights, panels, rounded, rows, rows > 1 ? rows : 0);
+                        Multiply<Singles>(sums, weights, panels, next, rounded, rows, rows > 1 ? rows : 0);
                     }
 
                     for (int p = 0; p < panels; p++)
@@ -193,7 +205,7 @@ internal static unsafe class QuantizedMatMul
         }
 
         // One row by panels, whose sums follow each other; or a panel by rows of a block, so many together and a last one.
-        private readonly void Multiply<TRows>(float* sums, byte* weights, int panels, byte* rounded, int rows, int together)
+        private readonly void Multiply<TRows>(float* sums, byte* weights, int panels, nint next, byte* rounded, int rows, int together)
         {
             if (together > 0)
             {
@@ -203,7 +215,7 @@ internal static unsafe class QuantizedMatMul
             if (together < rows)
             {
                 byte* last = rounded + (together * RoundedInputs.GroupBytes);
-                MultiplyRow<TRows>(sums + (together * V.Count), weights, PanelBytes, panels, last, Groups, rows);
+                MultiplyRow<TRows>(sums + (together * V.Count), weights, PanelBytes, panels, next, last, Groups, rows);
             }
         }
 
@@ -238,13 +250,15 @@ internal static unsafe class QuantizedMatMul
         // One of so many rows that lie in a block, and panels: the bits of MultiplyRows.
         [SkipLocalsInit]
         [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-        private static void MultiplyRow<TRows>(float* sums, byte* weights, nint panelBytes, int panels, byte* rounded, int groups, int rows)
+        private static void MultiplyRow<TRows>(float* sums, byte* weights, nint panelBytes, int panels, nint next, byte* rounded, int groups, int rows)
         {
             byte* scales = stackalloc byte[4 * sizeof(float) * V.Count];
             nint nextGroup = rows * RoundedInputs.GroupBytes;
+            int ahead = BlocksAhead(F.BlockBytes * V.Count);
             for (int done = 0; done < groups; done += F.Groups)
             {
                 byte* block = weights;
+                byte* fetched = weights + (ahead * F.BlockBytes * V.Count) + (groups - done > ahead * F.Groups ? 0 : next);
                 float* sumOfPanel = sums;
                 for (int p = 0; p < panels; p++, block += panelBytes, sumOfPanel += rows * V.Count)
                 {
@@ -253,7 +267,7 @@ internal static unsafe class QuantizedMatMul
                     F.Units(block, scales, out V unit, out V offsetUnit);
                     for (int group = 0; group < F.Groups; group++, x += nextGroup)
                     {
-                        Prefetch(weights, (p * F.Groups) + group, panelBytes, panels);
+                        Prefetch(fetched, (p * F.Groups) + group, panelBytes, panels);
                         V w0 = F.Bytes(block, group, 0);
                         V w1 = F.Bytes(block, group, 1);
                         V w2 = F.Bytes(block, group, 2);
@@ -420,18 +434,18 @@ internal static unsafe class QuantizedMatMul
 
         // What a task reads next lies in all its panels: a few bytes of each for each group that it multiplies.
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        private static void Prefetch(byte* weights, int groupOfPanels, nint panelBytes, int panels)
+        private static void Prefetch(byte* fetched, int groupOfPanels, nint panelBytes, int panels)
         {
             if (Sse.IsSupported)
             {
                 int bytes = F.BlockBytes / F.Groups * V.Count / QuantizedMatMul.PanelsTogether;
-                byte* next = weights + Math.Max(PrefetchBytes, F.BlockBytes * V.Count) + (groupOfPanels * bytes);
-                for (int p = 0; p < panels; p++, next += panelBytes)
+                fetched += groupOfPanels * bytes;
+                for (int p = 0; p < panels; p++, fetched += panelBytes)
                 {
-                    Sse.Prefetch0(next);
+                    Sse.Prefetch1(fetched);
                     if (bytes > 64)
                     {
-                        Sse.Prefetch0(next + 64);
+                        Sse.Prefetch1(fetched + 64);
                     }
                 }
             }

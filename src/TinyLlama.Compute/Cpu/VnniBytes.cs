@@ -52,15 +52,17 @@ internal static unsafe class VnniBytes
     /// <param name="rounded">Rows of <see cref="RoundedInputs"/>, a group of each after the other.</param>
     /// <param name="blocks">The number of blocks of a row, at least one.</param>
     /// <param name="rows">The number of rows, at least one.</param>
+    /// <param name="next">What is read next: the bytes to it from the end of the first panel. It is fetched, as far as bytes are fetched ahead.</param>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static void Multiply(nint code, float* sums, byte* weights, nint panelBytes, nint panels, byte* rounded, nint blocks, nint rows) =>
-        ((delegate* unmanaged[SuppressGCTransition]<float*, byte*, nint, nint, byte*, nint, nint, void>)code)(
-            sums, weights, panelBytes, panels, rounded, blocks, rows);
+    public static void Multiply(
+        nint code, float* sums, byte* weights, nint panelBytes, nint panels, byte* rounded, nint blocks, nint rows, nint next) =>
+        ((delegate* unmanaged[SuppressGCTransition]<float*, byte*, nint, nint, byte*, nint, nint, nint, void>)code)(
+            sums, weights, panelBytes, panels, rounded, blocks, rows, next);
 
     /// <summary>The machine code of <see cref="Multiply"/>; position-independent, without data.</summary>
     internal static byte[] Emit(DType type) => ExecutableMemory.Assemble(code =>
     {
-        // On entry: rdi sums, rsi weights, rdx panelBytes, rcx panels, r8 rounded, r9 blocks, on the stack rows.
+        // On entry: rdi sums, rsi weights, rdx panelBytes, rcx panels, r8 rounded, r9 blocks, on the stack rows, next.
         // A block's panels at r12, r13 of them left; a panel's sums at r11; a row's group at rax, its sums at r10, rbx rows left; what
         // is fetched at r14, three panels' bytes in r15. Bytes of a group in zmm0 to 7, its scale and offset in 8 and 9, or the whole
         // scales of its halves in 9 and 10; those of a block from 11; constants from 17.
@@ -68,6 +70,7 @@ internal static unsafe class VnniBytes
         AssemblerRegisterZMM scale = zmm8, offset = zmm9, firstHalf = zmm9, secondHalf = zmm10, unit = zmm11, offsetUnit = zmm12;
         AssemblerRegisterZMM nibbles = zmm17, fifthBit = zmm18, sixBits = zmm19, highBits = zmm20, lowByte = zmm21, signs = zmm22;
         int blockBytes = type.BlockBytes() * Lanes;
+        int ahead = QuantizedMatMul.BlocksAhead(blockBytes);
         int groups = type.BlockElements() / RoundedInputs.Group;
         bool hasOffsets = type is DType.Q4_K or DType.Q5_K;
         Label block = code.CreateLabel(), panel = code.CreateLabel();
@@ -87,7 +90,10 @@ internal static unsafe class VnniBytes
         code.mov(r12, rsi);
         code.mov(r11, rdi);
         code.mov(r13, rcx);
-        code.lea(r14, __[rsi + Math.Max(QuantizedMatMul.PrefetchBytes, blockBytes)]);
+        code.lea(r14, __[rsi + (ahead * blockBytes)]);
+        code.cmp(r9, ahead);
+        code.ja(panel);
+        code.add(r14, __[rsp + (sizeof(long) * (saved.Length + 2))]);
         code.Label(ref panel);
         code.mov(rax, r8);
         LoadUnits();
@@ -137,10 +143,10 @@ internal static unsafe class VnniBytes
             for (int line = 0; line < piece; line += 64)
             {
                 int at = (group * piece) + line;
-                code.prefetcht0(__byte_ptr[r14 + at]);
-                code.prefetcht0(__byte_ptr[r14 + rdx + at]);
-                code.prefetcht0(__byte_ptr[r14 + (rdx * 2) + at]);
-                code.prefetcht0(__byte_ptr[r14 + r15 + at]);
+                code.prefetcht1(__byte_ptr[r14 + at]);
+                code.prefetcht1(__byte_ptr[r14 + rdx + at]);
+                code.prefetcht1(__byte_ptr[r14 + (rdx * 2) + at]);
+                code.prefetcht1(__byte_ptr[r14 + r15 + at]);
             }
         }
 
@@ -366,7 +372,7 @@ internal static unsafe class VnniBytes
         {
             FillWeights(type, weights, panels.Length);
             FillInputs(rounded, Rows * groups);
-            Multiply(code, actual, weights, panelBytes, Panels - 1, rounded, Blocks, Rows);
+            Multiply(code, actual, weights, panelBytes, Panels - 1, rounded, Blocks, Rows, next: 0);
             Tensor stored = new((nint)weights, Outputs, columns, columns, type);
             for (int i = 0; i < sums.Length; i++)
             {

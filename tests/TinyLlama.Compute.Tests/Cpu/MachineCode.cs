@@ -27,6 +27,7 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
     private readonly uint[][] _vectors = [.. Enumerable.Range(0, 32).Select(_ => Enumerable.Repeat(0x7FC0_1234u, 16).ToArray())];
     private readonly uint[][] _tiles = [.. Enumerable.Range(0, 8).Select(_ => Enumerable.Repeat(0x7FC0_1234u, 256).ToArray())];
     private bool _zero;
+    private bool _below;
     private bool _upperCleared;
 
     /// <summary>The addresses of lines that were fetched ahead, in order.</summary>
@@ -121,9 +122,12 @@ internal sealed class MachineCode(byte[] code, Func<int, (int Rows, int Bytes)>?
                 SetWithFlag(instruction, Whole(instruction, 0) - 1);
                 break;
             case Mnemonic.Cmp:
-                Assert.Equal(MemorySize.UInt32, instruction.MemorySize);
-                _zero = Read(Address(instruction, 0), 1)[0] == (uint)instruction.GetImmediate(1);
+                Assert.True(instruction.Op0Kind == OpKind.Register || instruction.MemorySize == MemorySize.UInt32);
+                ulong left = instruction.Op0Kind == OpKind.Register ? Whole(instruction, 0) : Read(Address(instruction, 0), 1)[0];
+                (_zero, _below) = (left == instruction.GetImmediate(1), left < instruction.GetImmediate(1));
                 break;
+            case Mnemonic.Ja:
+                return _zero || _below ? instruction.NextIP : instruction.NearBranchTarget;
             case Mnemonic.Je:
                 return _zero ? instruction.NearBranchTarget : instruction.NextIP;
             case Mnemonic.Jmp:
