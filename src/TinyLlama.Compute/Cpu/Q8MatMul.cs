@@ -31,8 +31,8 @@ internal static unsafe class Q8MatMul
     // Groups that are turned at once.
     private const int GroupsAtOnce = 256;
 
-    // Panels that a row is multiplied by in turns, group after group: memory is read faster in several places at once.
-    private const int PanelsTogether = 4;
+    // Panels that a row is multiplied by in turns, group after group.
+    private const int PanelsTogether = QuantizedMatMul.PanelsTogether;
 
     /// <summary>Whether the kernels read rows where they lie.</summary>
     public static bool Reads<V>(StoredRows rows)

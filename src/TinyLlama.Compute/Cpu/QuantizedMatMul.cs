@@ -164,9 +164,9 @@ internal static unsafe class QuantizedMatMul
                         Begin(sums + (p * rows * V.Count), row, rows, panel + p);
                     }
 
-                    // What is read next, from the end of the first panel: panels of this task, or of the next one that the thread is likely to claim.
-                    bool goesOn = panel + panels < end || Rows.Length > 0;
-                    nint next = ((goesOn ? panels : ((task + NextTask) * PanelsPerTask) - panel) - 1) * PanelBytes;
+                    // What is read next: panels of this task, or of the next one that the thread is likely to claim.
+                    int nextPanel = panel + panels < end || Rows.Length > 0 ? panel + panels : (task + NextTask) * PanelsPerTask;
+                    nint next = (nextPanel - panel - 1) * PanelBytes;
                     if (Code != 0)
                     {
                         VnniBytes.Multiply(Code, sums, weights, PanelBytes, panels, rounded, Groups / F.Groups, rows, next);
