@@ -4,6 +4,7 @@ using System.Text.Json.Nodes;
 using TinyLlama.Checkpoints;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Cuda;
 using TinyLlama.Data;
 using TinyLlama.Inference;
 using TinyLlama.Model;
@@ -45,7 +46,7 @@ internal sealed record InferenceBench(
     /// <exception cref="UserErrorException">There is no such model.</exception>
     public static InferenceBench Run(Backend device, string path, InferenceRound round, double seconds, CancellationToken stop)
     {
-        long available = device.AvailableBytes, start = Stopwatch.GetTimestamp();
+        long start = Stopwatch.GetTimestamp(), held = (device as CudaBackend)?.HeldBytes ?? 0;
         bool together = device is CpuBackend;
         using var backend = new TimedBackend(device) { Times = together };
         using ModelSource source = ModelSource.Open(path, Console.Error.WriteLine);
@@ -84,7 +85,7 @@ internal sealed record InferenceBench(
         }
 
         using var process = Process.GetCurrentProcess();
-        long peakBytes = together ? process.PeakWorkingSet64 : available - device.AvailableBytes;
+        long peakBytes = device is CudaBackend gpu ? gpu.HeldBytes - held : process.PeakWorkingSet64;
         OperationTimes[] operations = backend.TakeTimes();
         Ceiling ceiling = Ceiling.Measure(device);
         var shape = new BenchModel(Path.GetFileName(path), source.Config, round.Sequences);

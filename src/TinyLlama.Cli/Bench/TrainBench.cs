@@ -1,6 +1,7 @@
 using System.Diagnostics;
 using TinyLlama.Compute;
 using TinyLlama.Compute.Cpu;
+using TinyLlama.Compute.Cuda;
 using TinyLlama.Model;
 using TinyLlama.Training;
 
@@ -34,7 +35,7 @@ internal sealed record TrainBench(
             new AdamWSettings(Beta1: 0.9f, Beta2: 0.95f, Epsilon: 1e-8f, WeightDecay: 0.1f, MaxNorm: 1), DecayGroup.All, RateFactors.Same,
             model.Packed);
         var ceiling = Ceiling.Measure(device);
-        long available = device.AvailableBytes;
+        long held = (device as CudaBackend)?.HeldBytes ?? 0;
         bool together = device is CpuBackend;
         using var backend = new TimedBackend(device) { Times = together };
         using var training = new TrainingSpeed(shape, backend);
@@ -55,7 +56,7 @@ internal sealed record TrainBench(
 
         OperationTimes[] times = backend.TakeTimes();
         using var process = Process.GetCurrentProcess();
-        long peakBytes = together ? process.PeakWorkingSet64 : available - device.AvailableBytes;
+        long peakBytes = device is CudaBackend gpu ? gpu.HeldBytes - held : process.PeakWorkingSet64;
         ceiling = ceiling.Better(Ceiling.Measure(device));
         Measurement[] operations =
         [

@@ -64,6 +64,9 @@ public sealed unsafe class CudaBackend : Backend
     /// <inheritdoc/>
     public override long AvailableBytes => Math.Max(0, (_plannedBytes - OwnBytes ?? _device.Memory.Free) - LazyBytes);
 
+    /// <summary>Gets the bytes of the GPU's memory that this backend holds; not of a backend that only plans.</summary>
+    public long HeldBytes => _device.HeldBytes;
+
     /// <summary>A backend for a GPU of this machine.</summary>
     /// <param name="ordinal">Which, from 0.</param>
     /// <param name="deterministic">As of <see cref="Device.Open"/>.</param>

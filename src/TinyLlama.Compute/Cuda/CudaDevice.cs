@@ -22,6 +22,7 @@ internal sealed unsafe class CudaDevice : IDisposable
     private readonly StagingBuffer _staging;
     private readonly List<nint> _modules = [];
     private readonly Dictionary<string, nint> _kernels = [];
+    private readonly Dictionary<nint, long> _held = [];
     private bool _disposed;
 
     /// <summary>Opens a GPU and loads all kernels; the first time on a machine it compiles them.</summary>
@@ -89,6 +90,9 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
     }
 
+    /// <summary>Gets the bytes of its memory that were allocated here and are not given back; others' use of the GPU does not count.</summary>
+    public long HeldBytes => _held.Values.Sum();
+
     /// <summary>Makes its context that of the calling thread, as every call to a library that runs on it needs.</summary>
     public void MakeCurrent()
     {
@@ -116,6 +120,7 @@ internal sealed unsafe class CudaDevice : IDisposable
         }
 
         Check(result, name);
+        _held.Add(address, bytes);
         Check(CudaDriver.cuMemsetD8Async(address, 0, (nuint)bytes, _stream), name);
         return address;
     }
@@ -125,6 +130,7 @@ internal sealed unsafe class CudaDevice : IDisposable
     {
         _ = CudaDriver.cuCtxSetCurrent(_context);
         s_current = this;
+        _held.Remove(address);
         _ = CudaDriver.cuMemFree_v2(address);
     }
 

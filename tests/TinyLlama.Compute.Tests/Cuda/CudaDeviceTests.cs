@@ -55,6 +55,20 @@ public sealed unsafe class CudaDeviceTests : IDisposable
     }
 
     [Fact]
+    public void What_it_holds_is_its_own_whatever_others_take_and_give_back()
+    {
+        using var other = new CudaDevice(0);
+        nint ofOther = other.Allocate("test", 5000);
+        long before = _device.HeldBytes;
+        nint address = _device.Allocate("test", 1000);
+        other.Free(ofOther);
+        Assert.Equal(before + 1000, _device.HeldBytes);
+        _device.Free(address);
+        Assert.Equal(before, _device.HeldBytes);
+        Assert.Equal(CudaDevice.ScratchBytes, before);
+    }
+
+    [Fact]
     public void A_kernel_that_does_not_exist_is_named() =>
         Assert.Equal(
             "cuda:0 (CUDA emulator): no_such_kernel: CUDA_ERROR_NOT_FOUND",
