@@ -12,7 +12,7 @@ namespace TinyLlama.Compute.Cpu;
 /// </summary>
 /// <remarks>
 /// Weights are read as panels have them (<see cref="WeightPanels"/>, of Q8_0 <see cref="Q8MatMul"/>) and unpacked to registers, group
-/// after group; each group is multiplied by all rows. Integers are exact and groups add up as in <see cref="QuantizedMatMul"/>, so the
+/// after group; each group is multiplied by all rows; one row alone is <see cref="VnniRow"/>'s where it has code. Integers are exact and groups add up as in <see cref="QuantizedMatMul"/>, so the
 /// bits are those of its kernels.
 /// </remarks>
 internal static unsafe class VnniBytes
@@ -74,6 +74,11 @@ internal static unsafe class VnniBytes
         int groups = type.BlockElements() / RoundedInputs.Group;
         bool hasOffsets = type is DType.Q4_K or DType.Q5_K;
         Label block = code.CreateLabel(), panel = code.CreateLabel();
+        if (VnniRow.Has(type))
+        {
+            VnniRow.Emit(code, type);
+        }
+
         foreach (AssemblerRegister64 register in saved)
         {
             code.push(register);
@@ -357,28 +362,32 @@ internal static unsafe class VnniBytes
         }
     }
 
+    // More rows and fewer panels, and what VnniRow has code for.
+    private static bool IsRight(nint code, DType type) => IsRight(code, type, rows: 2, Panels - 1) && IsRight(code, type, rows: 1, Panels);
+
     // Whole numbers so small that every order of adding them gives the same bits.
-    private static bool IsRight(nint code, DType type)
+    private static bool IsRight(nint code, DType type, int rows, int panelCount)
     {
-        const int Blocks = 2, Rows = 2, Outputs = (Panels - 1) * Lanes;
+        const int Blocks = 2;
+        int outputs = panelCount * Lanes;
         int columns = Blocks * type.BlockElements();
         int groups = columns / RoundedInputs.Group;
         int panelBytes = (int)type.RowBytes(columns) * Lanes;
-        byte[] panels = new byte[(Panels - 1) * panelBytes], inputs = new byte[Rows * groups * RoundedInputs.GroupBytes];
-        float[] sums = new float[Outputs * Rows], row = new float[columns];
+        byte[] panels = new byte[panelCount * panelBytes], inputs = new byte[rows * groups * RoundedInputs.GroupBytes];
+        float[] sums = new float[outputs * rows], row = new float[columns];
         bool same = true;
         fixed (byte* weights = panels, rounded = inputs)
         fixed (float* actual = sums, decoded = row)
         {
             FillWeights(type, weights, panels.Length);
-            FillInputs(rounded, Rows * groups);
-            Multiply(code, actual, weights, panelBytes, Panels - 1, rounded, Blocks, Rows, next: 0);
-            Tensor stored = new((nint)weights, Outputs, columns, columns, type);
+            FillInputs(rounded, rows * groups);
+            Multiply(code, actual, weights, panelBytes, panelCount, rounded, Blocks, rows, next: 0);
+            Tensor stored = new((nint)weights, outputs, columns, columns, type);
             for (int i = 0; i < sums.Length; i++)
             {
-                (int panel, int ofRow, int lane) = (i / (Rows * Lanes), i / Lanes % Rows, i % Lanes);
+                (int panel, int ofRow, int lane) = (i / (rows * Lanes), i / Lanes % rows, i % Lanes);
                 WeightPanels.DecodeRow(decoded, stored, Lanes, (panel * Lanes) + lane);
-                same &= actual[i] == Expected(decoded, rounded + (ofRow * RoundedInputs.GroupBytes), groups);
+                same &= actual[i] == Expected(decoded, rounded + (ofRow * RoundedInputs.GroupBytes), groups, rows);
             }
         }
 
@@ -419,13 +428,13 @@ internal static unsafe class VnniBytes
             }
         }
 
-        static float Expected(float* weights, byte* rounded, int groups)
+        static float Expected(float* weights, byte* rounded, int groups, int rows)
         {
             float sum = 0;
             for (int i = 0; i < groups * RoundedInputs.Group; i++)
             {
                 (int group, int element) = int.DivRem(i, RoundedInputs.Group);
-                byte* place = rounded + (group * Rows * RoundedInputs.GroupBytes);
+                byte* place = rounded + (group * rows * RoundedInputs.GroupBytes);
                 sum += weights[i] * (sbyte)place[element] * *(float*)(place + RoundedInputs.Group);
             }
 

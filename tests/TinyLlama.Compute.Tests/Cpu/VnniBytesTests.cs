@@ -9,7 +9,7 @@ public sealed unsafe class VnniBytesTests
 {
     private const int Lanes = 16;
 
-    public static TheoryData<DType> Types => [.. VnniBytes.Types];
+    public static TheoryData<DType, int> Fetches => [.. from type in VnniBytes.Types from rows in (int[])[1, 2] select (type, rows)];
 
     public static TheoryData<DType, int, int, int> Products =>
         [.. from type in VnniBytes.Types from panels in (int[])[1, 3, 4] from blocks in (int[])[1, 2, 3] from rows in (int[])[1, 2, 5] select (type, panels, blocks, rows)];
@@ -40,19 +40,21 @@ public sealed unsafe class VnniBytesTests
     }
 
     [Theory]
-    [MemberData(nameof(Types))]
-    public void Each_line_of_four_panels_is_fetched_some_blocks_ahead_and_then_of_what_is_read_next(DType type)
+    [MemberData(nameof(Fetches))]
+    public void Each_line_of_four_panels_is_fetched_some_blocks_ahead_and_then_of_what_is_read_next(DType type, int rows)
     {
         const int Blocks = 10;
-        Operands operands = new(type, QuantizedMatMul.PanelsTogether, Blocks, rows: 1);
+        Operands operands = new(type, QuantizedMatMul.PanelsTogether, Blocks, rows);
         int blockBytes = type.BlockBytes() * Lanes;
         int ahead = QuantizedMatMul.BlocksAhead(blockBytes);
-        int next = 100 * operands.PanelBytes;
+
+        // As panels do, what is read next ends with a line.
+        int next = (100 * operands.PanelBytes) + (ahead * blockBytes % 64);
         Interpret(operands, out (ulong Weights, IReadOnlyList<ulong> Fetched) read, next);
 
-        // Lines of a panel's blocks from one to before another; the last may be one that those of a next block are in. Panels end with lines.
+        // Lines of a panel's blocks from one to before another.
         IEnumerable<ulong> Lines(int panel, int begin, int end, int further) =>
-            from at in Enumerable.Range(begin * blockBytes, ((end - begin) * blockBytes) - 63)
+            from at in Enumerable.Range(begin * blockBytes, (end - begin) * blockBytes)
             select (read.Weights + (ulong)((panel * operands.PanelBytes) + at + further)) / 64;
         IEnumerable<ulong> expected =
             from panel in Enumerable.Range(0, QuantizedMatMul.PanelsTogether)
