@@ -1,5 +1,27 @@
 namespace TinyLlama.Compute.Cpu;
 
+/// <summary>The kernels of products with a weight.</summary>
+internal enum ProductKernel
+{
+    /// <summary><see cref="MatMul"/> of packed floats.</summary>
+    Packed,
+
+    /// <summary><see cref="MatMul"/> of pairs of 16-bit floats.</summary>
+    Pairs,
+
+    /// <summary><see cref="QuantizedMatMul"/>.</summary>
+    Quantized,
+
+    /// <summary><see cref="Q8MatMul"/>.</summary>
+    Q8,
+
+    /// <summary><see cref="QuantizedMatMul"/> by the code of <see cref="VnniBytes"/>.</summary>
+    Vnni,
+
+    /// <summary><see cref="TiledMatMul"/>.</summary>
+    Tiles,
+}
+
 /// <summary>The CPU: checks the shapes of each operation once, then runs its kernel at the width chosen at start.</summary>
 public abstract class CpuBackend : Backend
 {
@@ -104,6 +126,31 @@ public abstract class CpuBackend : Backend
         source.HostSpan<T>().CopyTo(destination);
     }
 
+    /// <summary>The kernel that multiplies rows by a weight.</summary>
+    /// <param name="type">The weight's type.</param>
+    /// <param name="inputs">The weight's inputs.</param>
+    /// <param name="rows">The number of rows.</param>
+    /// <param name="inPlace">Whether the weight is read where a file has it.</param>
+    internal ProductKernel KernelOf(DType type, int inputs, int rows, bool inPlace)
+    {
+        if (!type.IsQuantized())
+        {
+            return ArePairs(type, inputs) ? ProductKernel.Pairs : ProductKernel.Packed;
+        }
+
+        // The code of Vnni is emitted when first asked for: last.
+        bool isRows = type == DType.Q8_0 && inPlace;
+        bool tiles = Emitted == CpuPath.Vector512Amx && rows >= TiledMatMul.LeastRows && AmxBytes.Fault is null;
+        bool areMany = tiles && rows >= TiledMatMul.LeastRowsBesideVnni;
+        return Emitted <= CpuPath.Vector512Vnni && !isRows && !areMany && VnniBytes.Of(type) != 0 ? ProductKernel.Vnni
+            : tiles ? ProductKernel.Tiles
+            : type == DType.Q8_0 ? ProductKernel.Q8
+            : ProductKernel.Quantized;
+    }
+
+    // Whether rows of so many are kept as pairs of 16 bits.
+    private protected static bool ArePairs(DType type, int inputs) => (type is DType.BF16 or DType.F16) && int.IsEvenInteger(inputs);
+
     /// <inheritdoc/>
     protected override void Dispose(bool disposing)
     {
@@ -188,38 +235,29 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
             output.Rows == input.Rows && output.Columns == weight.Outputs && input.Columns == weight.Inputs,
             "output (N, O), input (N, I) and weight (O, I)");
         RequireF32(output, input, output);
-        bool isQuantized = weight.Type.IsQuantized();
-        bool isRows = weight.Type == DType.Q8_0 && weight.Rows.Length > 0;
-        bool tiles = isQuantized && Emitted == CpuPath.Vector512Amx && input.Rows >= TiledMatMul.LeastRows && AmxBytes.Fault is null;
-        bool vnni = isQuantized && Emitted <= CpuPath.Vector512Vnni && !isRows && !(tiles && input.Rows >= TiledMatMul.LeastRowsBesideVnni);
-        nint code = vnni ? VnniBytes.Of(weight.Type) : 0;
-        if (tiles && code == 0)
+        switch (KernelOf(weight.Type, weight.Inputs, input.Rows, weight.Rows.Length > 0))
         {
-            TiledMatMul.Forward(Team, Scratch, output, input, weight, accumulate);
-        }
-        else if (code != 0)
-        {
-            QuantizedMatMul.Forward<Lanes512>(Team, Scratch, output, input, weight, accumulate, code);
-        }
-        else if (weight.Type == DType.Q8_0)
-        {
-            Q8MatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
-        }
-        else if (isQuantized)
-        {
-            QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
-        }
-        else if (!ArePairs(weight.Type, weight.Inputs))
-        {
-            Cpu.MatMul.Forward<T>(Team, Scratch, output, input, weight, accumulate);
-        }
-        else if (weight.Type == DType.BF16)
-        {
-            Cpu.MatMul.ForwardPairs<V, BFloat16Pairs<V>>(Team, Scratch, output, input, weight, accumulate);
-        }
-        else
-        {
-            Cpu.MatMul.ForwardPairs<V, Float16Pairs<V>>(Team, Scratch, output, input, weight, accumulate);
+            case ProductKernel.Tiles:
+                TiledMatMul.Forward(Team, Scratch, output, input, weight, accumulate);
+                break;
+            case ProductKernel.Vnni:
+                QuantizedMatMul.Forward<Lanes512>(Team, Scratch, output, input, weight, accumulate, VnniBytes.Of(weight.Type));
+                break;
+            case ProductKernel.Q8:
+                Q8MatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
+                break;
+            case ProductKernel.Quantized:
+                QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
+                break;
+            case ProductKernel.Pairs when weight.Type == DType.BF16:
+                Cpu.MatMul.ForwardPairs<V, BFloat16Pairs<V>>(Team, Scratch, output, input, weight, accumulate);
+                break;
+            case ProductKernel.Pairs:
+                Cpu.MatMul.ForwardPairs<V, Float16Pairs<V>>(Team, Scratch, output, input, weight, accumulate);
+                break;
+            default:
+                Cpu.MatMul.Forward<T>(Team, Scratch, output, input, weight, accumulate);
+                break;
         }
     }
 
@@ -350,9 +388,6 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
     public override void AdamW(
         Tensor values, Tensor first, Tensor second, Tensor gradient, Tensor step, Tensor sumOfSquares, AdamWSettings settings) =>
         Cpu.AdamW.Step<V>(Team, values, first, second, gradient, step, sumOfSquares, settings);
-
-    // Whether rows of so many are kept as pairs of 16 bits.
-    private static bool ArePairs(DType type, int inputs) => (type is DType.BF16 or DType.F16) && int.IsEvenInteger(inputs);
 
     private static void RequireF32(Tensor first, Tensor second, Tensor third) =>
         Shape.Require((first.Type, second.Type, third.Type) == (DType.F32, DType.F32, DType.F32), "tensors of F32");
