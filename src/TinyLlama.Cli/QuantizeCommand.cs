@@ -125,6 +125,9 @@ internal sealed class QuantizeCommand
             MaxTokens = Math.Min(SpeedTokens, model.Model.Config.ContextLength / 2),
             LogitBias = ends.OfType<int>().Distinct().ToDictionary(static id => id, static _ => double.NegativeInfinity),
         };
+
+        // The first time, weights are turned to what kernels read, and the JIT is waited for.
+        _ = model.Generate("The", options, stop).ToString();
         Generation generation = model.Generate("The", options, stop);
         _ = generation.ToString();
         return generation.Decode.Tokens / generation.Decode.Time.TotalSeconds;
