@@ -56,6 +56,7 @@ internal static class EnvCommand
 
         Row("bf16", $"matrix products in bf16 use {Bf16Products()}");
         Row("quantized", $"products with quantized weights use {CpuPaths.QuantizedProducts}");
+        Row("f16", $"products of one row with weights in half precision use {CpuPaths.HalfProducts}");
         if (Gpu.MachineFault is { } fault)
         {
             Row("cuda", $"{fault}");
@@ -88,6 +89,7 @@ internal static class EnvCommand
             Enum.GetValues<CpuPath>().Select(path => KeyValuePair.Create(path.ToString(), (JsonNode?)Claim(path)))),
         ["bf16_products"] = Bf16Products(),
         ["quantized_products"] = CpuPaths.QuantizedProducts,
+        ["half_products"] = CpuPaths.HalfProducts,
         ["cuda_fault"] = Gpu.MachineFault,
         ["cuda_libraries"] = new JsonArray([.. Gpu.Libraries.Select(library => (JsonNode?)library)]),
         ["nccl"] = NcclLibrary.Found.Description,

@@ -9,6 +9,9 @@ internal enum ProductKernel
     /// <summary><see cref="MatMul"/> of pairs of 16-bit floats.</summary>
     Pairs,
 
+    /// <summary>The same of one row, by the code of <see cref="HalfTile"/>.</summary>
+    Halves,
+
     /// <summary><see cref="QuantizedMatMul"/>.</summary>
     Quantized,
 
@@ -77,7 +80,7 @@ public abstract class CpuBackend : Backend
     /// <remarks>
     /// <see cref="CpuPath.Vector512Amx"/> and <see cref="CpuPath.Vector512Bf16"/> differ from <see cref="CpuPath.Vector512"/> in products
     /// of BF16 alone; where their code is not asked for or cannot be used (<see cref="CpuPaths.Bf16Fault"/>), the backend is and says Vector512.
-    /// <see cref="CpuPath.Vector512Vnni"/> multiplies rows by quantized weights with code of its own, which changes no bit; so do both, that
+    /// <see cref="CpuPath.Vector512Vnni"/> multiplies rows by quantized weights, and one by half precision, with code of its own, which changes no bit; so do both, that
     /// of AMX many rows by its tiles. Its backend, too, says Vector512.
     /// </remarks>
     /// <exception cref="DeviceException">The environment names a path that does not exist.</exception>
@@ -126,7 +129,7 @@ public abstract class CpuBackend : Backend
         source.HostSpan<T>().CopyTo(destination);
     }
 
-    /// <summary>The kernel that multiplies rows by a weight.</summary>
+    /// <summary>The kernel that multiplies rows by a weight. What is emitted when first asked for is asked for last.</summary>
     /// <param name="type">The weight's type.</param>
     /// <param name="inputs">The weight's inputs.</param>
     /// <param name="rows">The number of rows.</param>
@@ -135,10 +138,11 @@ public abstract class CpuBackend : Backend
     {
         if (!type.IsQuantized())
         {
-            return ArePairs(type, inputs) ? ProductKernel.Pairs : ProductKernel.Packed;
+            return !ArePairs(type, inputs) ? ProductKernel.Packed
+                : type == DType.F16 && rows == 1 && Emitted <= CpuPath.Vector512Vnni && HalfTile.Fault is null ? ProductKernel.Halves
+                : ProductKernel.Pairs;
         }
 
-        // The code of Vnni is emitted when first asked for: last.
         bool isRows = type == DType.Q8_0 && inPlace;
         bool tiles = Emitted == CpuPath.Vector512Amx && rows >= TiledMatMul.LeastRows && AmxBytes.Fault is null;
         bool areMany = tiles && rows >= TiledMatMul.LeastRowsBesideVnni;
@@ -250,10 +254,13 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
                 QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
                 break;
             case ProductKernel.Pairs when weight.Type == DType.BF16:
-                Cpu.MatMul.ForwardPairs<V, BFloat16Pairs<V>>(Team, Scratch, output, input, weight, accumulate);
+                Cpu.MatMul.ForwardPairs<V, PairTile<V, BFloat16Pairs<V>>>(Team, Scratch, output, input, weight, accumulate);
+                break;
+            case ProductKernel.Halves:
+                Cpu.MatMul.ForwardPairs<Lanes512, HalfTile>(Team, Scratch, output, input, weight, accumulate);
                 break;
             case ProductKernel.Pairs:
-                Cpu.MatMul.ForwardPairs<V, Float16Pairs<V>>(Team, Scratch, output, input, weight, accumulate);
+                Cpu.MatMul.ForwardPairs<V, PairTile<V, Float16Pairs<V>>>(Team, Scratch, output, input, weight, accumulate);
                 break;
             default:
                 Cpu.MatMul.Forward<T>(Team, Scratch, output, input, weight, accumulate);

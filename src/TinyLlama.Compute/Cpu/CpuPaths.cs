@@ -17,8 +17,8 @@ public enum CpuPath
     Vector512Bf16,
 
     /// <summary>
-    /// 16 floats a register, and products with quantized weights by vpdpbusd, in code emitted at run time, as the paths before it have it
-    /// too: AVX-512 with VNNI, Linux on x64.
+    /// 16 floats a register, and products with quantized weights by vpdpbusd, of one row in half precision with vcvtph2ps, in code emitted
+    /// at run time, as the paths before it have it too: AVX-512 with VNNI, Linux on x64.
     /// </summary>
     Vector512Vnni,
 
@@ -40,6 +40,8 @@ public static class CpuPaths
 {
     /// <summary>Forces a path: <c>512amx</c>, <c>512bf16</c>, <c>512vnni</c>, <c>512</c> (which emits no code), <c>256</c>, <c>128</c> or <c>scalar</c>.</summary>
     public const string Variable = "TINYLLAMA_CPU";
+
+    private const string Intrinsics = "instructions that .NET has";
 
     /// <summary>Gets a value indicating whether 128-bit fused multiply-add is one instruction here.</summary>
     internal static bool HasFma => Fma.IsSupported || AdvSimd.IsSupported;
@@ -67,7 +69,6 @@ public static class CpuPaths
     {
         get
         {
-            const string Intrinsics = "instructions that .NET has";
             CpuPath path = Choose();
             if (path > CpuPath.Vector512Vnni)
             {
@@ -79,6 +80,12 @@ public static class CpuPaths
             return path == CpuPath.Vector512Amx && AmxBytes.Fault is null ? $"tdpbssd on tiles of AMX for many rows, for few {rows}" : rows;
         }
     }
+
+    /// <summary>Gets which instructions widen half precision for one row on the path to use, in a few words.</summary>
+    /// <exception cref="DeviceException">The variable names no path.</exception>
+    public static string HalfProducts => Choose() > CpuPath.Vector512Vnni ? Intrinsics
+        : HalfTile.Fault is string fault ? $"{Intrinsics}: {fault}"
+        : "vcvtph2ps, in code emitted at run time";
 
     /// <summary>Gets the type in which matrix products are fastest on the path to use: BF16 where it has instructions for it.</summary>
     /// <exception cref="DeviceException">The variable names no path.</exception>

@@ -159,16 +159,15 @@ internal static unsafe class MatMul
         }
     }
 
-    /// <summary>output (N, O) = or += input (N, I) · weightᵀ of a weight in pairs.</summary>
-    public static void ForwardPairs<V, P>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
+    /// <summary>output (N, O) = or += input (N, I) · weightᵀ of a weight in pairs, by a tile of panels of such registers.</summary>
+    public static void ForwardPairs<V, T>(ThreadTeam team, Scratch scratch, Tensor output, Tensor input, Weight weight, bool accumulate)
         where V : struct, ILanes<V>
-        where P : struct, IPairs<V>
+        where T : struct, ITile
     {
         if (!output.IsEmpty)
         {
-            int blockSteps = BlockSteps<PairTile<V, P>>(input.Columns);
-            Multiply<PairTile<V, P>>(
-                team, scratch, output, Matrix.Of(input), null, Panels(weight.PackedForward), input.Columns, blockSteps, accumulate,
+            Multiply<T>(
+                team, scratch, output, Matrix.Of(input), null, Panels(weight.PackedForward), input.Columns, BlockSteps<T>(input.Columns), accumulate,
                 weight.IsInPlace ? weight.Rows : null, &Tile<V>.Pack);
         }
     }

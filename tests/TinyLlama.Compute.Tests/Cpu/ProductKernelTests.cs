@@ -38,6 +38,17 @@ public sealed class ProductKernelTests
     }
 
     [Theory]
+    [InlineData(1, 256, ProductKernel.Halves)]
+    [InlineData(1, 255, ProductKernel.Packed)]
+    [InlineData(2, 256, ProductKernel.Pairs)]
+    internal void With_emitted_code_one_row_of_half_precision_is_multiplied_by_it(int rows, int inputs, ProductKernel expected)
+    {
+        Assert.SkipUnless(VnniBytes.IsSupported, "no AVX512-VNNI here");
+        using CpuBackend backend = CpuBackend.Create(1, CpuPath.Vector512Vnni);
+        Assert.All([false, true], inPlace => Assert.Equal(expected, backend.KernelOf(DType.F16, inputs, rows, inPlace)));
+    }
+
+    [Theory]
     [InlineData(DType.Q4_0, false, 8, ProductKernel.Vnni)]
     [InlineData(DType.Q4_0, false, 9, ProductKernel.Tiles)]
     [InlineData(DType.Q8_0, true, 5, ProductKernel.Q8)]
