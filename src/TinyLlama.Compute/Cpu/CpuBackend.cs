@@ -80,8 +80,8 @@ public abstract class CpuBackend : Backend
     /// <remarks>
     /// <see cref="CpuPath.Vector512Amx"/> and <see cref="CpuPath.Vector512Bf16"/> differ from <see cref="CpuPath.Vector512"/> in products
     /// of BF16 alone; where their code is not asked for or cannot be used (<see cref="CpuPaths.Bf16Fault"/>), the backend is and says Vector512.
-    /// <see cref="CpuPath.Vector512Vnni"/> multiplies rows by quantized weights, and one by half precision, with code of its own, which changes no bit; so do both, that
-    /// of AMX many rows by its tiles. Its backend, too, says Vector512.
+    /// <see cref="CpuPath.Vector512Vnni"/> multiplies rows by quantized weights, and one row by half precision, with code of its own, which
+    /// changes no bit; so do both, that of AMX many rows by its tiles. Its backend, too, says Vector512.
     /// </remarks>
     /// <exception cref="DeviceException">The environment names a path that does not exist.</exception>
     public static CpuBackend Create(int threads = 0, CpuPath? path = null, DType products = DType.F32)

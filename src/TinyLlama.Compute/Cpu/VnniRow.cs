@@ -32,6 +32,7 @@ internal static class VnniRow
         bool isQ6 = type == DType.Q6_K;
         AssemblerRegisterZMM[] sums = Registers(0, Panels), units = Registers(4, Panels), offsetUnits = Registers(8, Panels);
         AssemblerRegisterZMM[] products = isQ6 ? Registers(4, 8) : Registers(12, 4), beginnings = Registers(12, 8), temporary = Registers(20, 4);
+        AssemblerRegisterZMM higherBits = zmm24;
         AssemblerRegisterZMM nibbles = zmm26, mask = zmm27, sixBits = zmm28, fourBits = zmm29, twoBits = zmm30;
         int blockBytes = type.BlockBytes() * Lanes;
         int ahead = QuantizedMatMul.BlocksAhead(blockBytes);
@@ -181,19 +182,19 @@ internal static class VnniRow
                     break;
                 case DType.Q5_K:
                     code.vmovups(temporary[2], Plane(panel, 48 + (first / 2 * 32), i));
-                    code.vmovups(zmm24, Plane(panel, 16, i));
+                    code.vmovups(higherBits, Plane(panel, 16, i));
                     break;
                 default:
                     code.vmovups(temporary[2], Plane(panel, 2 + (first / 4 * 64), i));
                     code.vmovups(temporary[3], Plane(panel, 2 + (first / 4 * 64) + 32, i));
-                    code.vmovups(zmm24, Plane(panel, 2 + 128 + (first / 4 * 32), i));
+                    code.vmovups(higherBits, Plane(panel, 2 + 128 + (first / 4 * 32), i));
                     break;
             }
         }
 
         void Unpack(AssemblerRegisterZMM bytes, int group, int j)
         {
-            AssemblerRegisterZMM plane = temporary[isQ6 ? 2 + (j % 2) : 2], bits = zmm24, shifted = temporary[0];
+            AssemblerRegisterZMM plane = temporary[isQ6 ? 2 + (j % 2) : 2], shifted = temporary[0];
             if (j < together / 2)
             {
                 code.vpandd(bytes, nibbles, plane);
@@ -212,15 +213,15 @@ internal static class VnniRow
             int left = isQ6 ? 4 - (2 * j) : 4 - group;
             if (left > 0)
             {
-                code.vpslld(shifted, bits, (byte)left);
+                code.vpslld(shifted, higherBits, (byte)left);
             }
             else if (left < 0)
             {
-                code.vpsrld(shifted, bits, (byte)-left);
+                code.vpsrld(shifted, higherBits, (byte)-left);
             }
 
             // bytes | (shifted & mask)
-            code.vpternlogd(bytes, left == 0 ? bits : shifted, mask, 0xF8);
+            code.vpternlogd(bytes, left == 0 ? higherBits : shifted, mask, 0xF8);
         }
 
         void AddGroup(int panel, int group, AssemblerRegisterZMM low, AssemblerRegisterZMM high)
