@@ -12,8 +12,8 @@ namespace TinyLlama.Compute.Cpu;
 /// </summary>
 /// <remarks>
 /// Weights are read as panels have them (<see cref="WeightPanels"/>, of Q8_0 <see cref="Q8MatMul"/>) and unpacked to registers, group
-/// after group; each group is multiplied by all rows; one row alone is <see cref="VnniRow"/>'s where it has code. Integers are exact and groups add up as in <see cref="QuantizedMatMul"/>, so the
-/// bits are those of its kernels.
+/// after group; each group is multiplied by all rows. One row by four panels is <see cref="VnniRow"/>'s where it has code. Integers are
+/// exact and groups add up as in <see cref="QuantizedMatMul"/>, so the bits are those of its kernels.
 /// </remarks>
 internal static unsafe class VnniBytes
 {
