@@ -122,6 +122,25 @@ public sealed class FrozenWeightTests
         Assert.Equal(alone.Output.HostSpan<float>(), together.Output.HostSpan<float>());
     }
 
+    // One row goes through four panels together, in several tasks; the last panels are fewer, and the last of them is not full.
+    [Theory]
+    [MemberData(nameof(All))]
+    public void One_row_has_all_its_outputs_whoever_computes_them(CpuPath path, DType type)
+    {
+        const int Outputs = 1_130;
+        using CpuBackend backend = CpuBackend.Create(3, path);
+        using Operands operands = new(backend, type, 9, Outputs, inputs: 256);
+        backend.MatMul(operands.Output, operands.Input, operands.Weight);
+        float[] together = operands.Output.HostSpan<float>().ToArray();
+        for (int n = 0; n < 9; n++)
+        {
+            Tensor alone = operands.Output.RowRange(n, 1);
+            alone.HostSpan<float>().Fill(float.NaN);
+            backend.MatMul(alone, operands.Input.RowRange(n, 1), operands.Weight);
+            Assert.Equal(together.AsSpan(n * Outputs, Outputs), alone.HostSpan<float>());
+        }
+    }
+
     // Rows around whole tiles and pairs of them, and more than are multiplied at once.
     [Theory]
     [InlineData(DType.Q8_0, 96)]

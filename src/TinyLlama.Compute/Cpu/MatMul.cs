@@ -483,8 +483,12 @@ internal static unsafe class MatMul
             int columnBlock = task / RowBlocks;
             int firstRow = (int)((long)TileRows * rowBlock / RowBlocks) * T.Rows;
             int endRow = Math.Min(Rows, (int)((long)TileRows * (rowBlock + 1) / RowBlocks) * T.Rows);
-            int firstPanel = (int)((long)PanelCount * columnBlock / ColumnBlocks);
-            int endPanel = (int)((long)PanelCount * (columnBlock + 1) / ColumnBlocks);
+
+            // One row goes through some panels together: what is left of them costs as much, so only the last task has such.
+            int together = Rows == 1 ? PanelsTogether : 1;
+            int groups = (PanelCount + together - 1) / together;
+            int firstPanel = (int)((long)groups * columnBlock / ColumnBlocks) * together;
+            int endPanel = Math.Min(PanelCount, (int)((long)groups * (columnBlock + 1) / ColumnBlocks) * together);
             float* block = Scratch.Of(thread);
             T.Begin();
             for (int step = 0; step < Steps; step += BlockSteps)
