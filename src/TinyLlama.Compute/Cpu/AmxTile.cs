@@ -63,7 +63,7 @@ internal readonly unsafe struct AmxTile : IPackingTile
     public static void End() => Amx.Release();
 
     /// <inheritdoc/>
-    public static int StepsOfLine => 1;
+    public static int FetchedOfStep => ITile.Line;
 
     /// <inheritdoc/>
     public static void Multiply(

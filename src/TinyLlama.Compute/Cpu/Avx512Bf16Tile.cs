@@ -39,7 +39,7 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
     public static int Columns => 32;
 
     /// <inheritdoc/>
-    public static int StepsOfLine => 4;
+    public static int FetchedOfStep => ITile.Line / 4;
 
     /// <inheritdoc/>
     public static void Multiply(
@@ -127,7 +127,7 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
         code.mov(rbx, __qword_ptr[rsp + 24]);
         code.Label(ref loop);
         code.prefetcht1(__byte_ptr[rbx]);
-        code.add(rbx, 64 / StepsOfLine);
+        code.add(rbx, FetchedOfStep * sizeof(float));
         code.vmovups(zmm16, __zmmword_ptr[r9]);
         code.vmovups(zmm17, __zmmword_ptr[r9 + 64]);
         for (int row = 0; row < 8; row++)

@@ -37,7 +37,7 @@ internal readonly unsafe struct Bf16Tile<V> : IPackingTile
     }
 
     /// <inheritdoc/>
-    public static int StepsOfLine => Tile<V>.StepsOfLine;
+    public static int FetchedOfStep => PairTile<V, BFloat16Pairs<V>>.FetchedOfStep;
 
     /// <inheritdoc/>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]

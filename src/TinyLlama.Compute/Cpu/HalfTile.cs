@@ -40,7 +40,7 @@ internal readonly unsafe struct HalfTile : ITile
     public static int Columns => PairTile<Lanes512, Float16Pairs<Lanes512>>.Columns;
 
     /// <inheritdoc/>
-    public static int StepsOfLine => PairTile<Lanes512, Float16Pairs<Lanes512>>.StepsOfLine;
+    public static int FetchedOfStep => PairTile<Lanes512, Float16Pairs<Lanes512>>.FetchedOfStep;
 
     /// <inheritdoc/>
     public static void Multiply(

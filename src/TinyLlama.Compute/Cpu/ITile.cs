@@ -37,8 +37,8 @@ internal unsafe interface ITile
     /// <summary>The floats of a line of a cache.</summary>
     const int Line = 16;
 
-    /// <summary>Gets how many steps a tile makes for each line that it fetches ahead.</summary>
-    static abstract int StepsOfLine { get; }
+    /// <summary>Gets how many floats of what lies ahead a tile asks for with each step, in whole lines.</summary>
+    static abstract int FetchedOfStep { get; }
 
     /// <summary>Makes this thread ready to multiply. Between this and <see cref="End"/> nothing but one product runs in it.</summary>
     static virtual void Begin()
@@ -58,7 +58,7 @@ internal unsafe interface ITile
     /// <param name="leftStep">Dwords from one dword of a row to the next.</param>
     /// <param name="panel">The first step of the panel.</param>
     /// <param name="steps">The number of steps, at least one.</param>
-    /// <param name="ahead">What later calls read: a line of it is asked for every <see cref="StepsOfLine"/> steps.</param>
+    /// <param name="ahead">What later calls read: <see cref="FetchedOfStep"/> floats of it are asked for with each step.</param>
     /// <param name="accumulate">Whether to add to the sums; the steps are summed first, then added.</param>
     static abstract void Multiply(
         float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate);

@@ -553,12 +553,13 @@ internal static unsafe class MatMul
         private readonly void Multiply(
             int firstRow, int endRow, int firstPanel, int endPanel, int step, int steps, float* block, nint leftRow, nint leftStep, nint perRow, bool accumulate)
         {
-            // While a panel is multiplied by the tiles of all rows, they fetch the next one, which lies behind it.
-            int fetched = Math.Min(steps / T.StepsOfLine, steps * T.Columns / ITile.Line * T.Rows / (endRow - firstRow)) * ITile.Line;
+            // While a panel is multiplied by the tiles of the first rows, they fetch the next one, which lies behind it.
+            int fetched = steps * T.FetchedOfStep / ITile.Line * ITile.Line;
             for (int panel = firstPanel; panel < endPanel; panel++)
             {
                 float* right = PanelsFrom(block, panel, 1, step, steps);
                 float* ahead = right + ((nint)steps * T.Columns);
+                float* next = ahead + ((nint)steps * T.Columns);
                 int column = panel * T.Columns;
                 float* sums = Sums + (firstRow * SumsRow) + column;
                 float* left = block;
@@ -578,7 +579,7 @@ internal static unsafe class MatMul
 
                     sums += T.Rows * SumsRow;
                     left += T.Rows * perRow;
-                    ahead += fetched;
+                    ahead = ahead + fetched < next ? ahead + fetched : right;
                 }
             }
         }

@@ -1,4 +1,5 @@
 using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics.X86;
 
 namespace TinyLlama.Compute.Cpu;
 
@@ -85,7 +86,11 @@ internal readonly unsafe struct PairTile<V, P> : ITile
     }
 
     /// <inheritdoc/>
-    public static int StepsOfLine => Tile<V>.StepsOfLine;
+    public static int FetchedOfStep
+    {
+        [MethodImpl(MethodImplOptions.AggressiveInlining)]
+        get => Columns;
+    }
 
     /// <inheritdoc/>
     public static void Multiply(
@@ -150,34 +155,28 @@ internal readonly unsafe struct PairTile<V, P> : ITile
         nint leftRow2 = 2 * leftRow;
         nint back = leftStep * sizeof(float);
         nint next = 3 * back;
-        float* end = panel + (steps * Columns);
-        while (panel != end)
+        for (; steps > 0; steps--, panel += Columns, ahead += Columns)
         {
-            float* pause = Tile<V>.Fetch(ref ahead, panel, end);
-            do
-            {
-                V p0 = P.Second(V.Load(panel)), p1 = P.Second(V.Load(panel + V.Count));
-                AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-                AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-                AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-                AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-                AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-                AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-                left = (float*)((byte*)left - back);
-                left3 = (float*)((byte*)left3 - back);
-                p0 = P.First(V.Load(panel));
-                p1 = P.First(V.Load(panel + V.Count));
-                AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-                AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-                AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-                AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-                AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-                AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-                left = (float*)((byte*)left + next);
-                left3 = (float*)((byte*)left3 + next);
-                panel += Columns;
-            }
-            while (panel != pause);
+            Fetch(ahead);
+            V p0 = P.Second(V.Load(panel)), p1 = P.Second(V.Load(panel + V.Count));
+            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
+            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
+            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
+            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
+            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
+            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
+            left = (float*)((byte*)left - back);
+            left3 = (float*)((byte*)left3 - back);
+            p0 = P.First(V.Load(panel));
+            p1 = P.First(V.Load(panel + V.Count));
+            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
+            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
+            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
+            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
+            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
+            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
+            left = (float*)((byte*)left + next);
+            left3 = (float*)((byte*)left3 + next);
         }
 
         Tile<V>.Put(sums, s00, s01, accumulate);
@@ -201,40 +200,34 @@ internal readonly unsafe struct PairTile<V, P> : ITile
         nint leftRow2 = 2 * leftRow;
         nint back = leftStep * sizeof(float);
         nint next = 3 * back;
-        float* end = panel + (steps * Columns);
-        while (panel != end)
+        for (; steps > 0; steps--, panel += Columns, ahead += Columns)
         {
-            float* pause = Tile<V>.Fetch(ref ahead, panel, end);
-            do
-            {
-                V p0 = P.Second(V.Load(panel)), p1 = P.Second(V.Load(panel + V.Count));
-                AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-                AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-                AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-                AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-                AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-                AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-                AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
-                AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
-                left = (float*)((byte*)left - back);
-                left3 = (float*)((byte*)left3 - back);
-                left6 = (float*)((byte*)left6 - back);
-                p0 = P.First(V.Load(panel));
-                p1 = P.First(V.Load(panel + V.Count));
-                AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
-                AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
-                AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
-                AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
-                AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
-                AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
-                AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
-                AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
-                left = (float*)((byte*)left + next);
-                left3 = (float*)((byte*)left3 + next);
-                left6 = (float*)((byte*)left6 + next);
-                panel += Columns;
-            }
-            while (panel != pause);
+            Fetch(ahead);
+            V p0 = P.Second(V.Load(panel)), p1 = P.Second(V.Load(panel + V.Count));
+            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
+            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
+            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
+            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
+            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
+            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
+            AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
+            AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
+            left = (float*)((byte*)left - back);
+            left3 = (float*)((byte*)left3 - back);
+            left6 = (float*)((byte*)left6 - back);
+            p0 = P.First(V.Load(panel));
+            p1 = P.First(V.Load(panel + V.Count));
+            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
+            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
+            AddProducts(ref s20, ref s21, V.Create(left[leftRow2]), p0, p1);
+            AddProducts(ref s30, ref s31, V.Create(left3[0]), p0, p1);
+            AddProducts(ref s40, ref s41, V.Create(left3[leftRow]), p0, p1);
+            AddProducts(ref s50, ref s51, V.Create(left3[leftRow2]), p0, p1);
+            AddProducts(ref s60, ref s61, V.Create(left6[0]), p0, p1);
+            AddProducts(ref s70, ref s71, V.Create(left6[leftRow]), p0, p1);
+            left = (float*)((byte*)left + next);
+            left3 = (float*)((byte*)left3 + next);
+            left6 = (float*)((byte*)left6 + next);
         }
 
         Tile<V>.Put(sums, s00, s01, accumulate);
@@ -245,6 +238,20 @@ internal readonly unsafe struct PairTile<V, P> : ITile
         Tile<V>.Put(sums += sumsRow, s50, s51, accumulate);
         Tile<V>.Put(sums += sumsRow, s60, s61, accumulate);
         Tile<V>.Put(sums + sumsRow, s70, s71, accumulate);
+    }
+
+    // Asks for as many lines as a step reads.
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    private static void Fetch(float* ahead)
+    {
+        if (Sse.IsSupported)
+        {
+            Sse.Prefetch1(ahead);
+            if (Columns > ITile.Line)
+            {
+                Sse.Prefetch1(ahead + ITile.Line);
+            }
+        }
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]

@@ -34,10 +34,10 @@ internal readonly unsafe struct Tile<V> : IPackingTile
     }
 
     /// <inheritdoc/>
-    public static int StepsOfLine
+    public static int FetchedOfStep
     {
         [MethodImpl(MethodImplOptions.AggressiveInlining)]
-        get => V.Count == 16 ? 4 : 8;
+        get => ITile.Line / (V.Count == 16 ? 4 : 8);
     }
 
     /// <inheritdoc/>
@@ -296,7 +296,7 @@ internal readonly unsafe struct Tile<V> : IPackingTile
 
     /// <summary>Asks for the next line of what is read later; returns where in the panel to ask for one more.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static float* Fetch(ref float* ahead, float* panel, float* end)
+    private static float* Fetch(ref float* ahead, float* panel, float* end)
     {
         if (Sse.IsSupported)
         {
@@ -304,7 +304,7 @@ internal readonly unsafe struct Tile<V> : IPackingTile
         }
 
         ahead += ITile.Line;
-        return panel + Math.Min(StepsOfLine * Columns, (nint)(end - panel));
+        return panel + Math.Min(ITile.Line / FetchedOfStep * Columns, (nint)(end - panel));
     }
 
     /// <summary>Asks for the lines of a tile's sums: needed when its loop over k ends, they arrive meanwhile.</summary>

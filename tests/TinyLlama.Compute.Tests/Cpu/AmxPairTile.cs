@@ -15,7 +15,7 @@ internal readonly unsafe struct AmxPairTile : IPackingTile
 
     public static int StepUnit => AmxTile.StepUnit;
 
-    public static int StepsOfLine => AmxTile.StepsOfLine;
+    public static int FetchedOfStep => AmxTile.FetchedOfStep;
 
     public static int PackedRow => AmxTile.PackedRow;
 

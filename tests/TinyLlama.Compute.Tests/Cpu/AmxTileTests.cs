@@ -64,7 +64,7 @@ public sealed unsafe class AmxTileTests
             ];
             ulong at = code.Memory([.. product.SelectMany(word => new[] { (uint)word, (uint)(word >> 32) })]);
             Assert.Equal(Bits(expected), code.Call(at));
-            Assert.Equal(Enumerable.Range(0, 16 * chunks / AmxTile.StepsOfLine).Select(static line => Ahead + ((ulong)line * 64)), code.Fetched);
+            Assert.Equal(Enumerable.Range(0, 16 * chunks * AmxTile.FetchedOfStep / ITile.Line).Select(static line => Ahead + ((ulong)line * 64)), code.Fetched);
         }
     }
 

@@ -54,7 +54,7 @@ public sealed unsafe class Avx512Bf16TileTests
                     sums, (ulong)sumsRow, leftAt, (ulong)leftRow, (ulong)leftStep, panelAt, (ulong)steps, Ahead, accumulate ? 1u : 0u);
                 Assert.Equal(Bits(expected), result);
                 Assert.Equal(
-                    Enumerable.Range(0, (steps + Avx512Bf16Tile.StepsOfLine - 1) / Avx512Bf16Tile.StepsOfLine).Select(static line => Ahead + ((ulong)line * 64)),
+                    Enumerable.Range(0, ((steps * Avx512Bf16Tile.FetchedOfStep) + ITile.Line - 1) / ITile.Line).Select(static line => Ahead + ((ulong)line * 64)),
                     code.Fetched.Where(static address => address >= Ahead).Select(static address => address & ~63ul).Distinct());
             }
         }

@@ -13,7 +13,7 @@ internal readonly unsafe struct PairTile : IPackingTile
 
     public static int Columns => Avx512Bf16Tile.Columns;
 
-    public static int StepsOfLine => Avx512Bf16Tile.StepsOfLine;
+    public static int FetchedOfStep => Avx512Bf16Tile.FetchedOfStep;
 
     public static void Multiply(
         float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)

@@ -16,12 +16,12 @@ internal readonly unsafe struct RecordingTile : IPackingTile
 
     public static int Columns => Tile<Lanes128>.Columns;
 
-    public static int StepsOfLine => Tile<Lanes128>.StepsOfLine;
+    public static int FetchedOfStep => Tile<Lanes128>.FetchedOfStep;
 
     public static void Multiply(
         float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)
     {
-        Calls.Add(((nint)panel, steps * Columns * sizeof(float), (nint)ahead, steps / StepsOfLine * ITile.Line * sizeof(float)));
+        Calls.Add(((nint)panel, steps * Columns * sizeof(float), (nint)ahead, steps * FetchedOfStep / ITile.Line * ITile.Line * sizeof(float)));
         Tile<Lanes128>.Multiply(sums, sumsRow, left, leftRow, leftStep, panel, steps, ahead, accumulate);
     }
 
