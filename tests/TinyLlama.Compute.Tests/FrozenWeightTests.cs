@@ -26,7 +26,7 @@ public sealed class FrozenWeightTests
     public void A_product_equals_that_of_the_decoded_weight(CpuPath path, DType type)
     {
         using CpuBackend backend = CpuBackend.Create(2, path);
-        foreach ((int rows, int outputs, int blocks) in (ReadOnlySpan<(int, int, int)>)[(1, 1, 1), (1, 40, 3), (2, 16, 1), (5, 33, 2), (16, 8, 1), (19, 70, 2), (1, 150, 2), (7, 150, 1)])
+        foreach ((int rows, int outputs, int blocks) in (ReadOnlySpan<(int, int, int)>)[(1, 1, 1), (1, 40, 3), (2, 16, 1), (4, 70, 2), (5, 33, 2), (12, 33, 1), (16, 8, 1), (19, 70, 2), (1, 150, 2), (7, 150, 1)])
         {
             int inputs = blocks * Math.Max(32, type.BlockElements());
             using Operands operands = new(backend, type, rows, outputs, inputs);

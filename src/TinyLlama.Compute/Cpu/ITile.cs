@@ -1,3 +1,5 @@
+using System.Diagnostics;
+
 namespace TinyLlama.Compute.Cpu;
 
 /// <summary>
@@ -62,6 +64,14 @@ internal unsafe interface ITile
     /// <param name="accumulate">Whether to add to the sums; the steps are summed first, then added.</param>
     static abstract void Multiply(
         float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate);
+
+    /// <summary>Gets the rows that <see cref="MultiplyFew"/> multiplies, fewer than <see cref="Rows"/>; 0 if there is no such code.</summary>
+    static virtual int FewRows => 0;
+
+    /// <summary><see cref="Multiply"/> of the first <see cref="FewRows"/> rows of a tile, to the same bits.</summary>
+    static virtual void MultiplyFew(
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate) =>
+        throw new UnreachableException();
 
     /// <summary>
     /// One row by four panels: sums[j] = or += Σₛ left[s] · panels[s, j], the bits of <see cref="Multiply"/>. One row of

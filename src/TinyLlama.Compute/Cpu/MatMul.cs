@@ -591,7 +591,15 @@ internal static unsafe class MatMul
             float* sums, int rows, int columns, float* left, nint leftRow, nint leftStep, float* panel, int steps, float* ahead, bool accumulate)
         {
             float* whole = stackalloc float[MaxTileCount];
-            T.Multiply(whole, T.Columns, left, leftRow, leftStep, panel, steps, ahead, accumulate: false);
+            if (rows <= T.FewRows)
+            {
+                T.MultiplyFew(whole, T.Columns, left, leftRow, leftStep, panel, steps, ahead, accumulate: false);
+            }
+            else
+            {
+                T.Multiply(whole, T.Columns, left, leftRow, leftStep, panel, steps, ahead, accumulate: false);
+            }
+
             for (int r = 0; r < rows; r++, sums += SumsRow, whole += T.Columns)
             {
                 for (int j = 0; j < columns; j++)

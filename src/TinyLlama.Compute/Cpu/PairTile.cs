@@ -107,6 +107,40 @@ internal readonly unsafe struct PairTile<V, P> : ITile
     }
 
     /// <inheritdoc/>
+    public static int FewRows => 4;
+
+    /// <inheritdoc/>
+    [MethodImpl(MethodImplOptions.AggressiveOptimization)]
+    public static void MultiplyFew(
+        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)
+    {
+        Tile<V>.Prefetch(sums, sumsRow, 4);
+        V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default, s30 = default, s31 = default;
+        float* second = left + leftStep;
+        nint leftRow3 = 3 * leftRow;
+        for (; steps > 0; steps--, panel += Columns, ahead += Columns, left += 2 * leftStep, second += 2 * leftStep)
+        {
+            Fetch(ahead);
+            V p0 = P.Second(V.Load(panel)), p1 = P.Second(V.Load(panel + V.Count));
+            AddProducts(ref s00, ref s01, V.Create(second[0]), p0, p1);
+            AddProducts(ref s10, ref s11, V.Create(second[leftRow]), p0, p1);
+            AddProducts(ref s20, ref s21, V.Create(second[2 * leftRow]), p0, p1);
+            AddProducts(ref s30, ref s31, V.Create(second[leftRow3]), p0, p1);
+            p0 = P.First(V.Load(panel));
+            p1 = P.First(V.Load(panel + V.Count));
+            AddProducts(ref s00, ref s01, V.Create(left[0]), p0, p1);
+            AddProducts(ref s10, ref s11, V.Create(left[leftRow]), p0, p1);
+            AddProducts(ref s20, ref s21, V.Create(left[2 * leftRow]), p0, p1);
+            AddProducts(ref s30, ref s31, V.Create(left[leftRow3]), p0, p1);
+        }
+
+        Tile<V>.Put(sums, s00, s01, accumulate);
+        Tile<V>.Put(sums += sumsRow, s10, s11, accumulate);
+        Tile<V>.Put(sums += sumsRow, s20, s21, accumulate);
+        Tile<V>.Put(sums + sumsRow, s30, s31, accumulate);
+    }
+
+    /// <inheritdoc/>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
     public static void MultiplyRow(float* sums, float* left, float* panels, nint nextPanel, nint steps, bool accumulate)
     {
