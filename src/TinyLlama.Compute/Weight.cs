@@ -45,6 +45,15 @@ public sealed class Weight(Tensor values, Tensor gradient = default)
     /// <summary>Gets the form that <see cref="Backend.MatMulBackwardInput"/> reads where the device has one (<see cref="Backend.HasBackwardForm"/>), or an empty tensor.</summary>
     public Tensor PackedBackward { get; private set; }
 
+    /// <summary>Gets the bytes of the packed form that no product reads, because panels before them are compact.</summary>
+    public long UnreadBytes { get; internal set; }
+
+    /// <summary>Gets or sets which panels of the packed form are compact, some together, block of inputs after block, where the device has such panels.</summary>
+    internal bool[]? CompactPanels { get; set; }
+
+    /// <summary>Gets or sets how many rows of the packed form have been written, one after the other from the first, where the device asks.</summary>
+    internal int RowsInOrder { get; set; }
+
     /// <summary>A frozen weight that is nothing but the form which <see cref="Backend.MatMul"/> reads; <see cref="Backend.WriteRows"/> fills it.</summary>
     /// <param name="arena">Owner of its room.</param>
     /// <param name="backend">The device, which says how large the form is.</param>

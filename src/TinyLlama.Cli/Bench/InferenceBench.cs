@@ -157,8 +157,8 @@ internal sealed record InferenceBench(
         Row("tokens/s", $"{Tokens / Time.Best:N1} best, {Tokens / Time.Median:N1} median");
         if (Round.Decode)
         {
-            double bytes = (double)WeightBytes * Round.Tokens;
-            Row("weights", $"{bytes / Time.Best / 1e9:N1} GB/s best, {bytes / Time.Best / 1e9 / Ceiling.Bytes:P0} of the ceiling");
+            double rate = Operations.Sum(static operation => operation.Times.Bytes) / Time.Best / 1e9;
+            Row("memory", $"{rate:N1} GB/s read and written at best, {rate / Ceiling.Bytes:P0} of the ceiling");
         }
 
         Row("first token", $"{Load * 1e3:N0} ms after the start of loading");

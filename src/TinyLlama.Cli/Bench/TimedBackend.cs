@@ -225,7 +225,8 @@ internal sealed class TimedBackend(Backend inner) : Backend
         inner.MatMul(output, input, weight, accumulate);
         Tensor form = weight.PackedForward.IsEmpty ? weight.Values : weight.PackedForward;
         RecordProduct(
-            nameof(MatMul), start, input.Rows, weight.Outputs, weight.Inputs, Bytes(input, form) + (Bytes(output) * (accumulate ? 2 : 1)));
+            nameof(MatMul), start, input.Rows, weight.Outputs, weight.Inputs,
+            Bytes(input, form) - weight.UnreadBytes + (Bytes(output) * (accumulate ? 2 : 1)));
     }
 
     /// <inheritdoc/>

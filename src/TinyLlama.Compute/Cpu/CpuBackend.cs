@@ -9,7 +9,10 @@ internal enum ProductKernel
     /// <summary><see cref="MatMul"/> of pairs of 16-bit floats.</summary>
     Pairs,
 
-    /// <summary>The same of one row, by the code of <see cref="HalfTile"/>.</summary>
+    /// <summary>The same of bfloat16, by the tile of panels that may be compact: <see cref="CompactTile"/>.</summary>
+    Compact,
+
+    /// <summary>The same of one row of half precision, by the code of <see cref="HalfTile"/>.</summary>
     Halves,
 
     /// <summary><see cref="QuantizedMatMul"/>.</summary>
@@ -139,6 +142,7 @@ public abstract class CpuBackend : Backend
         if (!type.IsQuantized())
         {
             return !ArePairs(type, inputs) ? ProductKernel.Packed
+                : MayBeCompact(type) ? ProductKernel.Compact
                 : type == DType.F16 && rows == 1 && Emitted <= CpuPath.Vector512Vnni && HalfTile.Fault is null ? ProductKernel.Halves
                 : ProductKernel.Pairs;
         }
@@ -154,6 +158,9 @@ public abstract class CpuBackend : Backend
 
     // Whether rows of so many are kept as pairs of 16 bits.
     private protected static bool ArePairs(DType type, int inputs) => (type is DType.BF16 or DType.F16) && int.IsEvenInteger(inputs);
+
+    // Whether panels of pairs of such numbers may be compact.
+    private protected bool MayBeCompact(DType type) => type == DType.BF16 && Path <= CpuPath.Vector512;
 
     /// <inheritdoc/>
     protected override void Dispose(bool disposing)
@@ -202,7 +209,14 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
         }
         else if (ArePairs(weight.Type, weight.Inputs))
         {
-            Cpu.MatMul.PackPairs<V>(Team, weight, firstRow, rows);
+            if (MayBeCompact(weight.Type))
+            {
+                Cpu.MatMul.PackPairs<Lanes512, CompactTile>(Team, Scratch, weight, firstRow, rows);
+            }
+            else
+            {
+                Cpu.MatMul.PackPairs<V, PairTile<V, Float16Pairs<V>>>(Team, Scratch, weight, firstRow, rows);
+            }
         }
         else
         {
@@ -219,9 +233,13 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
             {
                 WeightPanels.Pack<V>(Team, weight);
             }
+            else if (MayBeCompact(weight.Type))
+            {
+                Cpu.MatMul.PackPairs<Lanes512, CompactTile>(Team, Scratch, weight);
+            }
             else
             {
-                Cpu.MatMul.PackPairs<V>(Team, weight);
+                Cpu.MatMul.PackPairs<V, PairTile<V, Float16Pairs<V>>>(Team, Scratch, weight);
             }
 
             weight.LeaveRows();
@@ -252,6 +270,9 @@ internal sealed unsafe class CpuBackend<V, T>(CpuPath path, int threads, CpuPath
                 break;
             case ProductKernel.Quantized:
                 QuantizedMatMul.Forward<V>(Team, Scratch, output, input, weight, accumulate);
+                break;
+            case ProductKernel.Compact:
+                Cpu.MatMul.ForwardPairs<Lanes512, CompactTile>(Team, Scratch, output, input, weight, accumulate);
                 break;
             case ProductKernel.Pairs when weight.Type == DType.BF16:
                 Cpu.MatMul.ForwardPairs<V, PairTile<V, BFloat16Pairs<V>>>(Team, Scratch, output, input, weight, accumulate);

@@ -68,9 +68,8 @@ internal unsafe interface ITile
     /// <summary>Gets the rows that <see cref="MultiplyFew"/> multiplies, fewer than <see cref="Rows"/>; 0 if there is no such code.</summary>
     static virtual int FewRows => 0;
 
-    /// <summary><see cref="Multiply"/> of the first <see cref="FewRows"/> rows of a tile, to the same bits.</summary>
-    static virtual void MultiplyFew(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate) =>
+    /// <summary><see cref="Multiply"/> of the first <see cref="FewRows"/> rows of a tile, to the same bits. It never adds to sums.</summary>
+    static virtual void MultiplyFew(float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead) =>
         throw new UnreachableException();
 
     /// <summary>
@@ -87,6 +86,53 @@ internal unsafe interface ITile
 
     /// <summary>Fills a row of the left operand, dword after dword, from <paramref name="depth"/> elements.</summary>
     static abstract void CopyRow(float* row, float* source, nint depth);
+
+    /// <summary>Gets a value indicating whether panels may be compact, four at a time, where the weight says so; what follows is about those.</summary>
+    static virtual bool HasCompactPanels => false;
+
+    /// <summary>The dwords that a compact panel takes: a quarter of those of four together.</summary>
+    static virtual nint CompactSize(nint steps) => throw new UnreachableException();
+
+    /// <summary>Makes four panels compact where they lie, if their numbers allow it; else they are left as they are.</summary>
+    /// <param name="panels">The panels, one after the other.</param>
+    /// <param name="steps">Their steps.</param>
+    /// <param name="scratch">Room for as many dwords.</param>
+    static virtual bool TryCompact(float* panels, nint steps, float* scratch) => throw new UnreachableException();
+
+    /// <summary>Writes the panel that one of four compact ones was made from.</summary>
+    /// <param name="panel">As many dwords as it had.</param>
+    /// <param name="compact">The first dword of the compact panel: <see cref="Columns"/> behind that of the one before.</param>
+    /// <param name="steps">Its steps.</param>
+    static virtual void Expand(float* panel, float* compact, nint steps) => throw new UnreachableException();
+
+    /// <summary>Makes from a row of <see cref="CopyRow"/> one that compact panels are multiplied by, unless its numbers are too large: then it is of no use.</summary>
+    /// <param name="scaled">The row that is made.</param>
+    /// <param name="row">The row.</param>
+    /// <param name="depth">Their elements.</param>
+    static virtual bool TryScaleRow(float* scaled, float* row, nint depth) => throw new UnreachableException();
+
+    /// <summary>The bits of <see cref="MultiplyRow"/> with the panels that four compact ones were made from.</summary>
+    /// <param name="sums">4 · <see cref="Columns"/> sums.</param>
+    /// <param name="left">The row, scaled, step after step.</param>
+    /// <param name="panels">The compact panels.</param>
+    /// <param name="steps">The number of steps, at least one.</param>
+    /// <param name="after">The panels that come next: their first dwords are asked for.</param>
+    /// <param name="accumulate">Whether to add to the sums.</param>
+    static virtual void MultiplyCompactRow(float* sums, float* left, float* panels, nint steps, float* after, bool accumulate) => throw new UnreachableException();
+
+    /// <summary>The bits of <see cref="Multiply"/> with the panel that a compact one was made from.</summary>
+    /// <param name="sums">First of the tile's sums.</param>
+    /// <param name="sumsRow">Elements from one row of sums to the next.</param>
+    /// <param name="rows">The rows whose sums are wanted; of the tile's others they may be written or not.</param>
+    /// <param name="left">Rows, scaled, each step after step.</param>
+    /// <param name="leftRow">Dwords from one of them to the next.</param>
+    /// <param name="compact">The first dword of the compact panel.</param>
+    /// <param name="steps">The number of steps, at least one.</param>
+    /// <param name="ahead">What later calls read: as many dwords of it are asked for as a compact panel takes.</param>
+    /// <param name="accumulate">Whether to add to the sums.</param>
+    static virtual void MultiplyCompact(
+        float* sums, nint sumsRow, int rows, float* left, nint leftRow, float* compact, nint steps, float* ahead, bool accumulate) =>
+        throw new UnreachableException();
 }
 
 /// <summary>A tile that packs operands of fp32.</summary>

@@ -29,6 +29,12 @@ internal unsafe partial interface ILanes<TSelf>
     /// </summary>
     static abstract void AddProduct(ref TSelf sum, TSelf a, TSelf b);
 
+    /// <summary>
+    /// The same with one factor for all lanes, read for this product alone: at 512 bits by the multiplication itself, which costs nothing. A
+    /// register that is filled first pays where several products use it.
+    /// </summary>
+    static abstract void AddProduct(ref TSelf sum, float* a, TSelf b);
+
     /// <summary>The larger of each pair; where b is not a number, b.</summary>
     static abstract TSelf Max(TSelf a, TSelf b);
 
@@ -117,6 +123,9 @@ internal unsafe partial struct Lanes512(Vector512<float> value) : ILanes<Lanes51
     public static void AddProduct(ref Lanes512 sum, Lanes512 a, Lanes512 b) => sum._value = Vector512.FusedMultiplyAdd(a._value, b._value, sum._value);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void AddProduct(ref Lanes512 sum, float* a, Lanes512 b) => sum._value = Vector512.FusedMultiplyAdd(Vector512.Create(*a), b._value, sum._value);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes512 Max(Lanes512 a, Lanes512 b) => new(Vector512.MaxNative(a._value, b._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -194,6 +203,9 @@ internal unsafe partial struct Lanes256(Vector256<float> value) : ILanes<Lanes25
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void AddProduct(ref Lanes256 sum, Lanes256 a, Lanes256 b) => sum._value = Vector256.FusedMultiplyAdd(a._value, b._value, sum._value);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void AddProduct(ref Lanes256 sum, float* a, Lanes256 b) => sum._value = Vector256.FusedMultiplyAdd(Vector256.Create(*a), b._value, sum._value);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes256 Max(Lanes256 a, Lanes256 b) => new(Vector256.MaxNative(a._value, b._value));
@@ -278,6 +290,9 @@ internal readonly unsafe partial struct Lanes128(Vector128<float> value) : ILane
     public static void AddProduct(ref Lanes128 sum, Lanes128 a, Lanes128 b) => sum = Fma(a, b, sum);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void AddProduct(ref Lanes128 sum, float* a, Lanes128 b) => sum = Fma(Create(*a), b, sum);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static Lanes128 Max(Lanes128 a, Lanes128 b) => new(Vector128.MaxNative(a._value, b._value));
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -356,6 +371,9 @@ internal readonly unsafe partial struct Lanes1(float value) : ILanes<Lanes1>
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void AddProduct(ref Lanes1 sum, Lanes1 a, Lanes1 b) => sum = Fma(a, b, sum);
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void AddProduct(ref Lanes1 sum, float* a, Lanes1 b) => sum = Fma(Create(*a), b, sum);
 
     public static Lanes1 Max(Lanes1 a, Lanes1 b) => a._value > b._value ? a : b;
 

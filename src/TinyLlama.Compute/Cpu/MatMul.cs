@@ -117,20 +117,27 @@ internal static unsafe class MatMul
 
     /// <summary>Packs rows of a frozen weight of 16-bit floats for the forward: their pairs are dwords, moved as they are.</summary>
     /// <param name="team">The threads.</param>
+    /// <param name="scratch">Room for the panels of a thread.</param>
     /// <param name="weight">The weight; its inputs are even.</param>
     /// <param name="firstRow">The first row: it begins a panel.</param>
-    /// <param name="rows">Rows in the weight's type; they end a panel, or the weight.</param>
-    public static void PackPairs<V>(ThreadTeam team, Weight weight, int firstRow, ReadOnlySpan<byte> rows)
+    /// <param name="rows">Rows in the weight's type; they end a panel, or the weight. What may be compact by now cannot be packed again.</param>
+    public static void PackPairs<V, T>(ThreadTeam team, Scratch scratch, Weight weight, int firstRow, ReadOnlySpan<byte> rows)
         where V : struct, ILanes<V>
+        where T : struct, ITile
     {
         int pairs = weight.Inputs / 2;
         int count = RequireRows<Tile<V>>(weight, firstRow, rows);
+        int before = weight.RowsInOrder;
+        Shape.Require(!T.HasCompactPanels || firstRow >= before, "rows that have not been packed");
         fixed (byte* source = rows)
         {
             Matrix matrix = new((float*)source, 1, pairs);
-            Pack<Tile<V>>(
-                team, Panels(weight.PackedForward), matrix, count, pairs, BlockSteps<Tile<V>>(pairs), tiles: false, firstRow, weight.Outputs);
+            Pack<Tile<V>>(team, Panels(weight.PackedForward), matrix, count, pairs, BlockSteps<T>(weight.Inputs), tiles: false, firstRow, weight.Outputs);
         }
+
+        // Rows come one after the other; panels of others stay as they are.
+        weight.RowsInOrder += firstRow == before ? count : 0;
+        Compact<T>(team, scratch, weight, before, weight.RowsInOrder);
     }
 
     /// <summary>Whether <see cref="ForwardPairs"/> reads rows where they lie.</summary>
@@ -138,8 +145,9 @@ internal static unsafe class MatMul
         where V : struct, ILanes<V> => rows.IsRegular(Tile<V>.Columns);
 
     /// <summary>Packs a weight of 16-bit floats in place for the forward, and drops its pages.</summary>
-    public static void PackPairs<V>(ThreadTeam team, Weight weight)
+    public static void PackPairs<V, T>(ThreadTeam team, Scratch scratch, Weight weight)
         where V : struct, ILanes<V>
+        where T : struct, ITile
     {
         int pairs = weight.Inputs / 2;
         int firstRow = 0;
@@ -150,13 +158,15 @@ internal static unsafe class MatMul
             for (int row = 0; row < rows.Count; row += together)
             {
                 Pack<Tile<V>>(
-                    team, Panels(weight.PackedForward), Matrix.Stored(rows, row, pairs), together, pairs, BlockSteps<Tile<V>>(pairs), tiles: false,
+                    team, Panels(weight.PackedForward), Matrix.Stored(rows, row, pairs), together, pairs, BlockSteps<T>(weight.Inputs), tiles: false,
                     firstRow + row, weight.Outputs);
             }
 
             PageMemory.DropFilePages(rows.Address, rows.Count * (long)pairs * sizeof(float));
             firstRow += rows.Count;
         }
+
+        Compact<T>(team, scratch, weight, 0, weight.Outputs);
     }
 
     /// <summary>output (N, O) = or += input (N, I) · weightᵀ of a weight in pairs, by a tile of panels of such registers.</summary>
@@ -168,7 +178,7 @@ internal static unsafe class MatMul
         {
             Multiply<T>(
                 team, scratch, output, Matrix.Of(input), null, Panels(weight.PackedForward), input.Columns, BlockSteps<T>(input.Columns), accumulate,
-                weight.IsInPlace ? weight.Rows : null, &Tile<V>.Pack);
+                weight.IsInPlace ? weight.Rows : null, &Tile<V>.Pack, weight.IsInPlace ? null : weight.CompactPanels);
         }
     }
 
@@ -186,6 +196,38 @@ internal static unsafe class MatMul
     public static void BackwardWeight<T>(ThreadTeam team, Scratch scratch, Tensor dWeight, Tensor dOutput, Tensor input)
         where T : struct, IPackingTile =>
         Run<T>(team, scratch, dWeight, Matrix.Transposed(dOutput), Matrix.Of(input), default, input.Rows, accumulate: true);
+
+    // Makes panels compact whose last row is among those, if their numbers allow it.
+    private static void Compact<T>(ThreadTeam team, Scratch scratch, Weight weight, int firstRow, int endRow)
+        where T : struct, ITile
+    {
+        int first = firstRow / (PanelsTogether * T.Columns);
+        int end = endRow / (PanelsTogether * T.Columns);
+        if (!T.HasCompactPanels || first >= end)
+        {
+            return;
+        }
+
+        CompactWork<T> work = new()
+        {
+            Scratch = scratch,
+            Panels = Panels(weight.PackedForward),
+            PanelCount = (weight.Outputs + T.Columns - 1) / T.Columns,
+            FirstGroup = first,
+            Steps = Steps<T>(weight.Inputs),
+            BlockSteps = BlockSteps<T>(weight.Inputs),
+        };
+        int groups = work.PanelCount / PanelsTogether;
+        work.AreCompact = weight.CompactPanels ??= new bool[(work.Steps + work.BlockSteps - 1) / work.BlockSteps * groups];
+        team.Run(ref work, end - first);
+        weight.UnreadBytes = 0;
+        for (int step = 0; step < work.Steps; step += work.BlockSteps)
+        {
+            int steps = Math.Min(work.BlockSteps, work.Steps - step);
+            nint unread = PanelsTogether * (((nint)steps * T.Columns) - T.CompactSize(steps)) * sizeof(float);
+            weight.UnreadBytes += work.AreCompact.AsSpan(step / work.BlockSteps * groups, groups).Count(true) * unread;
+        }
+    }
 
     // The number of rows.
     private static int RequireRows<T>(Weight weight, int firstRow, ReadOnlySpan<byte> rows)
@@ -321,7 +363,7 @@ internal static unsafe class MatMul
 
     private static void Multiply<T>(
         ThreadTeam team, Scratch scratch, Tensor sums, Matrix left, float* tiles, float* panels, int depth, int blockSteps, bool accumulate,
-        StoredRows[]? rows = null, delegate*<float*, float*, nint, nint, int, nint, void> pack = null)
+        StoredRows[]? rows = null, delegate*<float*, float*, nint, nint, int, nint, void> pack = null, bool[]? areCompact = null)
         where T : struct, ITile
     {
         int tileRows = (sums.Rows + T.Rows - 1) / T.Rows;
@@ -356,8 +398,10 @@ internal static unsafe class MatMul
             ColumnBlocks = columnBlocks,
             TileRows = tileRows,
             PanelCount = panelCount,
+            NextTask = team.Threads,
             StoredRows = rows,
             Pack = pack,
+            AreCompact = areCompact,
         };
         team.Run(ref work, rowBlocks * columnBlocks);
     }
@@ -452,6 +496,29 @@ internal static unsafe class MatMul
         }
     }
 
+    private struct CompactWork<T> : IWork
+        where T : struct, ITile
+    {
+        public Scratch Scratch;
+        public float* Panels;
+        public bool[] AreCompact;
+        public int PanelCount;
+        public int FirstGroup;
+        public int Steps;
+        public int BlockSteps;
+
+        public readonly void Run(int task, int thread)
+        {
+            int group = FirstGroup + task;
+            for (int step = 0; step < Steps; step += BlockSteps)
+            {
+                int steps = Math.Min(BlockSteps, Steps - step);
+                float* panels = Panels + ((((nint)step * PanelCount) + ((nint)group * PanelsTogether * steps)) * T.Columns);
+                AreCompact[(step / BlockSteps * (PanelCount / PanelsTogether)) + group] = T.TryCompact(panels, steps, Scratch.Of(thread));
+            }
+        }
+    }
+
     private struct MultiplyWork<T> : IWork
         where T : struct, ITile
     {
@@ -472,9 +539,15 @@ internal static unsafe class MatMul
         public int TileRows;
         public int PanelCount;
 
+        // How many tasks further this thread's next one will be, most likely.
+        public int NextTask;
+
         // In place of panels; Pack turns those of a panel.
         public StoredRows[]? StoredRows;
         public delegate*<float*, float*, nint, nint, int, nint, void> Pack;
+
+        // Of each four panels, block of k after block; null where none are.
+        public bool[]? AreCompact;
 
         public readonly void Run(int task, int thread)
         {
@@ -484,39 +557,60 @@ internal static unsafe class MatMul
             int firstRow = (int)((long)TileRows * rowBlock / RowBlocks) * T.Rows;
             int endRow = Math.Min(Rows, (int)((long)TileRows * (rowBlock + 1) / RowBlocks) * T.Rows);
 
-            // One row goes through some panels together: what is left of them costs as much, so only the last task has such.
-            int together = Rows == 1 ? PanelsTogether : 1;
-            int groups = (PanelCount + together - 1) / together;
-            int firstPanel = (int)((long)groups * columnBlock / ColumnBlocks) * together;
-            int endPanel = Math.Min(PanelCount, (int)((long)groups * (columnBlock + 1) / ColumnBlocks) * together);
+            int firstPanel = FirstPanel(columnBlock);
+            int endPanel = Math.Min(PanelCount, FirstPanel(columnBlock + 1));
             float* block = Scratch.Of(thread);
             T.Begin();
             for (int step = 0; step < Steps; step += BlockSteps)
             {
                 int steps = Math.Min(BlockSteps, Steps - step);
+                int next = step + steps;
                 bool accumulate = Accumulate || step > 0;
+                float* after = next < Steps ? Panel(firstPanel, next, Math.Min(BlockSteps, Steps - next)) : NextTaskPanels(task);
                 if (Tiles != null)
                 {
                     nint perRow = steps * T.LeftDwords;
                     float* tiles = Tiles + ((nint)step * TileRows * T.Rows * T.LeftDwords) + (firstRow * perRow);
-                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, tiles, T.PackedRow, T.Rows, perRow, accumulate);
+                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, tiles, T.PackedRow, T.Rows, perRow, after, accumulate);
                 }
                 else
                 {
                     CopyRows(block, firstRow, endRow, step, steps);
                     if (Rows == 1)
                     {
-                        MultiplyRow(block, step, steps, firstPanel, endPanel, accumulate);
+                        MultiplyRow(block, step, steps, firstPanel, endPanel, after, accumulate);
                         continue;
                     }
 
                     nint row = BlockRow(steps);
-                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, block, row, 1, row, accumulate);
+                    Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, block, row, 1, row, after, accumulate);
+                    if (AreCompact is not null)
+                    {
+                        bool isScaled = TryScaleRows(block, endRow - firstRow, step, steps);
+                        if (!isScaled)
+                        {
+                            CopyRows(block, firstRow, endRow, step, steps);
+                        }
+
+                        Multiply(firstRow, endRow, firstPanel, endPanel, step, steps, block, row, 1, row, after, accumulate, areCompact: true, isScaled);
+                    }
                 }
             }
 
             T.End();
         }
+
+        // One row goes through some panels together, as do all rows where they are compact: only the last task has what is left of them.
+        private readonly int FirstPanel(int columnBlock)
+        {
+            int together = Rows == 1 || AreCompact is not null ? PanelsTogether : 1;
+            int groups = (PanelCount + together - 1) / together;
+            return (int)((long)groups * columnBlock / ColumnBlocks) * together;
+        }
+
+        // The first panels of the task that this thread will take next, most likely; null if there is none.
+        private readonly float* NextTaskPanels(int task) =>
+            task + NextTask < RowBlocks * ColumnBlocks ? Panel(FirstPanel((task + NextTask) / RowBlocks), 0, Math.Min(BlockSteps, Steps)) : null;
 
         // Dwords from one row of the copied block to the next.
         private static nint BlockRow(int steps) => (steps * T.LeftDwords) + RowPadding;
@@ -524,15 +618,35 @@ internal static unsafe class MatMul
         private readonly float* Panel(int panel, int step, int steps) =>
             Panels + ((((nint)step * PanelCount) + ((nint)panel * steps)) * T.Columns);
 
-        // Some panels, one after the other: those of rows in place are turned behind the block of the left operand.
+        // The first of the four panels that this one is compact with, or null.
+        private readonly float* CompactWith(int panel, int step, int steps)
+        {
+            int group = panel / PanelsTogether;
+            int groups = PanelCount / PanelsTogether;
+            return T.HasCompactPanels && AreCompact is not null && group < groups && AreCompact[(step / BlockSteps * groups) + group]
+                ? Panel(group * PanelsTogether, step, steps) : null;
+        }
+
+        // Some panels, one after the other: those that are compact, or rows in place, are written behind the block of the left operand.
         private readonly float* PanelsFrom(float* block, int panel, int count, int step, int steps)
         {
+            float* turned = block + MaxBlock;
+            float* compact = CompactWith(panel, step, steps);
+            if (compact != null)
+            {
+                for (int p = 0; p < count; p++)
+                {
+                    T.Expand(turned + ((nint)p * steps * T.Columns), compact + (((panel + p) % PanelsTogether) * T.Columns), steps);
+                }
+
+                return turned;
+            }
+
             if (StoredRows is null)
             {
                 return Panel(panel, step, steps);
             }
 
-            float* turned = block + MaxBlock;
             for (int p = 0; p < count; p++, turned += (nint)steps * T.Columns)
             {
                 int row = (panel + p) * T.Columns;
@@ -549,17 +663,31 @@ internal static unsafe class MatMul
             return block + MaxBlock;
         }
 
-        // All tiles of the task for one block of k. A tile of the left operand starts Tile.Rows · perRow elements after the one before.
+        // All tiles of the task for one block of k, of the panels that are compact or of the others. A tile of the left operand starts
+        // Tile.Rows · perRow elements after the one before; if it is not scaled, compact panels are expanded.
         private readonly void Multiply(
-            int firstRow, int endRow, int firstPanel, int endPanel, int step, int steps, float* block, nint leftRow, nint leftStep, nint perRow, bool accumulate)
+            int firstRow, int endRow, int firstPanel, int endPanel, int step, int steps, float* block, nint leftRow, nint leftStep, nint perRow, float* after,
+            bool accumulate, bool areCompact = false, bool isScaled = false)
         {
-            // While a panel is multiplied by the tiles of the first rows, they fetch the next one, which lies behind it.
+            // While a panel is multiplied by the tiles of the first rows, they fetch the next one, or their part of the next four; what comes
+            // after the last is the next block or task.
             int fetched = steps * T.FetchedOfStep / ITile.Line * ITile.Line;
+            nint size = (nint)steps * T.Columns;
             for (int panel = firstPanel; panel < endPanel; panel++)
             {
-                float* right = PanelsFrom(block, panel, 1, step, steps);
-                float* ahead = right + ((nint)steps * T.Columns);
-                float* next = ahead + ((nint)steps * T.Columns);
+                float* compact = CompactWith(panel, step, steps);
+                if (compact != null != areCompact)
+                {
+                    continue;
+                }
+
+                int inGroup = panel % PanelsTogether;
+                float* right = isScaled ? compact + (inGroup * T.Columns) : PanelsFrom(block, panel, 1, step, steps);
+                nint sizeAhead = compact == null ? size : T.CompactSize(steps);
+                float* ahead = panel + (compact == null ? 1 : PanelsTogether - inGroup) >= endPanel && after != null ? after
+                    : compact == null ? right + size : compact + (PanelsTogether * size);
+                ahead += compact == null ? 0 : inGroup * sizeAhead;
+                float* endAhead = ahead + sizeAhead;
                 int column = panel * T.Columns;
                 float* sums = Sums + (firstRow * SumsRow) + column;
                 float* left = block;
@@ -567,19 +695,23 @@ internal static unsafe class MatMul
                 for (int row = firstRow; row < endRow; row += T.Rows)
                 {
                     int rows = endRow - row;
-                    if (rows >= T.Rows && columns >= T.Columns)
+                    if (rows < T.Rows || columns < T.Columns)
                     {
-                        T.Multiply(sums, SumsRow, left, leftRow, leftStep, right, steps, ahead, accumulate);
+                        MultiplyEdge(
+                            sums, Math.Min(rows, T.Rows), Math.Min(columns, T.Columns), left, leftRow, leftStep, right, steps, ahead, accumulate, isScaled);
+                    }
+                    else if (isScaled)
+                    {
+                        T.MultiplyCompact(sums, SumsRow, rows: T.Rows, left, leftRow, right, steps, ahead, accumulate);
                     }
                     else
                     {
-                        MultiplyEdge(
-                            sums, Math.Min(rows, T.Rows), Math.Min(columns, T.Columns), left, leftRow, leftStep, right, steps, ahead, accumulate);
+                        T.Multiply(sums, SumsRow, left, leftRow, leftStep, right, steps, ahead, accumulate);
                     }
 
                     sums += T.Rows * SumsRow;
                     left += T.Rows * perRow;
-                    ahead = ahead + fetched < next ? ahead + fetched : right;
+                    ahead = ahead + fetched < endAhead ? ahead + fetched : right;
                 }
             }
         }
@@ -588,12 +720,16 @@ internal static unsafe class MatMul
         // of the panel all columns; what sticks out may hold anything.
         [SkipLocalsInit]
         private readonly void MultiplyEdge(
-            float* sums, int rows, int columns, float* left, nint leftRow, nint leftStep, float* panel, int steps, float* ahead, bool accumulate)
+            float* sums, int rows, int columns, float* left, nint leftRow, nint leftStep, float* panel, int steps, float* ahead, bool accumulate, bool isScaled)
         {
             float* whole = stackalloc float[MaxTileCount];
-            if (rows <= T.FewRows)
+            if (isScaled)
             {
-                T.MultiplyFew(whole, T.Columns, left, leftRow, leftStep, panel, steps, ahead, accumulate: false);
+                T.MultiplyCompact(whole, T.Columns, rows, left, leftRow, panel, steps, ahead, accumulate: false);
+            }
+            else if (rows <= T.FewRows)
+            {
+                T.MultiplyFew(whole, T.Columns, left, leftRow, leftStep, panel, steps, ahead);
             }
             else
             {
@@ -610,12 +746,21 @@ internal static unsafe class MatMul
         }
 
         [SkipLocalsInit]
-        private readonly void MultiplyRow(float* left, int step, int steps, int firstPanel, int endPanel, bool accumulate)
+        private readonly void MultiplyRow(float* left, int step, int steps, int firstPanel, int endPanel, float* after, bool accumulate)
         {
             nint nextPanel = (nint)steps * T.Columns;
             float* edge = stackalloc float[MaxTileCount];
+            float* scaled = AreCompact is null ? null : ScaledRow(left, step, steps);
             for (int panel = firstPanel; panel < endPanel; panel += PanelsTogether)
             {
+                float* compact = scaled == null ? null : CompactWith(panel, step, steps);
+                if (compact != null)
+                {
+                    float* next = panel + PanelsTogether < endPanel ? compact + (PanelsTogether * nextPanel) : after;
+                    T.MultiplyCompactRow(Sums + (panel * T.Columns), scaled, compact, steps, next, accumulate);
+                    continue;
+                }
+
                 float* right = PanelsFrom(left, panel, Math.Min(PanelsTogether, endPanel - panel), step, steps);
                 int column = panel * T.Columns;
                 int columns = Math.Min(endPanel * T.Columns, Columns) - column;
@@ -638,6 +783,29 @@ internal static unsafe class MatMul
                     }
                 }
             }
+        }
+
+        // Makes of the rows of the block what compact panels are multiplied by; else, if their numbers are too large, they are of no use.
+        private readonly bool TryScaleRows(float* block, int rows, int step, int steps)
+        {
+            int depth = Math.Min(steps * StepDepth<T>(), Depth - (step * StepDepth<T>()));
+            for (int row = 0; row < rows; row++, block += BlockRow(steps))
+            {
+                if (!T.TryScaleRow(block, block, depth))
+                {
+                    return false;
+                }
+            }
+
+            return true;
+        }
+
+        // What compact panels are multiplied by, behind the one row of the block; null if its numbers are too large for that.
+        private readonly float* ScaledRow(float* row, int step, int steps)
+        {
+            int depth = Math.Min(steps * StepDepth<T>(), Depth - (step * StepDepth<T>()));
+            float* scaled = row + BlockRow(steps);
+            return T.TryScaleRow(scaled, row, depth) ? scaled : null;
         }
 
         // Rows below the last keep what an earlier block left there; their sums are thrown away.

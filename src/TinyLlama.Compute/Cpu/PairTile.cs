@@ -111,10 +111,8 @@ internal readonly unsafe struct PairTile<V, P> : ITile
 
     /// <inheritdoc/>
     [MethodImpl(MethodImplOptions.AggressiveOptimization)]
-    public static void MultiplyFew(
-        float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead, bool accumulate)
+    public static void MultiplyFew(float* sums, nint sumsRow, float* left, nint leftRow, nint leftStep, float* panel, nint steps, float* ahead)
     {
-        Tile<V>.Prefetch(sums, sumsRow, 4);
         V s00 = default, s01 = default, s10 = default, s11 = default, s20 = default, s21 = default, s30 = default, s31 = default;
         float* second = left + leftStep;
         nint leftRow3 = 3 * leftRow;
@@ -134,10 +132,10 @@ internal readonly unsafe struct PairTile<V, P> : ITile
             AddProducts(ref s30, ref s31, V.Create(left[leftRow3]), p0, p1);
         }
 
-        Tile<V>.Put(sums, s00, s01, accumulate);
-        Tile<V>.Put(sums += sumsRow, s10, s11, accumulate);
-        Tile<V>.Put(sums += sumsRow, s20, s21, accumulate);
-        Tile<V>.Put(sums + sumsRow, s30, s31, accumulate);
+        Tile<V>.Put(sums, s00, s01, accumulate: false);
+        Tile<V>.Put(sums += sumsRow, s10, s11, accumulate: false);
+        Tile<V>.Put(sums += sumsRow, s20, s21, accumulate: false);
+        Tile<V>.Put(sums + sumsRow, s30, s31, accumulate: false);
     }
 
     /// <inheritdoc/>

@@ -29,7 +29,7 @@ public sealed class ProductKernelTests
     [InlineData(DType.Q5_K, false, ProductKernel.Vnni)]
     [InlineData(DType.Q6_K, false, ProductKernel.Vnni)]
     [InlineData(DType.Q4_1, false, ProductKernel.Quantized)]
-    [InlineData(DType.BF16, false, ProductKernel.Pairs)]
+    [InlineData(DType.BF16, false, ProductKernel.Compact)]
     internal void With_VNNI_what_it_has_code_for_is_multiplied_by_it(DType type, bool inPlace, ProductKernel expected)
     {
         Assert.SkipUnless(VnniBytes.IsSupported, "no AVX512-VNNI here");
