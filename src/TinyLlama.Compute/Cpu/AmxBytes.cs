@@ -60,7 +60,7 @@ internal static unsafe class AmxBytes
 
     private static readonly byte* s_sizesOfHalves = Amx.Sizes(static tile => TileSize(Kind.Halves, tile));
 
-    private static readonly Code s_code = Load();
+    private static readonly (nint[]? Addresses, string? Fault) s_code = ExecutableMemory.Load("bytes on AMX", Missing(), Map, IsRight);
 
     /// <summary>What groups of weights are.</summary>
     public enum Kind
@@ -120,7 +120,7 @@ internal static unsafe class AmxBytes
     /// <param name="waiting">Room for <see cref="WaitingBytes"/>.</param>
     /// <param name="ahead">What is fetched.</param>
     public static void Multiply(Kind kind, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting, Ahead ahead) =>
-        Call(s_code.Of(nextBlock == 0 ? 1 : 2, kind, ahead.First != 0), sums, inputs, nextBlock, weights, nextPanel, groups, waiting, ahead);
+        Call(Of(s_code.Addresses!, nextBlock == 0 ? 1 : 2, kind, ahead.First != 0), sums, inputs, nextBlock, weights, nextPanel, groups, waiting, ahead);
 
     /// <summary>Rows and bytes of a row of a tile register: sums in 0 to 3, inputs in 4 and 5, weights in 6 and 7, of all elements that share a scale.</summary>
     internal static (int Rows, int Bytes) TileSize(Kind kind, int tile)
@@ -418,33 +418,23 @@ internal static unsafe class AmxBytes
 
     private static AssemblerRegisterZMM Register512(int number) => new(Register.ZMM0 + number);
 
-    private static Code Load()
+    private static string? Missing()
     {
         const int Int8 = 1 << 25, Gfni = 1 << 8;
         if (Amx.Fault is string none)
         {
-            return new Code { Fault = none };
+            return none;
         }
 
         (_, _, int ecx, int edx) = X86Base.CpuId(7, 0);
-        if ((edx & Int8) == 0 || (ecx & Gfni) == 0)
-        {
-            return new Code { Fault = "no AMX for bytes, or no GFNI here" };
-        }
-
-        try
-        {
-            Code code = new()
-            {
-                Addresses = [.. from kind in s_kinds from blocks in (int[])[1, 2] from fetches in (bool[])[false, true] select ExecutableMemory.Map(Emit(blocks, kind, fetches))],
-            };
-            return IsRight(code) ? code : new Code { Fault = "the code for bytes on AMX gives wrong sums on this processor" };
-        }
-        catch (DeviceException e)
-        {
-            return new Code { Fault = $"the code for bytes on AMX cannot be loaded, {e.Message}" };
-        }
+        return (edx & Int8) == 0 || (ecx & Gfni) == 0 ? "no AMX for bytes, or no GFNI here" : null;
     }
+
+    // The code of every kind, of one block of rows and of two, without and with what is fetched ahead.
+    private static nint[] Map() =>
+        [.. from kind in s_kinds from blocks in (int[])[1, 2] from fetches in (bool[])[false, true] select ExecutableMemory.Map(Emit(blocks, kind, fetches))];
+
+    private static nint Of(nint[] codes, int blocks, Kind kind, bool fetches) => codes[(4 * (int)kind) + (2 * (blocks - 1)) + (fetches ? 1 : 0)];
 
     private static void Call(
         nint code, float* sums, byte* inputs, nint nextBlock, byte* weights, nint nextPanel, nint groups, byte* waiting, Ahead ahead) =>
@@ -452,7 +442,7 @@ internal static unsafe class AmxBytes
             sums, inputs, weights, groups, waiting, nextPanel, nextBlock, ahead.First, ahead.NextPanel, ahead.GroupBytes);
 
     // Whole numbers so small that every order of adding them gives the same bits.
-    private static bool IsRight(Code code)
+    private static bool IsRight(nint[] codes)
     {
         const int Groups = 3;
         const int NextBlock = Groups * InputBytes;
@@ -490,7 +480,7 @@ internal static unsafe class AmxBytes
                 foreach ((int blocks, bool fetches) in (ReadOnlySpan<(int, bool)>)[(1, false), (1, true), (2, false), (2, true)])
                 {
                     Array.Fill(actual, 7);
-                    Call(code.Of(blocks, kind, fetches), sums, inputs, NextBlock, weights, Groups * weightBytes, Groups, waiting, default);
+                    Call(Of(codes, blocks, kind, fetches), sums, inputs, NextBlock, weights, Groups * weightBytes, Groups, waiting, default);
                     for (int i = 0; i < actual.Length; i++)
                     {
                         (int tile, int row, int output) = (i / (Rows * Rows), i / Rows % Rows, i % Rows);
@@ -564,13 +554,5 @@ internal static unsafe class AmxBytes
 
             return products;
         }
-    }
-
-    private struct Code
-    {
-        public string? Fault;
-        public nint[] Addresses;
-
-        public readonly nint Of(int blocks, Kind kind, bool fetches) => Addresses[(4 * (int)kind) + (2 * (blocks - 1)) + (fetches ? 1 : 0)];
     }
 }

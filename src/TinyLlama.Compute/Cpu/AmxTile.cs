@@ -20,7 +20,8 @@ internal readonly unsafe struct AmxTile : IPackingTile
 
     private static readonly byte* s_sizes = Amx.Sizes(_ => (Amx.TileRows, Amx.RowDwords * sizeof(float)));
 
-    private static readonly (nint Address, string? Fault) s_code = Load();
+    private static readonly (nint Address, string? Fault) s_code = ExecutableMemory.Load(
+        "AMX", Amx.Fault, static () => ExecutableMemory.Map(Emit()), IsRight);
 
     /// <summary>Gets why the code cannot be used here, or null. The first use of it emits, loads and checks the code.</summary>
     public static string? Fault => s_code.Fault;
@@ -262,23 +263,6 @@ internal readonly unsafe struct AmxTile : IPackingTile
 
     private static AssemblerMemoryOperand Field(string name) => __qword_ptr[rdi + (int)Marshal.OffsetOf<Product>(name)];
 
-    private static (nint Address, string? Fault) Load()
-    {
-        if (Amx.Fault is string none)
-        {
-            return (0, none);
-        }
-
-        try
-        {
-            nint code = ExecutableMemory.Map(Emit());
-            return IsRight(code) ? (code, null) : (0, "the code for AMX gives wrong sums on this processor");
-        }
-        catch (DeviceException e)
-        {
-            return (0, $"the code for AMX cannot be loaded, {e.Message}");
-        }
-    }
 
     // 16 steps of 32 rows to 32 rows of 16 steps.
     private static void Turn(float* rows, float* steps)

@@ -17,7 +17,8 @@ namespace TinyLlama.Compute.Cpu;
 /// </remarks>
 internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
 {
-    private static readonly (nint Address, string? Fault) s_code = Load();
+    private static readonly (nint Address, string? Fault) s_code = ExecutableMemory.Load(
+        "AVX512-BF16", IsSupported ? null : "no AVX512-BF16 here, or not Linux on x64", static () => ExecutableMemory.Map(Emit()), IsRight);
 
     /// <summary>Gets a value indicating whether the processor has the instruction and the system the calling convention.</summary>
     public static bool IsSupported =>
@@ -181,25 +182,6 @@ internal readonly unsafe struct Avx512Bf16Tile : IPackingTile
 
     private static AssemblerRegisterZMM Register512(int number) => new(Register.ZMM0 + number);
 
-    private static (nint Address, string? Fault) Load()
-    {
-        if (!IsSupported)
-        {
-            return (0, "no AVX512-BF16 here, or not Linux on x64");
-        }
-
-        try
-        {
-            nint code = ExecutableMemory.Map(Emit());
-            return IsRight(code)
-                ? (code, null)
-                : (0, "the code for AVX512-BF16 gives wrong sums on this processor; products in bf16 use fp32 instructions");
-        }
-        catch (DeviceException e)
-        {
-            return (0, $"the code for AVX512-BF16 cannot be loaded, {e.Message}; products in bf16 use fp32 instructions");
-        }
-    }
 
     // Whole numbers so small that every order of adding them gives the same bits.
     private static bool IsRight(nint code)

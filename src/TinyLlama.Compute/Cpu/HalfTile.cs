@@ -19,7 +19,8 @@ internal readonly unsafe struct HalfTile : ITile
     private const int RegisterBytes = 64;
 
     // Emitted, loaded and checked when first asked for.
-    private static readonly Lazy<(nint Address, string? Fault)> s_code = new(Load);
+    private static readonly Lazy<(nint Address, string? Fault)> s_code = new(static () => ExecutableMemory.Load(
+        "half precision", IsSupported ? null : "no AVX-512 here, or not Linux on x64", static () => ExecutableMemory.Map(Emit()), IsRight));
 
     /// <summary>Gets a value indicating whether the processor has the instructions and the system the calling convention.</summary>
     public static bool IsSupported => Avx512F.X64.IsSupported && OperatingSystem.IsLinux();
@@ -111,23 +112,6 @@ internal readonly unsafe struct HalfTile : ITile
         }
     }
 
-    private static (nint Address, string? Fault) Load()
-    {
-        if (!IsSupported)
-        {
-            return (0, "no AVX-512 here, or not Linux on x64");
-        }
-
-        try
-        {
-            nint code = ExecutableMemory.Map(Emit());
-            return IsRight(code) ? (code, null) : (0, "the code for half precision gives wrong sums on this processor");
-        }
-        catch (DeviceException e)
-        {
-            return (0, $"the code for half precision cannot be loaded, {e.Message}");
-        }
-    }
 
     // All finite halves.
     private static bool IsRight(nint code)

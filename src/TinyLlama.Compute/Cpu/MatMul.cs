@@ -566,7 +566,8 @@ internal static unsafe class MatMul
                 int steps = Math.Min(BlockSteps, Steps - step);
                 int next = step + steps;
                 bool accumulate = Accumulate || step > 0;
-                float* after = next < Steps ? Panel(firstPanel, next, Math.Min(BlockSteps, Steps - next)) : NextTaskPanels(task);
+                float* after = StoredRows is not null ? null
+                    : next < Steps ? Panel(firstPanel, next, Math.Min(BlockSteps, Steps - next)) : NextTaskPanels(task);
                 if (Tiles != null)
                 {
                     nint perRow = steps * T.LeftDwords;

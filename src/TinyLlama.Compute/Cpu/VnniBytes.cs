@@ -28,7 +28,7 @@ internal static unsafe class VnniBytes
     private static readonly DType[] s_types = [DType.Q4_0, DType.Q8_0, DType.Q4_K, DType.Q5_K, DType.Q6_K];
 
     // Emitted, loaded and checked when first asked for, as a start should not wait for what it does not use.
-    private static readonly Lazy<Code>[] s_codes = [.. s_types.Select(static type => new Lazy<Code>(() => Load(type)))];
+    private static readonly Lazy<(nint Address, string? Fault)>[] s_codes = [.. s_types.Select(static type => new Lazy<(nint, string?)>(() => Load(type)))];
 
     /// <summary>Gets a value indicating whether the processor has the instruction and the system the calling convention.</summary>
     public static bool IsSupported =>
@@ -344,23 +344,8 @@ internal static unsafe class VnniBytes
 
     private static AssemblerRegisterZMM Register512(int number) => new(Register.ZMM0 + number);
 
-    private static Code Load(DType type)
-    {
-        if (!IsSupported)
-        {
-            return new Code { Fault = "no AVX512-VNNI here, or not Linux on x64" };
-        }
-
-        try
-        {
-            nint code = ExecutableMemory.Map(Emit(type));
-            return IsRight(code, type) ? new Code { Address = code } : new Code { Fault = $"the code for {type} gives wrong sums on this processor" };
-        }
-        catch (DeviceException e)
-        {
-            return new Code { Fault = $"the code for {type} cannot be loaded, {e.Message}" };
-        }
-    }
+    private static (nint Address, string? Fault) Load(DType type) => ExecutableMemory.Load(
+        $"{type}", IsSupported ? null : "no AVX512-VNNI here, or not Linux on x64", () => ExecutableMemory.Map(Emit(type)), code => IsRight(code, type));
 
     // More rows and fewer panels, and what VnniRow has code for.
     private static bool IsRight(nint code, DType type) => IsRight(code, type, rows: 2, Panels - 1) && IsRight(code, type, rows: 1, Panels);
@@ -440,11 +425,5 @@ internal static unsafe class VnniBytes
 
             return sum;
         }
-    }
-
-    private struct Code
-    {
-        public nint Address;
-        public string? Fault;
     }
 }

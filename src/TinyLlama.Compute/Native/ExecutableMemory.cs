@@ -39,6 +39,31 @@ internal static unsafe partial class ExecutableMemory
         return address;
     }
 
+    /// <summary>Maps code and tries it.</summary>
+    /// <typeparam name="T">The address of the code, or those of its parts.</typeparam>
+    /// <param name="name">What the code is for, in messages.</param>
+    /// <param name="unsupported">Why this machine has no such instructions, or null.</param>
+    /// <param name="map">Assembles and maps it; called where nothing is missing.</param>
+    /// <param name="isRight">Whether it computes here what it should.</param>
+    /// <returns>The code, or in one line why it cannot be used.</returns>
+    public static (T? Code, string? Fault) Load<T>(string name, string? unsupported, Func<T> map, Predicate<T> isRight)
+    {
+        if (unsupported is not null)
+        {
+            return (default, unsupported);
+        }
+
+        try
+        {
+            T code = map();
+            return isRight(code) ? (code, null) : (default, $"the code for {name} gives wrong results on this processor");
+        }
+        catch (DeviceException e)
+        {
+            return (default, $"the code for {name} cannot be loaded, {e.Message}");
+        }
+    }
+
     private static DeviceException Refused() =>
         new($"the system allows no executable memory: {Marshal.GetPInvokeErrorMessage(Marshal.GetLastPInvokeError())}");
 

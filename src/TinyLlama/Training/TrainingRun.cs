@@ -134,7 +134,7 @@ public sealed class TrainingRun : IDisposable
 
             if (backend is CpuBackend && recipe.Precision != DType.F32 && CpuPaths.Bf16Fault is string fault)
             {
-                observer.Warn(fault);
+                observer.Warn($"products in bf16 use instructions of fp32: {fault}");
             }
 
             new MemoryPlan(plan, backend).RequireFits();
