@@ -19,6 +19,7 @@ internal sealed class ChatCommand
     };
 
     private readonly Option<string?> _lora = CommonOptions.Lora();
+    private readonly Option<int?> _lookup = CommonOptions.Lookup();
     private readonly Option<int?> _context = CommonOptions.Context();
     private readonly Option<DType?> _cacheType = CommonOptions.CacheType();
     private readonly Option<Device?> _device = CommonOptions.Device();
@@ -29,7 +30,7 @@ internal sealed class ChatCommand
 
     private Command Build()
     {
-        var command = new Command("chat", "Talk with a model in the terminal") { _model, _system, _template, _set, _lora, _context, _cacheType, _device, _threads };
+        var command = new Command("chat", "Talk with a model in the terminal") { _model, _system, _template, _set, _lora, _lookup, _context, _cacheType, _device, _threads };
         command.SetAction(RunAsync);
         return command;
     }
@@ -49,7 +50,7 @@ internal sealed class ChatCommand
             parse.GetRequiredValue(_model), parse.GetValue(_threads) ?? 0, parse.GetValue(_context), Warn, parse.GetValue(_lora), cacheType: parse.GetValue(_cacheType),
             device: parse.GetValue(_device) ?? default);
         ChatFormat chat = model.CreateChat(parse.GetValue(_template), Warn);
-        using BatchGenerator generator = model.CreateBatch(places: 1, queue: 1);
+        using BatchGenerator generator = model.CreateBatch(places: 1, queue: 1, lookup: parse.GetValue(_lookup) ?? 0);
         bool isTerminal = !Console.IsInputRedirected && ReferenceEquals(output, Console.Out);
         var session = new ChatSession(chat, generator, settings, output, error, isTerminal) { SystemPrompt = parse.GetValue(_system) };
 

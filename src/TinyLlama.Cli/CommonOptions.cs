@@ -52,6 +52,17 @@ internal static class CommonOptions
         DefaultValueFactory = _ => [],
     };
 
+    /// <summary><c>--lookup N</c> of what runs texts together.</summary>
+    public static Option<int?> Lookup()
+    {
+        var option = new Option<int?>("--lookup")
+        {
+            Description = "Try up to N tokens at a time that followed where a reply's last ones stood before: the same reply, sooner where it repeats [default: none]",
+            HelpName = "N",
+        };
+        return AtLeast(option, 1);
+    }
+
     /// <summary><c>--threads N</c>.</summary>
     public static Option<int?> Threads()
     {

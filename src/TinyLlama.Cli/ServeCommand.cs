@@ -54,6 +54,7 @@ internal sealed class ServeCommand
     private readonly Option<int?> _places = Count("--places", "Replies that are computed together [default: 16]");
     private readonly Option<int?> _queue = Count("--queue", "Replies that may wait; more are refused [default: 256]");
     private readonly Option<int?> _cache = Count("--cache", "Memory for keys and values, in MiB [default: 1024, or less where all places need less]");
+    private readonly Option<int?> _lookup = CommonOptions.Lookup();
     private readonly Option<int?> _maxTokens = CommonOptions.AtLeast(new Option<int?>("--max-tokens") { Description = "Most new tokens of a reply [default: as many as the context holds]", HelpName = "N" }, 1);
     private readonly Option<int?> _timeout = Count("--timeout", "Most seconds that a reply may take, its waiting included [default: 600]");
     private readonly Option<int?> _maxBody = Count("--max-body", "Most bytes of a request [default: 2097152]");
@@ -72,7 +73,7 @@ internal sealed class ServeCommand
     {
         var command = new Command("serve", "Serve a model over HTTP: OpenAI's API and a chat page")
         {
-            _model, _host, _port, _name, _template, _lora, _keys, _keyFile, _origins, _places, _queue, _cache, _cacheType, _maxTokens, _timeout, _maxBody, _context, _device, _threads,
+            _model, _host, _port, _name, _template, _lora, _keys, _keyFile, _origins, _places, _queue, _cache, _cacheType, _lookup, _maxTokens, _timeout, _maxBody, _context, _device, _threads,
         };
         command.SetAction(RunAsync);
         return command;
@@ -136,6 +137,7 @@ internal sealed class ServeCommand
             ContextLength = parse.GetValue(_context),
             CacheType = parse.GetValue(_cacheType),
             CacheBytes = parse.GetValue(_cache) is { } mebibytes ? (long)mebibytes << 20 : null,
+            Lookup = parse.GetValue(_lookup) ?? 0,
             MaxTokens = parse.GetValue(_maxTokens),
             Warn = warn,
         };

@@ -20,7 +20,7 @@ public sealed class ServedModel : IDisposable
         try
         {
             Chat = _model.CreateChat(options.ChatTemplate, line => options.Warn($"{options.Model}: {line}"));
-            Generator = _model.CreateBatch(options.Places, options.Queue, options.CacheBytes);
+            Generator = _model.CreateBatch(options.Places, options.Queue, options.CacheBytes, options.Lookup);
         }
         catch
         {

@@ -57,6 +57,8 @@ internal sealed class ServerMetrics : IDisposable
         One(text, "tinyllama_generated_tokens_total", "counter", "Tokens generated.", _generator.NewTokens);
         One(text, "tinyllama_cached_prompt_tokens_total", "counter", "Prompt tokens whose keys and values were in the cache already.", _generator.CachedPromptTokens);
         One(text, "tinyllama_preemptions_total", "counter", "Replies that lost their place because the cache was full, and began again.", _generator.Preemptions);
+        One(text, "tinyllama_proposed_tokens_total", "counter", "Tokens tried because they had followed before.", _generator.ProposedTokens);
+        One(text, "tinyllama_accepted_tokens_total", "counter", "Tokens tried that came.", _generator.AcceptedTokens);
         One(text, "tinyllama_cache_usage_ratio", "gauge", "Share of the key-value cache that running replies hold.", _generator.UsedCacheBlocks / (double)_generator.CacheBlocks);
         lock (_lock)
         {

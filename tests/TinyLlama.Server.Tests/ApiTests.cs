@@ -267,6 +267,24 @@ public sealed class ApiTests
     }
 
     [Fact]
+    public async Task A_reply_that_tries_what_followed_before_is_the_same()
+    {
+        const string Request = """{"messages":[{"role":"user","content":"hi"}],"max_tokens":40,"temperature":0.8,"seed":5,"frequency_penalty":-2,"logprobs":true}""";
+        var replies = new List<string>();
+        foreach (int lookup in (int[])[0, 8])
+        {
+            await using RunningServer server = await RunningServer.StartAsync(options => options.Lookup = lookup);
+            replies.Add((await server.PostAsync(Chat, Request)).Body["choices"]!.ToJsonString());
+            Assert.Equal(lookup > 0, server.Model.Generator.AcceptedTokens > 0);
+            string metrics = await server.Http.GetStringAsync(new Uri("/metrics", UriKind.Relative), Stop);
+            Assert.Contains($"\ntinyllama_proposed_tokens_total {server.Model.Generator.ProposedTokens}\n", metrics, StringComparison.Ordinal);
+            Assert.Contains($"\ntinyllama_accepted_tokens_total {server.Model.Generator.AcceptedTokens}\n", metrics, StringComparison.Ordinal);
+        }
+
+        Assert.Equal(replies[0], replies[1]);
+    }
+
+    [Fact]
     public async Task Metrics_and_health_tell_how_it_goes()
     {
         await using RunningServer server = await RunningServer.StartAsync(options => options.ApiKeys.Add("secret"));

@@ -50,6 +50,7 @@ public sealed class HostingTests
         Assert.Contains("not found", Refusal(options => options.Model = "/nowhere"), StringComparison.Ordinal);
         Assert.Contains("no chat template has this name", Refusal(options => options.ChatTemplate = "alpaca"), StringComparison.Ordinal);
         Assert.Contains("places is 0", Refusal(options => options.Places = 0), StringComparison.Ordinal);
+        Assert.Contains("lookup is -1", Refusal(options => options.Lookup = -1), StringComparison.Ordinal);
         Assert.Contains("an API key is empty", Refusal(options => options.ApiKeys.Add("")), StringComparison.Ordinal);
     }
 }

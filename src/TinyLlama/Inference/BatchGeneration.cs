@@ -26,6 +26,9 @@ public sealed class BatchGeneration : BatchRequest, IAsyncEnumerable<GeneratedTo
 
     internal GenerationState State { get; }
 
+    /// <summary>Gets or sets the number of tokens to propose next, where any are: more where all came, fewer where none did.</summary>
+    internal int Proposals { get; set; } = 2;
+
     internal override ReadOnlyMemory<int> Input => State.Input;
 
     /// <inheritdoc/>

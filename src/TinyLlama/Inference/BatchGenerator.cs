@@ -41,19 +41,25 @@ public sealed class BatchGenerator : IDisposable
     /// Memory for keys and values of all texts; by default 1 GiB, or less where all places need less. At least one context.
     /// </param>
     /// <param name="cacheType">What keys and values are rounded to; by default what the device likes best (<see cref="Backend.CacheType"/>).</param>
+    /// <param name="lookup">
+    /// Most tokens that a text tries at a time where its last ones stood before (<see cref="PromptLookup"/>), while few texts run; 0 for
+    /// none. It gets the same tokens, sooner where it repeats itself or its prompt.
+    /// </param>
     /// <exception cref="UserErrorException">The tokenizer is not of the model, or one context does not fit the cache.</exception>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public BatchGenerator(
         LlamaModel model, Backend backend, ITokenizer tokenizer, bool addBos = true, int? contextLength = null, int places = 16, int queue = 256,
-        long? cacheBytes = null, DType? cacheType = null)
+        long? cacheBytes = null, DType? cacheType = null, int lookup = 0)
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(queue, 1);
+        ArgumentOutOfRangeException.ThrowIfLessThan(lookup, 0);
         int context = contextLength ?? model.Config.ContextLength;
         _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);
         int blocks = BlocksFor(KeyValueCache.BlockBytes(backend, model.Config, cacheType ?? backend.CacheType), context, places, cacheBytes);
-        var engine = new InferenceEngine(model, backend, context, places, cacheBlocks: blocks, cacheType: cacheType);
+        var engine = new InferenceEngine(
+            model, backend, context, places, cacheBlocks: blocks, cacheType: cacheType, moreLogits: BatchScheduler.MoreLogits(lookup));
         (_queue, _channels) = (queue, engine.Channels);
-        _scheduler = new BatchScheduler(engine, places, tokenizer.VocabularySize);
+        _scheduler = new BatchScheduler(engine, places, tokenizer.VocabularySize, lookup);
         _thread = new Thread(Work) { IsBackground = true, Name = "batch generator" };
         _thread.Start();
     }
@@ -87,6 +93,12 @@ public sealed class BatchGenerator : IDisposable
 
     /// <summary>Gets how often a text lost its place because the cache was full, so far.</summary>
     public long Preemptions => _scheduler.Preemptions;
+
+    /// <summary>Gets the number of tokens that were tried because they had followed before, so far.</summary>
+    public long ProposedTokens => _scheduler.ProposedTokens;
+
+    /// <summary>Gets the number of those that came.</summary>
+    public long AcceptedTokens => _scheduler.AcceptedTokens;
 
     /// <summary>Gets the number of blocks of the cache, of <see cref="TokenLayout.KeyBlock"/> tokens each.</summary>
     public int CacheBlocks => _scheduler.Cache.BlockCount;

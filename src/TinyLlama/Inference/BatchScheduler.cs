@@ -11,21 +11,31 @@ internal sealed class BatchScheduler : IDisposable
     // Tokens of prompts that are fed at once while texts grow, which wait for them.
     private const int BesideTexts = 128;
 
+    // Tokens of a forward up to which more of them cost less than what they win where half of them come.
+    private const int WithProposals = 16;
+
     private readonly InferenceEngine _engine;
     private readonly List<BatchRequest> _running = [];
     private readonly NextTokens _next;
     private readonly float[] _hidden;
     private readonly int _places;
+    private readonly int _lookup;
     private long _promptTokens;
     private long _cachedPromptTokens;
     private long _newTokens;
     private long _preemptions;
+    private long _proposedTokens;
+    private long _acceptedTokens;
 
-    /// <summary>Schedules texts of so many different tokens on an engine, which it disposes of.</summary>
-    public BatchScheduler(InferenceEngine engine, int places, int vocabulary)
+    /// <summary>Schedules texts on an engine, which it disposes of.</summary>
+    /// <param name="engine">The engine, made for so many sequences, and for <see cref="MoreLogits"/>.</param>
+    /// <param name="places">Most texts that run together.</param>
+    /// <param name="vocabulary">The number of the tokenizer's tokens.</param>
+    /// <param name="lookup">Most tokens that are proposed of a text at a time; 0 for none.</param>
+    public BatchScheduler(InferenceEngine engine, int places, int vocabulary, int lookup = 0)
     {
-        (_engine, _places) = (engine, places);
-        _next = new NextTokens(engine, places, vocabulary);
+        (_engine, _places, _lookup) = (engine, places, lookup);
+        _next = new NextTokens(engine, places + MoreLogits(lookup), vocabulary);
         _hidden = new float[engine.Capacity * engine.Channels];
     }
 
@@ -43,7 +53,14 @@ internal sealed class BatchScheduler : IDisposable
 
     public long Preemptions => Interlocked.Read(ref _preemptions);
 
+    public long ProposedTokens => Interlocked.Read(ref _proposedTokens);
+
+    public long AcceptedTokens => Interlocked.Read(ref _acceptedTokens);
+
     public KeyValueCache Cache => _engine.Cache;
+
+    /// <summary>The logits of a forward that are wanted beside those of each text's next token.</summary>
+    public static int MoreLogits(int lookup) => lookup > 0 ? WithProposals : 0;
 
     /// <summary>Gives a request a place where the cache has room for all that it must see so far.</summary>
     /// <remarks>Of completions of one prompt only the first computes it; the others wait in their places.</remarks>
@@ -108,7 +125,43 @@ internal sealed class BatchScheduler : IDisposable
     /// <summary>One forward. Requests with one token to feed come first, so that a long prompt delays nobody by more than a part of it.</summary>
     public void Step()
     {
-        var parts = new List<(BatchRequest Request, ReadOnlyMemory<int> Tokens)>(_running.Count);
+        List<Part> parts = NextParts();
+        Propose(parts);
+        _engine.Forward([.. parts.Select(part => new Continuation(part.Request.Sequence!, part.Tokens, part.Logits))]);
+
+        // The text of each row of logits.
+        GenerationState?[] ready = [.. parts.SelectMany(part => Enumerable.Repeat(part.IsLast ? (part.Request as BatchGeneration)?.State : null, part.Logits))];
+        if (ready.Any(text => text is not null))
+        {
+            _next.Read(ready);
+        }
+
+        int row = 0;
+        for (int i = 0; i < parts.Count; i++)
+        {
+            Part part = parts[i];
+            if (part.Request is BatchEmbedding embedding)
+            {
+                Pool(embedding, i, part.Tokens.Length);
+            }
+            else if (part.Request is BatchGeneration text)
+            {
+                Continue(text, part, row);
+            }
+
+            row += part.Logits;
+        }
+    }
+
+    /// <summary>Ends all requests.</summary>
+    public void Fail(Exception error) => _running.ForEach(request => request.Complete(error));
+
+    /// <inheritdoc/>
+    public void Dispose() => _engine.Dispose();
+
+    private List<Part> NextParts()
+    {
+        var parts = new List<Part>(_running.Count);
         int room = _engine.Capacity;
         foreach (BatchRequest request in _running.Where(request => request.Leader is null).OrderBy(request => request.Pending.Length > 1))
         {
@@ -120,37 +173,41 @@ internal sealed class BatchScheduler : IDisposable
             int count = Math.Min(request.Pending.Length, room);
             if (count > 0)
             {
-                parts.Add((request, request.Pending[..count]));
+                parts.Add(new Part(request, request.Pending[..count], IsLast: count == request.Pending.Length));
                 room -= count;
             }
         }
 
-        _engine.Forward([.. parts.Select(part => new Continuation(part.Request.Sequence!, part.Tokens))]);
-        GenerationState?[] ready = [.. parts.Select(part => part.Request is BatchGeneration { Pending.IsEmpty: true } text ? text.State : null)];
-        if (ready.Any(text => text is not null))
+        return parts;
+    }
+
+    // Lets texts that grow try what followed where their last tokens stood before. That changes nothing but the time, so that it may
+    // depend on what else there is to do.
+    private void Propose(List<Part> parts)
+    {
+        int room = Math.Min(WithProposals, _engine.Capacity) - parts.Sum(static part => part.Tokens.Length);
+        if (_lookup == 0 || room <= 0)
         {
-            _next.Read(ready);
+            return;
         }
 
-        for (int i = 0; i < parts.Count; i++)
+        int share = Math.Max(1, room / parts.Count);
+        for (int i = 0; i < parts.Count && room > 0; i++)
         {
-            (BatchRequest request, ReadOnlyMemory<int> tokens) = parts[i];
-            if (request is BatchEmbedding embedding)
+            if (parts[i] is not { Request: BatchGeneration { State: { Tokens.IsEmpty: false } state } text, Tokens.Length: 1, IsLast: true } part)
             {
-                Pool(embedding, i, tokens.Length);
+                continue;
             }
-            else if (request is BatchGeneration text)
+
+            int most = Math.Min(Math.Min(text.Proposals, Math.Min(share, room)), Math.Min(state.Left - 1, _engine.ContextLength - state.Input.Length));
+            int[] proposed = most > 0 ? PromptLookup.Find(state.Input.Span, most, PromptLookup.LongestMatch) : [];
+            if (proposed.Length > 0 && _engine.TryReserve(text.Sequence!, state.Input.Length + proposed.Length))
             {
-                Continue(text, tokens.Length, part: i);
+                parts[i] = part with { Tokens = (int[])[.. part.Tokens.Span, .. proposed], Proposed = proposed.Length };
+                room -= proposed.Length;
             }
         }
     }
-
-    /// <summary>Ends all requests.</summary>
-    public void Fail(Exception error) => _running.ForEach(request => request.Complete(error));
-
-    /// <inheritdoc/>
-    public void Dispose() => _engine.Dispose();
 
     private void Pool(BatchEmbedding embedding, int part, int tokens)
     {
@@ -164,22 +221,38 @@ internal sealed class BatchScheduler : IDisposable
         }
     }
 
-    private void Continue(BatchGeneration text, int tokens, int part)
+    private void Continue(BatchGeneration text, Part part, int row)
     {
         if (text.State.Tokens.IsEmpty)
         {
-            Interlocked.Add(ref _promptTokens, tokens);
+            Interlocked.Add(ref _promptTokens, part.Tokens.Length);
         }
 
-        if (text.Pending.IsEmpty)
+        if (!part.IsLast)
         {
-            Follow(text, part);
-            Accept(text, part);
+            return;
         }
+
+        Follow(text, row);
+        ReadOnlySpan<int> proposed = part.Tokens.Span[^part.Proposed..];
+        int right = 0;
+        while (Accept(text, row + right) && right < proposed.Length && text.State.Tokens[^1] == proposed[right])
+        {
+            right++;
+        }
+
+        if (proposed.Length > 0)
+        {
+            Interlocked.Add(ref _proposedTokens, proposed.Length);
+            Interlocked.Add(ref _acceptedTokens, right);
+            text.Proposals = right == proposed.Length ? Math.Min(2 * text.Proposals, _lookup) : right == 0 ? Math.Max(1, text.Proposals / 2) : text.Proposals;
+        }
+
+        Settle(text);
     }
 
     // The prompt is computed: those who waited for it go on from it.
-    private void Follow(BatchGeneration leader, int part)
+    private void Follow(BatchGeneration leader, int row)
     {
         foreach (BatchGeneration text in _running.OfType<BatchGeneration>().Where(text => text.Leader == leader).ToArray())
         {
@@ -187,7 +260,8 @@ internal sealed class BatchScheduler : IDisposable
             text.Sequence = _engine.Fork(leader.Sequence!);
             text.Leader = null;
             CountCached(text);
-            Accept(text, part, again: true);
+            _ = Accept(text, row, again: true);
+            Settle(text);
         }
     }
 
@@ -197,26 +271,35 @@ internal sealed class BatchScheduler : IDisposable
         Interlocked.Add(ref _cachedPromptTokens, text.Sequence.Length);
     }
 
-    private void Accept(BatchGeneration text, int part, bool again = false)
+    // Gives a text its next token. False where it ended.
+    private bool Accept(BatchGeneration text, int row, bool again = false)
     {
         try
         {
-            text.Write(_next.Accept(text.State, part, again));
+            text.Write(_next.Accept(text.State, row, again));
         }
         catch (UserErrorException e)
         {
             Leave(text, e);
-            return;
+            return false;
         }
 
         Interlocked.Increment(ref _newTokens);
-        if (text.State.Finish != FinishReason.None)
+        if (text.State.Finish == FinishReason.None)
         {
-            Leave(text);
+            return true;
         }
-        else if (text.State.Slid)
+
+        Leave(text);
+        return false;
+    }
+
+    // The model forgets what it saw and did not come, or all where the window moved.
+    private void Settle(BatchGeneration text)
+    {
+        if (text.Sequence is { } sequence)
         {
-            _engine.Truncate(text.Sequence!, 0);
+            _engine.Truncate(sequence, text.State.Slid ? 0 : text.State.Input.Length - 1);
         }
     }
 
@@ -233,5 +316,11 @@ internal sealed class BatchScheduler : IDisposable
         request.Leader = null;
         _running.Remove(request);
         _running.ForEach(other => other.Leader = other.Leader == request ? null : other.Leader);
+    }
+
+    // What a request feeds in a forward; whether nothing is pending then; how many of the tokens are proposals, the last ones.
+    private readonly record struct Part(BatchRequest Request, ReadOnlyMemory<int> Tokens, bool IsLast, int Proposed = 0)
+    {
+        public int Logits => 1 + Proposed;
     }
 }

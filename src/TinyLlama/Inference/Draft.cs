@@ -4,7 +4,7 @@ namespace TinyLlama.Inference;
 
 /// <summary>A token that may come next.</summary>
 /// <param name="Token">Its id.</param>
-/// <param name="Distribution">(V) the distribution that it was drawn from, until the next proposal; empty where it was certain.</param>
+/// <param name="Distribution">(V) the distribution that it was drawn from, until the next proposal; empty where it was not drawn.</param>
 internal readonly record struct DraftToken(int Token, ReadOnlyMemory<float> Distribution);
 
 /// <summary>
@@ -12,8 +12,8 @@ internal readonly record struct DraftToken(int Token, ReadOnlyMemory<float> Dist
 /// that of the model, and a greedy text the same text; only the time changes.
 /// </summary>
 /// <remarks>
-/// Leviathan et al. 2023. With a temperature, the same seed gives another text than without a draft. One generation at a
-/// time.
+/// Leviathan et al. 2023. With a temperature and a draft that is drawn, the same seed gives another text than without. One generation
+/// at a time.
 /// </remarks>
 public abstract class Draft
 {

@@ -99,7 +99,7 @@ public sealed class Generation : IEnumerable<string>
         var state = new GenerationState(
             _generator.Tokenizer, _prompt, _options, engine.ContextLength, _generator.Constraints.For(_options.Json));
         Draft? draft = _generator.Draft;
-        var next = new NextTokens(engine, texts: 1, _generator.Tokenizer.VocabularySize);
+        var next = new NextTokens(engine, rows: 1, _generator.Tokenizer.VocabularySize);
         float[] logits = draft is null ? [] : new float[(1 + draft.Tokens) * engine.VocabularySize];
         _tokens.Clear();
         _logProbabilities.Clear();
@@ -162,7 +162,7 @@ public sealed class Generation : IEnumerable<string>
     private static GeneratedToken Next(NextTokens next, GenerationState state)
     {
         next.Read([state]);
-        return next.Accept(state, part: 0);
+        return next.Accept(state, row: 0);
     }
 
     // The proposed tokens up to the first that is not accepted, and the one that comes there.

@@ -109,7 +109,7 @@ internal sealed class GenerationState
         logits = logits[.._tokenizer.VocabularySize];
         float[]? unchanged = _options.LogProbabilities is null ? null : logits.ToArray();
         _masks?.Apply(logits, _constraint!, _endings);
-        int token = draft is { } proposed
+        int token = draft is { Distribution.IsEmpty: false } proposed
             ? Verify(logits, proposed)
             : Sampler.Next(logits, Recent(), Tokens, _options, ref _random);
         Append(token);

@@ -7,11 +7,12 @@ namespace TinyLlama.Inference;
 /// <summary>Tokens that follow a sequence in the next forward: its prompt, a part of it, or the one token just sampled.</summary>
 /// <param name="Sequence">The sequence; at most once in a forward.</param>
 /// <param name="Tokens">At least one token id.</param>
-public readonly record struct Continuation(CachedSequence Sequence, ReadOnlyMemory<int> Tokens);
+/// <param name="Logits">The number of its last tokens after which logits are wanted, at least one.</param>
+public readonly record struct Continuation(CachedSequence Sequence, ReadOnlyMemory<int> Tokens, int Logits = 1);
 
 /// <summary>
 /// A model with a key-value cache: takes tokens of one or many sequences in a forward, whether they prefill or decode,
-/// and gives the logits after the last token of each.
+/// and gives the logits after the last token of each, or after some of its last.
 /// </summary>
 /// <remarks>A sequence gets the same bits alone and together with others, in one forward or in many.</remarks>
 public sealed class InferenceEngine : IDisposable
@@ -34,7 +35,7 @@ public sealed class InferenceEngine : IDisposable
     private readonly int[] _blockTable;
     private readonly Segment[] _segments;
     private int _openSequences;
-    private int _parts;
+    private int _logits;
     private bool _hasRun;
 
     /// <summary>Allocates the cache and the activations of one forward.</summary>
@@ -48,10 +49,11 @@ public sealed class InferenceEngine : IDisposable
     /// default so many that each sequence can reach the whole context.
     /// </param>
     /// <param name="cacheType">What keys and values are rounded to; by default what the device likes best (<see cref="Backend.CacheType"/>).</param>
+    /// <param name="moreLogits">Most tokens of a forward whose logits are wanted, beside the last of each sequence.</param>
     /// <exception cref="DeviceException">The device has too little memory.</exception>
     public InferenceEngine(
         LlamaModel model, Backend backend, int? contextLength = null, int sequences = 1, int tokensPerForward = PrefillTokens,
-        int? cacheBlocks = null, DType? cacheType = null)
+        int? cacheBlocks = null, DType? cacheType = null, int moreLogits = 0)
     {
         (_model, _backend) = (model, backend);
         ContextLength = contextLength ?? model.Config.ContextLength;
@@ -63,7 +65,8 @@ public sealed class InferenceEngine : IDisposable
         int blocks = cacheBlocks ?? tableEntries;
         ArgumentOutOfRangeException.ThrowIfLessThan(blocks, blocksPerSequence, nameof(cacheBlocks));
         _hostTokens = new int[Capacity];
-        _hostRows = new int[sequences];
+        int logits = checked(sequences + moreLogits);
+        _hostRows = new int[logits];
         _blockTable = new int[tableEntries];
         _segments = new Segment[sequences];
 
@@ -72,17 +75,17 @@ public sealed class InferenceEngine : IDisposable
         _arena = backend.AllocateAs(plan);
         (_cache, _layout, _tokens, _lastRows, _lastHidden, _topLogits, _inverseTemperatures) = Take(_arena);
         _workspace = Workspace.Allocate(model, backend, Capacity, Keep.Nothing, ContextLength);
-        bool hasTopLogits = VocabularySize > backend.TopLogitsCount && VocabularySize <= TopLogitsRow.MostColumns && sequences <= _workspace.LogitsChunk.Rows;
+        bool hasTopLogits = VocabularySize > backend.TopLogitsCount && VocabularySize <= TopLogitsRow.MostColumns && logits <= _workspace.LogitsChunk.Rows;
         TopLogitsCount = hasTopLogits ? backend.TopLogitsCount : 0;
 
         (KeyValueCache, TokenLayout, Tensor, Tensor, Tensor, Tensor, Tensor) Take(Arena arena) => (
             new KeyValueCache(arena, backend, model.Config, blocks, cacheType ?? backend.CacheType),
             new TokenLayout(arena, Capacity, sequences, tableEntries),
             arena.Take(Capacity, 1, DType.I32),
-            arena.Take(sequences, 1, DType.I32),
-            arena.Take(sequences, model.Config.Channels, backend.ActivationType),
-            backend.TopLogitsCount > 0 ? arena.Take(sequences, TopLogitsRow.Width(backend.TopLogitsCount)) : default,
-            backend.TopLogitsCount > 0 ? arena.Take(sequences, 1) : default);
+            arena.Take(logits, 1, DType.I32),
+            arena.Take(logits, model.Config.Channels, backend.ActivationType),
+            backend.TopLogitsCount > 0 ? arena.Take(logits, TopLogitsRow.Width(backend.TopLogitsCount)) : default,
+            backend.TopLogitsCount > 0 ? arena.Take(logits, 1) : default);
     }
 
     /// <summary>Gets the most tokens of a sequence.</summary>
@@ -159,14 +162,20 @@ public sealed class InferenceEngine : IDisposable
 
         _hasRun = true;
         (int row, int table) = (0, 0);
+        _logits = 0;
         for (int p = 0; p < parts.Length; p++)
         {
-            (CachedSequence sequence, ReadOnlyMemory<int> tokens) = parts[p];
+            (CachedSequence sequence, ReadOnlyMemory<int> tokens, int logits) = parts[p];
             int length = sequence.Length + tokens.Length;
             if (tokens.IsEmpty || row + tokens.Length > Capacity || length > ContextLength)
             {
                 throw new ArgumentException(
                     $"part {p} has {tokens.Length} tokens after {sequence.Length} of its sequence and {row} of the forward; a sequence holds {ContextLength}, a forward {Capacity}");
+            }
+
+            if (logits < 1 || logits > tokens.Length || _logits + logits > _hostRows.Length)
+            {
+                throw new ArgumentException($"part {p} wants logits after {logits} of its {tokens.Length} tokens and after {_logits} before; a forward gives {_hostRows.Length}");
             }
 
             Reserve(sequence, length);
@@ -176,22 +185,24 @@ public sealed class InferenceEngine : IDisposable
             _cache.Extend(sequence, tokens.Span);
             row += tokens.Length;
             table += sequence.BlockCount;
-            _hostRows[p] = row - 1;
+            for (int i = row - logits; i < row; i++)
+            {
+                _hostRows[_logits++] = i;
+            }
         }
 
-        _parts = parts.Length;
-        _layout.Set(_backend, _segments.AsSpan(0, _parts), _blockTable.AsSpan(0, table));
+        _layout.Set(_backend, _segments.AsSpan(0, parts.Length), _blockTable.AsSpan(0, table));
         Tensor device = _tokens.RowRange(0, row);
         _backend.Write<int>(device, _hostTokens.AsSpan(0, row));
         _model.Forward(_workspace, device, _layout, _cache);
-        foreach ((CachedSequence sequence, _) in parts)
+        foreach (Continuation part in parts)
         {
-            _cache.Publish(sequence);
+            _cache.Publish(part.Sequence);
         }
 
-        Tensor rows = _lastRows.RowRange(0, _parts);
-        _backend.Write<int>(rows, _hostRows.AsSpan(0, _parts));
-        _backend.GatherRows(_lastHidden.RowRange(0, _parts), _workspace.Output(row), rows);
+        Tensor rows = _lastRows.RowRange(0, _logits);
+        _backend.Write<int>(rows, _hostRows.AsSpan(0, _logits));
+        _backend.GatherRows(_lastHidden.RowRange(0, _logits), _workspace.Output(row), rows);
     }
 
     /// <summary>Feeds any number of tokens of one sequence, in as many forwards as they need.</summary>
@@ -207,9 +218,9 @@ public sealed class InferenceEngine : IDisposable
         }
     }
 
-    /// <summary>Reads the logits after the last token of each part of the last forward. Waits for the device.</summary>
-    /// <param name="logits">Receives (parts, V), row after row.</param>
-    public void ReadLogits(Span<float> logits) => ReadLogits(logits, _lastHidden.RowRange(0, _parts));
+    /// <summary>Reads the logits that the last forward was asked for. Waits for the device.</summary>
+    /// <param name="logits">Receives (tokens, V): those after the last token of each part, or after as many of its last as it asked for.</param>
+    public void ReadLogits(Span<float> logits) => ReadLogits(logits, _lastHidden.RowRange(0, _logits));
 
     /// <summary>Reads the logits after every token of a part of the last forward. Waits for the device.</summary>
     /// <param name="logits">Receives (tokens, V), row after row.</param>
@@ -217,32 +228,32 @@ public sealed class InferenceEngine : IDisposable
     public void ReadAllLogits(Span<float> logits, int part) => ReadLogits(logits, Output(part));
 
     /// <summary>
-    /// Reads the largest logits after the last token of each part of the last forward, and the weight of the others. Only where
-    /// there is a <see cref="TopLogitsCount"/>. Waits for the device.
+    /// Reads the largest of the logits that the last forward was asked for, and the weight of the others. Only where there is a
+    /// <see cref="TopLogitsCount"/>. Waits for the device.
     /// </summary>
-    /// <param name="top">Receives a <see cref="TopLogitsRow"/> of each part, row after row.</param>
-    /// <param name="inverseTemperatures">One of each part: see <see cref="Backend.TopLogits"/>.</param>
+    /// <param name="top">Receives a <see cref="TopLogitsRow"/> for each row of <see cref="ReadLogits(Span{float})"/>.</param>
+    /// <param name="inverseTemperatures">One for each: see <see cref="Backend.TopLogits"/>.</param>
     /// <param name="vocabulary">The number of tokens whose logits count: <see cref="TopLogitsCount"/> or more.</param>
     public void ReadTopLogits(Span<float> top, ReadOnlySpan<float> inverseTemperatures, int vocabulary)
     {
-        Tensor rows = _topLogits.RowRange(0, _parts), temperatures = _inverseTemperatures.RowRange(0, _parts);
+        Tensor rows = _topLogits.RowRange(0, _logits), temperatures = _inverseTemperatures.RowRange(0, _logits);
         _backend.Write(temperatures, inverseTemperatures);
         _backend.TopLogits(rows, ComputeLogits().ColumnRange(0, vocabulary), temperatures, TopLogitsCount);
         _backend.Read(top, rows);
     }
 
-    /// <summary>Computes the logits after the last token of each part of the last forward, where there is room for all: (parts, V).</summary>
+    /// <summary>Computes the logits that the last forward was asked for, where there is room for all.</summary>
     internal Tensor ComputeLogits()
     {
-        Tensor logits = _workspace.LogitsChunk.RowRange(0, _parts);
-        _model.Logits(logits, _lastHidden.RowRange(0, _parts));
+        Tensor logits = _workspace.LogitsChunk.RowRange(0, _logits);
+        _model.Logits(logits, _lastHidden.RowRange(0, _logits));
         return logits;
     }
 
-    /// <summary>Reads the logits of a part as <see cref="ComputeLogits"/> or <see cref="ReadTopLogits"/> left them. Waits for the device.</summary>
+    /// <summary>Reads a row of logits as <see cref="ComputeLogits"/> or <see cref="ReadTopLogits"/> left them. Waits for the device.</summary>
     /// <param name="logits">Receives (V).</param>
-    /// <param name="part">Its index.</param>
-    internal void ReadComputedLogits(Span<float> logits, int part) => _backend.Read(logits, _workspace.LogitsChunk.RowRange(part, 1));
+    /// <param name="row">Its index.</param>
+    internal void ReadComputedLogits(Span<float> logits, int row) => _backend.Read(logits, _workspace.LogitsChunk.RowRange(row, 1));
 
     /// <summary>Reads the output of the final norm for every token of a part of the last forward. Waits for the device.</summary>
     /// <param name="hidden">Receives (tokens, C), row after row.</param>

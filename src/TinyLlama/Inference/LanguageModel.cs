@@ -166,10 +166,11 @@ public sealed class LanguageModel : IDisposable
     /// <param name="places">Texts that run together.</param>
     /// <param name="queue">Texts that may wait for a place.</param>
     /// <param name="cacheBytes">Memory for keys and values of all texts; by default 1 GiB, or less where all places need less.</param>
+    /// <param name="lookup">Most tokens that a text tries at a time where its last ones stood before; 0 for none.</param>
     /// <exception cref="UserErrorException">The tokenizer is not of the model, or one context does not fit the cache.</exception>
     /// <exception cref="DeviceException">The machine has too little memory for it.</exception>
-    public BatchGenerator CreateBatch(int places = 16, int queue = 256, long? cacheBytes = null) =>
-        new(Model, Backend, Tokenizer, AddsBos, ContextLength, places, queue, cacheBytes, CacheType);
+    public BatchGenerator CreateBatch(int places = 16, int queue = 256, long? cacheBytes = null, int lookup = 0) =>
+        new(Model, Backend, Tokenizer, AddsBos, ContextLength, places, queue, cacheBytes, CacheType, lookup);
 
     /// <summary>How conversations become prompts of this model.</summary>
     /// <param name="template">A built-in template or a file with one; null for the model's own, else <c>plain</c>.</param>

@@ -19,20 +19,20 @@ internal sealed class NextTokens
 
     /// <summary>Takes memory for the rows.</summary>
     /// <param name="engine">Computes logits.</param>
-    /// <param name="texts">Most parts of a forward.</param>
+    /// <param name="rows">Most tokens of a forward whose logits are wanted.</param>
     /// <param name="vocabulary">The number of the tokenizer's tokens; ids beyond it are padding of the model's vocabulary.</param>
-    public NextTokens(InferenceEngine engine, int texts, int vocabulary)
+    public NextTokens(InferenceEngine engine, int rows, int vocabulary)
     {
         (_engine, _vocabulary) = (engine, vocabulary);
         _count = vocabulary > engine.TopLogitsCount ? engine.TopLogitsCount : 0;
         _width = _count > 0 ? TopLogitsRow.Width(_count) : 0;
-        _top = new float[texts * _width];
-        _inverseTemperatures = new float[texts];
-        _logits = new float[(_count > 0 ? 1 : texts) * engine.VocabularySize];
+        _top = new float[rows * _width];
+        _inverseTemperatures = new float[rows];
+        _logits = new float[(_count > 0 ? 1 : rows) * engine.VocabularySize];
     }
 
     /// <summary>Reads what <see cref="Accept"/> needs. Waits for the device.</summary>
-    /// <param name="texts">The text of each part of the last forward; null where its logits are not needed.</param>
+    /// <param name="texts">The text of each row of logits that the last forward was asked for; null where they are not needed.</param>
     public void Read(ReadOnlySpan<GenerationState?> texts)
     {
         if (_count == 0)
@@ -42,10 +42,10 @@ internal sealed class NextTokens
         }
 
         bool mayFollow = false;
-        for (int part = 0; part < texts.Length; part++)
+        for (int row = 0; row < texts.Length; row++)
         {
-            _inverseTemperatures[part] = (float)(texts[part]?.InverseTemperature ?? 1);
-            mayFollow |= texts[part]?.MayFollowFrom(_count) ?? false;
+            _inverseTemperatures[row] = (float)(texts[row]?.InverseTemperature ?? 1);
+            mayFollow |= texts[row]?.MayFollowFrom(_count) ?? false;
         }
 
         if (mayFollow)
@@ -60,22 +60,22 @@ internal sealed class NextTokens
 
     /// <summary>Gives a text its next token.</summary>
     /// <param name="text">The text, or another one of the same prompt and options but for the seed.</param>
-    /// <param name="part">Its part of the forward.</param>
-    /// <param name="again">Whether another text follows from the same part.</param>
-    public GeneratedToken Accept(GenerationState text, int part, bool again = false)
+    /// <param name="row">Its row of the logits.</param>
+    /// <param name="again">Whether another text follows from the same row.</param>
+    public GeneratedToken Accept(GenerationState text, int row, bool again = false)
     {
         if (_count == 0)
         {
-            Span<float> row = _logits.AsSpan(part * _engine.VocabularySize, _engine.VocabularySize);
-            return text.Accept(again ? row.ToArray() : row);
+            Span<float> logits = _logits.AsSpan(row * _engine.VocabularySize, _engine.VocabularySize);
+            return text.Accept(again ? logits.ToArray() : logits);
         }
 
-        if (text.MayFollowFrom(_count) && text.TryAccept(new TopLogitsRow(_top.AsSpan(part * _width, _width)), out GeneratedToken token))
+        if (text.MayFollowFrom(_count) && text.TryAccept(new TopLogitsRow(_top.AsSpan(row * _width, _width)), out GeneratedToken token))
         {
             return token;
         }
 
-        _engine.ReadComputedLogits(_logits, part);
+        _engine.ReadComputedLogits(_logits, row);
         return text.Accept(_logits);
     }
 }

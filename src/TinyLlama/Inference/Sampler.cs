@@ -68,8 +68,7 @@ public static class Sampler
     /// <param name="random">The random state; one or two numbers are drawn.</param>
     public static int Verify(Span<float> target, ReadOnlySpan<float> draft, int proposal, ref SplitMix64 random)
     {
-        double proposed = draft.IsEmpty ? 1 : draft[proposal];
-        if (random.NextUniform() * proposed < target[proposal])
+        if (random.NextUniform() * draft[proposal] < target[proposal])
         {
             return proposal;
         }

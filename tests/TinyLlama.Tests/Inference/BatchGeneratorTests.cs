@@ -20,10 +20,13 @@ public sealed class BatchGeneratorTests : IDisposable
     public void Dispose() => _run.Dispose();
 
     [Theory]
-    [InlineData(1)]
-    [InlineData(3)]
-    [InlineData(8)]
-    public async Task Texts_together_get_the_tokens_that_each_gets_alone(int places)
+    [InlineData(1, 0)]
+    [InlineData(3, 0)]
+    [InlineData(8, 0)]
+    [InlineData(1, 8)]
+    [InlineData(3, 4)]
+    [InlineData(8, 2)]
+    public async Task Texts_together_get_the_tokens_that_each_gets_alone(int places, int lookup)
     {
         var random = new Random(places);
         (string Prompt, GenerationOptions Options)[] requests = [.. Enumerable.Range(0, 20).Select(i => (
@@ -31,9 +34,10 @@ public sealed class BatchGeneratorTests : IDisposable
             new GenerationOptions
             {
                 MaxTokens = random.Next(0, 50),
-                Temperature = i % 3 == 0 ? 0 : 1.5,
+                Temperature = i % 3 == 0 ? 0 : i % 4 == 0 ? 0.3 : 1.5,
                 Seed = (ulong)i,
                 RepetitionPenalty = i % 2 == 0 ? 1 : 1.3,
+                LogProbabilities = i % 7 == 0 ? 1 : null,
                 Overflow = ContextOverflow.Sliding,
                 StopStrings = i % 5 == 0 ? ["e", "xy"] : [],
             }))];
@@ -48,7 +52,7 @@ public sealed class BatchGeneratorTests : IDisposable
             }
         }
 
-        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: places);
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: places, lookup: lookup);
         Task<(string, int, FinishReason)>[] together = [.. requests.Select(async request =>
         {
             await Task.Delay(random.Next(30), TestContext.Current.CancellationToken);
@@ -58,6 +62,49 @@ public sealed class BatchGeneratorTests : IDisposable
         Assert.Equal(alone, await Task.WhenAll(together));
         Assert.Equal(alone.Sum(text => text.Tokens), batch.NewTokens);
         Assert.Equal(0, batch.Running);
+        Assert.InRange(batch.AcceptedTokens, 0, batch.ProposedTokens);
+        Assert.True(lookup > 0 || batch.ProposedTokens == 0);
+
+        // What is tried beside others depends on when they came.
+        Assert.True(lookup == 0 || places > 1 || (batch.AcceptedTokens > 0 && batch.AcceptedTokens < batch.ProposedTokens));
+    }
+
+    [Theory]
+    [InlineData(1, 4)]
+    [InlineData(4, 8)]
+    [InlineData(20, 8)]
+    public void What_followed_before_is_tried_while_few_texts_run(int texts, int lookup)
+    {
+        // Texts of one letter.
+        using ModelRun run = new(ModelRun.TinyConfig() with { VocabularySize = 258, ContextLength = 400 }, 64, Keep.Nothing);
+        Dictionary<int, double> onlyA = new() { ['a'] = 1e9 };
+        (int plain, _, _) = Steps(0);
+        (int steps, long proposed, long accepted) = Steps(lookup);
+        Assert.Equal(100, plain);
+        Assert.Equal(proposed, accepted);
+        Assert.Equal(texts * 100, (texts * steps) + accepted);
+        Assert.Equal(texts < 16, accepted > 0);
+
+        (int Steps, long Proposed, long Accepted) Steps(int most)
+        {
+            var engine = new InferenceEngine(run.Model, run.Backend, sequences: texts, moreLogits: BatchScheduler.MoreLogits(most));
+            using BatchScheduler scheduler = new(engine, texts, vocabulary: 258, most);
+            for (int i = 0; i < texts; i++)
+            {
+                GenerationState state = new(_tokenizer, [1, 2], new() { MaxTokens = 100, LogitBias = onlyA }, 400, masks: null);
+                Assert.True(scheduler.TryEnter(new BatchGeneration(2, state, CancellationToken.None)));
+            }
+
+            int count = 0;
+            for (; scheduler.Running > 0; count++)
+            {
+                Assert.Empty(scheduler.Grow());
+                scheduler.Step();
+            }
+
+            Assert.Equal(texts * 100, scheduler.NewTokens);
+            return (count, scheduler.ProposedTokens, scheduler.AcceptedTokens);
+        }
     }
 
     [Fact]

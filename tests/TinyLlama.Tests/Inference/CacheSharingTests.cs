@@ -155,10 +155,13 @@ public sealed class CacheSharingTests : IDisposable
     }
 
     [Theory]
-    [InlineData(1, 5)]
-    [InlineData(2, 6)]
-    [InlineData(3, 9)]
-    public async Task Texts_that_share_a_small_cache_get_the_tokens_that_each_gets_alone(int seed, int cacheBlocks)
+    [InlineData(1, 5, 0)]
+    [InlineData(2, 6, 0)]
+    [InlineData(3, 9, 0)]
+    [InlineData(4, 5, 8)]
+    [InlineData(5, 6, 3)]
+    [InlineData(6, 9, 8)]
+    public async Task Texts_that_share_a_small_cache_get_the_tokens_that_each_gets_alone(int seed, int cacheBlocks, int lookup)
     {
         var random = new Random(seed);
         var tokenizer = new ByteTokenizer();
@@ -185,7 +188,7 @@ public sealed class CacheSharingTests : IDisposable
         }
 
         using var batch = new BatchGenerator(
-            _run.Model, _run.Backend, tokenizer, places: 5, cacheBytes: cacheBlocks * KeyValueCache.BlockBytes(_run.Backend, _run.Model.Config, DType.F16));
+            _run.Model, _run.Backend, tokenizer, places: 5, cacheBytes: cacheBlocks * KeyValueCache.BlockBytes(_run.Backend, _run.Model.Config, DType.F16), lookup: lookup);
         Assert.Equal(cacheBlocks, batch.CacheBlocks);
         async Task<string[]> Request(int i)
         {
@@ -226,6 +229,7 @@ public sealed class CacheSharingTests : IDisposable
         }
 
         Assert.Equal(0, batch.UsedCacheBlocks);
+        Assert.True(lookup > 0 || batch.ProposedTokens == 0);
         Assert.True(batch.Preemptions > 0 && batch.CachedPromptTokens > 0, $"{batch.Preemptions} preemptions, {batch.CachedPromptTokens} cached");
     }
 

@@ -72,6 +72,29 @@ public sealed class DraftTests : IDisposable
     }
 
     [Theory]
+    [MemberData(nameof(Options))]
+    public void A_text_is_the_same_with_what_is_looked_up_at_any_temperature(GenerationOptions options, DType cacheType)
+    {
+        using var generator = new TextGenerator(_target.Model, _target.Backend, s_tokenizer, cacheType: cacheType);
+        (int proposed, int accepted) = (0, 0);
+        var likely = "abc\"[],".ToDictionary(letter => (int)letter, _ => 4.0);
+        for (ulong seed = 0; seed < 5; seed++)
+        {
+            GenerationOptions sampled = options with { Temperature = 0.6, TopK = 40, Seed = seed, LogitBias = likely };
+            generator.Draft = null;
+            (int[] tokens, string text, Generation plain) = Run(generator, sampled);
+            generator.Draft = new PromptLookup(4);
+            (int[] drafted, string draftedText, Generation generation) = Run(generator, sampled);
+            Assert.Equal(tokens, drafted);
+            Assert.Equal(text, draftedText);
+            Assert.Equal(plain.Finish, generation.Finish);
+            (proposed, accepted) = (proposed + generation.Drafted.Proposed, accepted + generation.Drafted.Accepted);
+        }
+
+        Assert.InRange(accepted, 1, proposed - 1);
+    }
+
+    [Theory]
     [InlineData(1, 1, 0)]
     [InlineData(0.7, 0.8, 0)]
     [InlineData(1.5, 1, 0.3)]
@@ -111,13 +134,16 @@ public sealed class DraftTests : IDisposable
     }
 
     [Fact]
-    public void A_lookup_proposes_what_followed_the_longest_match_that_came_last()
+    public void A_lookup_proposes_what_followed_the_longest_match_that_came_last_and_goes_on_with_it()
     {
         var lookup = new PromptLookup(3);
+        Assert.Equal([2, 3, 8], PromptLookup.Find([1, 2, 3, 1, 2, 3, 8, 1], 3, shortestMatch: 1));
+        Assert.Equal([], PromptLookup.Find([1, 2, 3, 1, 2, 3, 8, 1], 3, shortestMatch: 2));
         Assert.Equal([8, 1, 2], Proposed([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3));
         Assert.Equal([8, 1], Proposed([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 2));
         Assert.Equal([7, 5, 3], Proposed([3, 7, 5, 3], 3));
-        Assert.Equal([4], Proposed([4, 4], 3));
+        Assert.Equal([4, 4, 4], Proposed([4, 4], 3));
+        Assert.Equal([5, 6, 5, 6, 5], Proposed([9, 5, 6, 5, 6], 5));
         Assert.Empty(Proposed([1, 2, 3], 3));
         Assert.Empty(Proposed([1], 3));
 
