@@ -14,16 +14,16 @@ internal unsafe interface IBlockFormat<V>
     static abstract int BlockBytes { get; }
 
     /// <summary>Gets the groups of a block.</summary>
-    static abstract int Groups { get; }
+    static virtual int Groups => 1;
 
     /// <summary>Gets a value indicating whether the products of a group add up in int16: bytes are 0 … 15.</summary>
-    static abstract bool FitsWords { get; }
+    static virtual bool FitsWords => false;
 
     /// <summary>Gets a value indicating whether a scale is of 16 elements, not of 32: <see cref="HalfScales"/>.</summary>
-    static abstract bool HasHalfScales { get; }
+    static virtual bool HasHalfScales => false;
 
     /// <summary>Gets a value indicating whether there is an offset.</summary>
-    static abstract bool HasOffsets { get; }
+    static virtual bool HasOffsets => false;
 
     /// <summary>Gets what bytes have too much, where no offset says so: value = scale · (byte - excess).</summary>
     static virtual int Excess => 0;
@@ -38,8 +38,10 @@ internal unsafe interface IBlockFormat<V>
     /// <param name="offset">The unit of offsets.</param>
     static abstract void Units(byte* block, byte* scales, out V scale, out V offset);
 
-    /// <summary>The scales and offsets of a group: in units, out values.</summary>
-    static abstract void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset);
+    /// <summary>The scales and offsets of a group: in units, out values. By default the units are the values.</summary>
+    static virtual void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
+    {
+    }
 
     /// <summary>Scales of 16 elements, signed bytes that count units, as int16.</summary>
     /// <param name="block">The block.</param>
@@ -113,13 +115,7 @@ internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
 {
     public static int BlockBytes => 18;
 
-    public static int Groups => 1;
-
     public static bool FitsWords => true;
-
-    public static bool HasHalfScales => false;
-
-    public static bool HasOffsets => false;
 
     public static int Excess => 8;
 
@@ -129,10 +125,6 @@ internal readonly unsafe struct Q4Format<V> : IBlockFormat<V>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         (scale, offset) = (Halves<V>.Load(block), default);
-
-    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
-    {
-    }
 }
 
 /// <summary>A scale and an offset, then 32 nibbles.</summary>
@@ -142,11 +134,7 @@ internal readonly unsafe struct Q41Format<V> : IBlockFormat<V>
 {
     public static int BlockBytes => 20;
 
-    public static int Groups => 1;
-
     public static bool FitsWords => true;
-
-    public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
@@ -156,10 +144,6 @@ internal readonly unsafe struct Q41Format<V> : IBlockFormat<V>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         BlockFormat<V>.HalfPairs(block, out scale, out offset);
-
-    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
-    {
-    }
 }
 
 /// <summary>A scale, 32 fifth bits, 32 nibbles; values 16 too large.</summary>
@@ -168,12 +152,6 @@ internal readonly unsafe struct Q5Format<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
     public static int BlockBytes => 22;
-
-    public static int Groups => 1;
-
-    public static bool FitsWords => false;
-
-    public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
@@ -187,10 +165,6 @@ internal readonly unsafe struct Q5Format<V> : IBlockFormat<V>
         scale = Halves<V>.Load(block);
         offset = scale * V.Create(-16);
     }
-
-    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
-    {
-    }
 }
 
 /// <summary>A scale and an offset, 32 fifth bits, 32 nibbles.</summary>
@@ -199,12 +173,6 @@ internal readonly unsafe struct Q51Format<V> : IBlockFormat<V>
     where V : struct, ILanes<V>
 {
     public static int BlockBytes => 24;
-
-    public static int Groups => 1;
-
-    public static bool FitsWords => false;
-
-    public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
@@ -215,10 +183,6 @@ internal readonly unsafe struct Q51Format<V> : IBlockFormat<V>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         BlockFormat<V>.HalfPairs(block, out scale, out offset);
-
-    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
-    {
-    }
 }
 
 /// <summary>8 groups: a scale and a minimum of the block, 6 bits of each group, then nibbles of two groups at a time.</summary>
@@ -231,8 +195,6 @@ internal readonly unsafe struct Q4KFormat<V> : IBlockFormat<V>
     public static int Groups => 8;
 
     public static bool FitsWords => true;
-
-    public static bool HasHalfScales => false;
 
     public static bool HasOffsets => true;
 
@@ -272,10 +234,6 @@ internal readonly unsafe struct Q5KFormat<V> : IBlockFormat<V>
 
     public static int Groups => 8;
 
-    public static bool FitsWords => false;
-
-    public static bool HasHalfScales => false;
-
     public static bool HasOffsets => true;
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
@@ -302,24 +260,12 @@ internal readonly unsafe struct Q8Format<V> : IBlockFormat<V>
 {
     public static int BlockBytes => 34;
 
-    public static int Groups => 1;
-
-    public static bool FitsWords => false;
-
-    public static bool HasHalfScales => false;
-
-    public static bool HasOffsets => false;
-
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static V Bytes(byte* block, int group, int i) => BlockFormat<V>.Plane(block, 2, i);
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         (scale, offset) = (Halves<V>.Load(block), default);
-
-    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
-    {
-    }
 }
 
 /// <summary>A scale of the block, nibbles, two high bits of each element, a signed scale of each 16 elements; values 32 too large.</summary>
@@ -330,8 +276,6 @@ internal readonly unsafe struct Q6KFormat<V> : IBlockFormat<V>
     public static int BlockBytes => 210;
 
     public static int Groups => 8;
-
-    public static bool FitsWords => false;
 
     public static bool HasHalfScales => true;
 
@@ -353,10 +297,6 @@ internal readonly unsafe struct Q6KFormat<V> : IBlockFormat<V>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Units(byte* block, byte* scales, out V scale, out V offset) =>
         (scale, offset) = (Halves<V>.Load(block), default);
-
-    public static void Scale(byte* block, byte* scales, int group, ref V scale, ref V offset)
-    {
-    }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void HalfScales(byte* block, int group, out V first, out V second, out V both)
