@@ -90,7 +90,7 @@ internal sealed class GenerateCommand
 
     private readonly Option<int?> _lookup = new("--lookup")
     {
-        Description = "Propose the N tokens that followed where the text's last ones stood before",
+        Description = "Propose up to N tokens that followed where the text's last ones stood before",
         HelpName = "N",
     };
 

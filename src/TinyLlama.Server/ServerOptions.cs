@@ -1,5 +1,6 @@
 using TinyLlama.Compute;
 using TinyLlama.Data;
+using TinyLlama.Inference;
 
 namespace TinyLlama.Server;
 
@@ -42,7 +43,7 @@ public sealed class ServerOptions
     public DType? CacheType { get; set; }
 
     /// <summary>
-    /// Gets or sets the most tokens that a reply tries at a time where its last ones stood before, while few replies run; 0 for none. The
+    /// Gets or sets the most tokens, up to 64, that a reply tries at a time where its last ones stood before, while few replies run; 0 for none. The
     /// replies are the same, sooner where they repeat their prompts.
     /// </summary>
     public int Lookup { get; set; }
@@ -74,7 +75,7 @@ public sealed class ServerOptions
         Require(Queue >= 1, $"queue is {Queue}, it must be 1 or more");
         Require(CacheType is null or DType.F32 or DType.F16 or DType.BF16 or DType.Q8_0, $"the cache is of {CacheType}, it must be of F32, F16, BF16 or Q8_0");
         Require(CacheBytes is null or >= 1, $"the cache has {CacheBytes} bytes, it must have 1 or more");
-        Require(Lookup >= 0, $"lookup is {Lookup}, it must be 0 or more");
+        Require(Lookup is >= 0 and <= Draft.MostTokens, $"lookup is {Lookup}, it must be from 0 to {Draft.MostTokens}");
         Require(MaxTokens is null or >= 1, $"max tokens is {MaxTokens}, it must be 1 or more");
         Require(MaxBodyBytes >= 1, $"the largest body is {MaxBodyBytes} bytes, it must be 1 or more");
         Require(Timeout > TimeSpan.Zero && Timeout.TotalMilliseconds <= int.MaxValue, $"the timeout is {Timeout.TotalSeconds} s, it must be from above 0 to 24 days");

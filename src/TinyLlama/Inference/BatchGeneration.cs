@@ -26,8 +26,8 @@ public sealed class BatchGeneration : BatchRequest, IAsyncEnumerable<GeneratedTo
 
     internal GenerationState State { get; }
 
-    /// <summary>Gets or sets the number of tokens to propose next, where any are: more where all came, fewer where none did.</summary>
-    internal int Proposals { get; set; } = 2;
+    /// <summary>Gets or sets what proposes its next tokens, where something does.</summary>
+    internal PromptLookup? Lookup { get; set; }
 
     internal override ReadOnlyMemory<int> Input => State.Input;
 

@@ -42,7 +42,7 @@ public sealed class BatchGenerator : IDisposable
     /// </param>
     /// <param name="cacheType">What keys and values are rounded to; by default what the device likes best (<see cref="Backend.CacheType"/>).</param>
     /// <param name="lookup">
-    /// Most tokens that a text tries at a time where its last ones stood before (<see cref="PromptLookup"/>), while few texts run; 0 for
+    /// Most tokens, up to <see cref="Draft.MostTokens"/>, that a text tries at a time where its last ones stood before (<see cref="PromptLookup"/>), while few texts run; 0 for
     /// none. It gets the same tokens, sooner where it repeats itself or its prompt.
     /// </param>
     /// <exception cref="UserErrorException">The tokenizer is not of the model, or one context does not fit the cache.</exception>
@@ -53,6 +53,7 @@ public sealed class BatchGenerator : IDisposable
     {
         ArgumentOutOfRangeException.ThrowIfLessThan(queue, 1);
         ArgumentOutOfRangeException.ThrowIfLessThan(lookup, 0);
+        ArgumentOutOfRangeException.ThrowIfGreaterThan(lookup, Draft.MostTokens);
         int context = contextLength ?? model.Config.ContextLength;
         _prompts = new PromptReader(tokenizer, addBos, context, model.Config.VocabularySize);
         int blocks = BlocksFor(KeyValueCache.BlockBytes(backend, model.Config, cacheType ?? backend.CacheType), context, places, cacheBytes);

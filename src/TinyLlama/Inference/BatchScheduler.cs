@@ -199,12 +199,13 @@ internal sealed class BatchScheduler : IDisposable
                 continue;
             }
 
-            int most = Math.Min(Math.Min(text.Proposals, Math.Min(share, room)), Math.Min(state.Left - 1, _engine.ContextLength - state.Input.Length));
-            int[] proposed = most > 0 ? PromptLookup.Find(state.Input.Span, most, PromptLookup.LongestMatch) : [];
-            if (proposed.Length > 0 && _engine.TryReserve(text.Sequence!, state.Input.Length + proposed.Length))
+            text.Lookup ??= new PromptLookup(_lookup);
+            int most = Math.Min(Math.Min(share, room), Math.Min(state.Left - 1, _engine.ContextLength - state.Input.Length));
+            IReadOnlyList<DraftToken> proposed = most > 0 ? text.Lookup.Propose(state.Input.Span, state.Tokens.Length, most) : [];
+            if (proposed.Count > 0 && _engine.TryReserve(text.Sequence!, state.Input.Length + proposed.Count))
             {
-                parts[i] = part with { Tokens = (int[])[.. part.Tokens.Span, .. proposed], Proposed = proposed.Length };
-                room -= proposed.Length;
+                parts[i] = part with { Tokens = (int[])[.. part.Tokens.Span, .. proposed.Select(token => token.Token)], Proposed = proposed.Count };
+                room -= proposed.Count;
             }
         }
     }
@@ -245,7 +246,7 @@ internal sealed class BatchScheduler : IDisposable
         {
             Interlocked.Add(ref _proposedTokens, proposed.Length);
             Interlocked.Add(ref _acceptedTokens, right);
-            text.Proposals = right == proposed.Length ? Math.Min(2 * text.Proposals, _lookup) : right == 0 ? Math.Max(1, text.Proposals / 2) : text.Proposals;
+            text.Lookup!.Learn(proposed.Length, right);
         }
 
         Settle(text);

@@ -17,7 +17,8 @@ internal readonly record struct DraftToken(int Token, ReadOnlyMemory<float> Dist
 /// </remarks>
 public abstract class Draft
 {
-    private const int MostTokens = 64;
+    /// <summary>The most tokens that may be proposed at a time.</summary>
+    public const int MostTokens = 64;
 
     private protected Draft(int tokens)
     {
@@ -40,4 +41,11 @@ public abstract class Draft
     /// <param name="generated">How many tokens of the text are new.</param>
     /// <param name="most">Most tokens, at least 1 and at most <see cref="Tokens"/>.</param>
     internal abstract IReadOnlyList<DraftToken> Propose(ReadOnlySpan<int> input, int generated, int most);
+
+    /// <summary>Is told what became of a proposal.</summary>
+    /// <param name="proposed">Its tokens, at least one.</param>
+    /// <param name="accepted">How many of them came.</param>
+    internal virtual void Learn(int proposed, int accepted)
+    {
+    }
 }

@@ -122,7 +122,7 @@ public sealed class Generation : IEnumerable<string>
 
             List<GeneratedToken> accepted = proposed.Count == 0 ? [Next(next, state)] : Verify(engine, state, proposed, logits);
             engine.Truncate(sequence, state.Slid ? 0 : Math.Min(sequence.Length, state.Input.Length - 1));
-            Count(accepted, proposed, Stopwatch.GetElapsedTime(start));
+            Count(accepted, proposed, draft, Stopwatch.GetElapsedTime(start));
             Finish = state.Finish;
             foreach (GeneratedToken token in accepted)
             {
@@ -185,7 +185,7 @@ public sealed class Generation : IEnumerable<string>
         return accepted;
     }
 
-    private void Count(List<GeneratedToken> accepted, IReadOnlyList<DraftToken> proposed, TimeSpan time)
+    private void Count(List<GeneratedToken> accepted, IReadOnlyList<DraftToken> proposed, Draft? draft, TimeSpan time)
     {
         if (_tokens.Count == 0)
         {
@@ -196,8 +196,13 @@ public sealed class Generation : IEnumerable<string>
             Decode = (Decode.Tokens + accepted.Count, Decode.Time + time);
         }
 
-        int right = accepted.Zip(proposed).Count(pair => pair.First.Token == pair.Second.Token);
-        Drafted = (Drafted.Proposed + proposed.Count, Drafted.Accepted + right);
+        if (proposed.Count > 0)
+        {
+            int right = accepted.Zip(proposed).Count(pair => pair.First.Token == pair.Second.Token);
+            Drafted = (Drafted.Proposed + proposed.Count, Drafted.Accepted + right);
+            draft!.Learn(proposed.Count, right);
+        }
+
         foreach (GeneratedToken token in accepted)
         {
             _tokens.Add(token.Token);

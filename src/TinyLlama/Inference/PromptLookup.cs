@@ -1,8 +1,8 @@
 namespace TinyLlama.Inference;
 
 /// <summary>
-/// Proposes what followed where the text's last tokens stood before: costs nothing, and is good where a text repeats parts of
-/// its prompt.
+/// Proposes what followed where the text's last tokens stood before: costs nothing, and is good where a text repeats itself or its
+/// prompt. Proposes more where all of it came, less where nothing did.
 /// </summary>
 /// <remarks>
 /// Saxena 2023, prompt lookup decoding. What is proposed was not drawn: the model draws as if nothing had been, and goes on where it
@@ -12,42 +12,42 @@ namespace TinyLlama.Inference;
 /// <exception cref="TinyLlama.Data.UserErrorException">The number is out of range.</exception>
 public sealed class PromptLookup(int tokens) : Draft(tokens)
 {
-    /// <summary>The most last tokens that are looked for.</summary>
-    internal const int LongestMatch = 3;
+    // One token has stood before nearly always, and what followed it seldom comes again.
+    private const int LongestMatch = 3;
+    private const int ShortestMatch = 2;
+    private const int FirstTokens = 2;
 
-    internal override void Begin(ReadOnlySpan<int> input, GenerationOptions options, CancellationToken stop)
+    private int _next = Math.Min(FirstTokens, tokens);
+
+    internal override void Begin(ReadOnlySpan<int> input, GenerationOptions options, CancellationToken stop) =>
+        _next = Math.Min(FirstTokens, Tokens);
+
+    internal override IReadOnlyList<DraftToken> Propose(ReadOnlySpan<int> input, int generated, int most)
     {
-    }
-
-    internal override IReadOnlyList<DraftToken> Propose(ReadOnlySpan<int> input, int generated, int most) =>
-        Array.ConvertAll(Find(input, most, shortestMatch: 1), token => new DraftToken(token, default));
-
-    /// <summary>
-    /// What followed where the last tokens stood before: as many of them as can be, the last such place. Where that reaches the end of
-    /// the text, the text repeats itself, and goes on so.
-    /// </summary>
-    /// <param name="text">The tokens.</param>
-    /// <param name="count">The number of tokens that follow.</param>
-    /// <param name="shortestMatch">The fewest last tokens that must have stood there, at least one.</param>
-    /// <returns>The tokens; none where there is no such place.</returns>
-    internal static int[] Find(ReadOnlySpan<int> text, int count, int shortestMatch)
-    {
-        for (int length = Math.Min(LongestMatch, text.Length - 1); length >= shortestMatch; length--)
+        for (int length = Math.Min(LongestMatch, input.Length - 1); length >= ShortestMatch; length--)
         {
-            int place = text[..^1].LastIndexOf(text[^length..]);
+            int place = input[..^1].LastIndexOf(input[^length..]);
             if (place >= 0)
             {
-                ReadOnlySpan<int> period = text[(place + length)..];
-                int[] next = new int[count];
-                for (int i = 0; i < count; i++)
-                {
-                    next[i] = period[i % period.Length];
-                }
-
-                return next;
+                return Repeat(input[(place + length)..], Math.Min(_next, most));
             }
         }
 
         return [];
+    }
+
+    internal override void Learn(int proposed, int accepted) =>
+        _next = accepted == proposed ? Math.Min(2 * _next, Tokens) : accepted == 0 ? Math.Max(1, _next / 2) : _next;
+
+    // What followed reaches to the end of the text: beyond that the text repeats itself.
+    private static DraftToken[] Repeat(ReadOnlySpan<int> period, int count)
+    {
+        var proposed = new DraftToken[count];
+        for (int i = 0; i < count; i++)
+        {
+            proposed[i] = new DraftToken(period[i % period.Length], default);
+        }
+
+        return proposed;
     }
 }

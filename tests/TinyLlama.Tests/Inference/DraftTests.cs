@@ -136,18 +136,45 @@ public sealed class DraftTests : IDisposable
     [Fact]
     public void A_lookup_proposes_what_followed_the_longest_match_that_came_last_and_goes_on_with_it()
     {
-        var lookup = new PromptLookup(3);
-        Assert.Equal([2, 3, 8], PromptLookup.Find([1, 2, 3, 1, 2, 3, 8, 1], 3, shortestMatch: 1));
-        Assert.Equal([], PromptLookup.Find([1, 2, 3, 1, 2, 3, 8, 1], 3, shortestMatch: 2));
         Assert.Equal([8, 1, 2], Proposed([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 3));
         Assert.Equal([8, 1], Proposed([1, 2, 3, 9, 1, 2, 3, 8, 1, 2, 3], 2));
-        Assert.Equal([7, 5, 3], Proposed([3, 7, 5, 3], 3));
-        Assert.Equal([4, 4, 4], Proposed([4, 4], 3));
+        Assert.Equal([6, 9, 2], Proposed([1, 2, 3, 5, 9, 2, 3, 6, 9, 2, 3], 3));
+        Assert.Equal([5, 9, 2], Proposed([1, 2, 3, 5, 9, 2, 3, 6, 1, 2, 3], 3));
+        Assert.Equal([6, 1, 2], Proposed([1, 2, 3, 5, 9, 2, 3, 6, 1, 2, 3], 3, first: 2));
+        Assert.Equal([4, 4, 4], Proposed([4, 4, 4], 3));
         Assert.Equal([5, 6, 5, 6, 5], Proposed([9, 5, 6, 5, 6], 5));
+        Assert.Empty(Proposed([3, 7, 5, 3], 3));
         Assert.Empty(Proposed([1, 2, 3], 3));
         Assert.Empty(Proposed([1], 3));
 
-        IEnumerable<int> Proposed(int[] input, int most) => lookup.Propose(input, 0, most).Select(token => token.Token);
+        static IEnumerable<int> Proposed(int[] input, int most, int first = 0)
+        {
+            var lookup = new PromptLookup(8);
+            lookup.Learn(2, 2);
+            lookup.Learn(4, 4);
+            return lookup.Propose(input.AsSpan(first), 0, most).Select(token => token.Token);
+        }
+    }
+
+    [Fact]
+    public void A_lookup_proposes_more_where_all_came_and_less_where_nothing_did()
+    {
+        var lookup = new PromptLookup(6);
+        (int Proposed, int Accepted)[] learned = [(0, 0), (2, 2), (4, 4), (6, 5), (6, 0), (3, 0), (1, 0), (1, 1)];
+        Assert.Equal([2, 4, 6, 6, 3, 1, 1, 2], learned.Select(Next));
+        lookup.Begin([1], new GenerationOptions(), CancellationToken.None);
+        Assert.Equal(2, lookup.Propose([1, 1, 1], 0, 64).Count);
+        Assert.Single(new PromptLookup(1).Propose([1, 1, 1], 0, 64));
+
+        int Next((int Proposed, int Accepted) before)
+        {
+            if (before.Proposed > 0)
+            {
+                lookup.Learn(before.Proposed, before.Accepted);
+            }
+
+            return lookup.Propose([1, 1, 1], 0, 64).Count;
+        }
     }
 
     [Fact]
