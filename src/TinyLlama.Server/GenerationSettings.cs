@@ -1,6 +1,5 @@
 using System.Globalization;
 using System.Security.Cryptography;
-using TinyLlama.Data;
 using TinyLlama.Inference;
 
 namespace TinyLlama.Server;
@@ -19,8 +18,9 @@ internal static class GenerationSettings
     /// <param name="limit">The most that the server gives, or null.</param>
     /// <param name="logProbabilities">How many likeliest tokens it asks the log-probabilities of, or null for none.</param>
     /// <param name="json">What the reply must be, or null for any text.</param>
+    /// <param name="vocabulary">The number of tokens.</param>
     /// <exception cref="ApiException">A value has no meaning.</exception>
-    public static GenerationOptions Read(GenerationRequest request, int? maxTokens, int? limit, int? logProbabilities, JsonConstraint? json)
+    public static GenerationOptions Read(GenerationRequest request, int? maxTokens, int? limit, int? logProbabilities, JsonConstraint? json, int vocabulary)
     {
         IReadOnlyList<string> stops = RequestReader.Strings(request.Stop, "stop");
         if (stops.Count > MostStops)
@@ -43,21 +43,13 @@ internal static class GenerationSettings
             RepetitionPenalty = request.RepetitionPenalty ?? 1,
             PresencePenalty = request.PresencePenalty ?? 0,
             FrequencyPenalty = request.FrequencyPenalty ?? 0,
-            LogitBias = Biases(request.LogitBias),
+            LogitBias = Biases(request.LogitBias, vocabulary),
             Seed = unchecked((ulong)(request.Seed ?? RandomNumberGenerator.GetInt32(int.MaxValue))),
             StopStrings = stops,
             LogProbabilities = logProbabilities,
             Json = json,
         };
-        try
-        {
-            options.Validate();
-            return options;
-        }
-        catch (UserErrorException e)
-        {
-            throw ApiException.Invalid(e.Message);
-        }
+        return options.Problem is { } problem ? throw ApiException.Invalid(problem.Message, problem.Key) : options;
     }
 
     /// <summary>Fits the number of new tokens to the room that a prompt leaves.</summary>
@@ -83,7 +75,7 @@ internal static class GenerationSettings
         return options;
     }
 
-    private static Dictionary<int, double> Biases(Dictionary<string, double>? biases)
+    private static Dictionary<int, double> Biases(Dictionary<string, double>? biases, int vocabulary)
     {
         var byToken = new Dictionary<int, double>();
         foreach ((string key, double bias) in biases ?? [])
@@ -91,6 +83,11 @@ internal static class GenerationSettings
             if (!int.TryParse(key, NumberStyles.None, CultureInfo.InvariantCulture, out int token) || bias is not (>= -100 and <= 100))
             {
                 throw ApiException.Invalid($"'logit_bias' has '{key}': {bias.ToString(CultureInfo.InvariantCulture)}; it goes from token ids to numbers from -100 to 100", "logit_bias");
+            }
+
+            if (token >= vocabulary)
+            {
+                throw ApiException.Invalid($"'logit_bias' has the token {token}; tokens are 0 to {vocabulary - 1}", "logit_bias");
             }
 
             byToken[token] = bias;

@@ -129,7 +129,8 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
             request.MaxCompletionTokens ?? request.MaxTokens,
             options.MaxTokens,
             request.Logprobs == true ? request.TopLogprobs ?? 0 : null,
-            _formats.Read(request.ResponseFormat)));
+            _formats.Read(request.ResponseFormat),
+            model.Chat.Tokenizer.VocabularySize));
         await AnswerAsync(context, request, [prompt], echo: null, generation, new ChatForm(model.Chat.Tokenizer));
     }
 
@@ -160,7 +161,12 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
         IReadOnlyList<int[]> prompts = Texts(request.Prompt, "prompt", GenerationSettings.MostCompletions);
         IReadOnlyList<string>? echo = request.Echo == true ? [.. prompts.Select(prompt => model.Chat.Tokenizer.Decode(prompt))] : null;
         GenerationOptions generation = GenerationSettings.Read(
-            request, request.MaxTokens ?? 16, options.MaxTokens, request.Logprobs, _formats.Read(request.ResponseFormat));
+            request,
+            request.MaxTokens ?? 16,
+            options.MaxTokens,
+            request.Logprobs,
+            _formats.Read(request.ResponseFormat),
+            model.Chat.Tokenizer.VocabularySize);
         await AnswerAsync(context, request, prompts, echo, generation, new TextForm(model.Chat.Tokenizer));
     }
 

@@ -52,7 +52,7 @@ public static class ModelExport
     /// <summary>Throws unless a folder may be written: before the work, to say so early.</summary>
     /// <param name="folder">The folder.</param>
     /// <param name="force">Whether it may hold something; null where nobody can ask for that.</param>
-    /// <exception cref="UserErrorException">It is a file, or not empty.</exception>
+    /// <exception cref="UserErrorException">It is a file, or not empty, or its folder takes no new files.</exception>
     public static void RequirePlace(string folder, bool? force)
     {
         if (File.Exists(folder))
@@ -64,6 +64,8 @@ public static class ModelExport
         {
             throw new UserErrorException($"{folder}: is not empty; name another folder{(force is null ? "" : ", or replace files in it with --force")}");
         }
+
+        NewFile.RequireFolder(folder);
     }
 
     private static void Publish(string unfinished, string folder)

@@ -11,7 +11,7 @@ internal sealed class NewFile(string path) : FileStream(path, FileMode.CreateNew
     /// <summary>Throws unless a file may be written: before the work, to say so early.</summary>
     /// <param name="path">The file.</param>
     /// <param name="force">Whether one that is there is replaced.</param>
-    /// <exception cref="UserErrorException">It is a folder, or it is there.</exception>
+    /// <exception cref="UserErrorException">It is a folder, or it is there, or its folder takes no new files.</exception>
     public static void RequirePlace(string path, bool force)
     {
         if (Directory.Exists(path))
@@ -22,6 +22,29 @@ internal sealed class NewFile(string path) : FileStream(path, FileMode.CreateNew
         if (!force && File.Exists(path))
         {
             throw new UserErrorException($"{path}: is there already; name another file, or replace it (--force)");
+        }
+
+        RequireFolder(path);
+    }
+
+    /// <summary>Throws unless the folder of a new file or folder, or the nearest above that is there, takes new files.</summary>
+    /// <exception cref="UserErrorException">It does not: it may not be written, or its file system is read-only.</exception>
+    public static void RequireFolder(string path)
+    {
+        string? folder = Path.GetDirectoryName(Path.GetFullPath(path));
+        while (folder is not null && !Directory.Exists(folder))
+        {
+            folder = Path.GetDirectoryName(folder);
+        }
+
+        string probe = Path.Combine(folder ?? "", Path.GetRandomFileName());
+        try
+        {
+            using var file = new FileStream(probe, FileMode.CreateNew, FileAccess.Write, FileShare.None, bufferSize: 0, FileOptions.DeleteOnClose);
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw new UserErrorException($"{path}: cannot be written, {folder} takes no new files ({e.Message.Replace(probe, folder, StringComparison.Ordinal)}); name another place", e);
         }
     }
 

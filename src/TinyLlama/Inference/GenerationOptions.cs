@@ -63,32 +63,30 @@ public sealed record GenerationOptions
     /// <summary>Gets what happens when the text outgrows the context.</summary>
     public ContextOverflow Overflow { get; init; }
 
+    /// <summary>Gets what of these is out of range: its key, as requests have it, and in one line what is wrong; null where all is well.</summary>
+    public (string Key, string Message)? Problem =>
+        MaxTokens < 0 ? ("max_tokens", $"max tokens is {MaxTokens}, it must be 0 or more")
+        : !(Temperature >= 0 && double.IsFinite(Temperature)) ? ("temperature", $"temperature is {Temperature}, it must be 0 or more")
+        : TopK < 0 ? ("top_k", $"top-k is {TopK}, it must be 1 or more, or 0 for all tokens")
+        : TopP is not (> 0 and <= 1) ? ("top_p", $"top-p is {TopP}, it must be above 0 and at most 1")
+        : MinP is not (>= 0 and <= 1) ? ("min_p", $"min-p is {MinP}, it must be from 0 to 1")
+        : !(RepetitionPenalty > 0 && double.IsFinite(RepetitionPenalty))
+            ? ("repetition_penalty", $"repetition penalty is {RepetitionPenalty}, it must be above 0 (1 for none)")
+        : !double.IsFinite(PresencePenalty) ? ("presence_penalty", $"presence penalty is {PresencePenalty}, it must be a number (0 for none)")
+        : !double.IsFinite(FrequencyPenalty) ? ("frequency_penalty", $"frequency penalty is {FrequencyPenalty}, it must be a number (0 for none)")
+        : !LogitBias.Values.All(bias => double.IsFinite(bias) || double.IsNegativeInfinity(bias))
+            ? ("logit_bias", "a logit bias is not a number; minus infinity forbids a token")
+        : LogProbabilities < 0 ? ("logprobs", $"log-probabilities are asked for {LogProbabilities} tokens, it must be 0 or more")
+        : StopStrings.Any(stop => stop.Length == 0) ? ("stop", "a stop string is empty")
+        : null;
+
     /// <summary>Refuses values without a meaning.</summary>
-    /// <exception cref="UserErrorException">One is out of range.</exception>
+    /// <exception cref="UserErrorException">There is a <see cref="Problem"/>.</exception>
     public void Validate()
     {
-        Require(MaxTokens is null or >= 0, $"max tokens is {MaxTokens}, it must be 0 or more");
-        Require(Temperature >= 0 && double.IsFinite(Temperature), $"temperature is {Temperature}, it must be 0 or more");
-        Require(TopK >= 0, $"top-k is {TopK}, it must be 1 or more, or 0 for all tokens");
-        Require(TopP is > 0 and <= 1, $"top-p is {TopP}, it must be above 0 and at most 1");
-        Require(MinP is >= 0 and <= 1, $"min-p is {MinP}, it must be from 0 to 1");
-        Require(
-            RepetitionPenalty > 0 && double.IsFinite(RepetitionPenalty),
-            $"repetition penalty is {RepetitionPenalty}, it must be above 0 (1 for none)");
-        Require(double.IsFinite(PresencePenalty), $"presence penalty is {PresencePenalty}, it must be a number (0 for none)");
-        Require(double.IsFinite(FrequencyPenalty), $"frequency penalty is {FrequencyPenalty}, it must be a number (0 for none)");
-        Require(
-            LogitBias.Values.All(bias => double.IsFinite(bias) || double.IsNegativeInfinity(bias)),
-            "a logit bias is not a number; minus infinity forbids a token");
-        Require(LogProbabilities is null or >= 0, $"log-probabilities are asked for {LogProbabilities} tokens, it must be 0 or more");
-        Require(StopStrings.All(stop => stop.Length > 0), "a stop string is empty");
-
-        static void Require(bool condition, string problem)
+        if (Problem is { } problem)
         {
-            if (!condition)
-            {
-                throw new UserErrorException(problem);
-            }
+            throw new UserErrorException(problem.Message);
         }
     }
 }

@@ -55,6 +55,20 @@ public sealed class WritingCommandTests : IDisposable
     }
 
     [Theory]
+    [InlineData("export", "x.gguf")]
+    [InlineData("export", "x.bin")]
+    [InlineData("export", "folder")]
+    [InlineData("import", "run")]
+    [InlineData("quantize", "x.gguf", "--type", "q8_0")]
+    public async Task A_folder_that_takes_no_files_is_named_before_the_work(string verb, string name, params string[] options)
+    {
+        Assert.SkipUnless(OperatingSystem.IsLinux(), "/proc is of Linux");
+        (int code, string error) = await RunAsync([verb, Model(), "--out", $"/proc/new/{name}", .. options], TestContext.Current.CancellationToken);
+        Assert.Equal(2, code);
+        Assert.Matches($"^error: /proc/new/{name}: cannot be written, /proc takes no new files \\([^)]+\\); name another place\n$", error);
+    }
+
+    [Theory]
     [InlineData("tokenizer", "train", "--text", "x")]
     [InlineData("data", "prepare", "--text", "x", "--tokenizer", "bytes")]
     [InlineData("pretrain", "--recipe", "x")]
