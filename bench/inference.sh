@@ -4,6 +4,8 @@
 #
 #   bench/inference.sh MODEL.gguf …     ROUNDS=3, THREADS (all), LLAMA_FOLDER as there, and TESTS are the defaults
 #
+# BUSY=N lets N endless loops run beside both.
+#
 # A test is "decode SEQUENCES DEPTH TOKENS", "prefill TOKENS" or "load".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -57,6 +59,13 @@ result() {
 median() { sort -g | awk '{ a[NR] = $1 } END { print NR % 2 ? a[(NR + 1) / 2] : (a[NR / 2] + a[NR / 2 + 1]) / 2 }'; }
 
 largest() { sort -g | tail -n 1; }
+
+loops=()
+for ((i = 0; i < ${BUSY:-0}; i++)); do
+  while :; do :; done &
+  loops+=($!)
+done
+trap 'kill "${loops[@]}" 2>/dev/null || true' EXIT
 
 printf '%s, %s threads, load %s\n\n' "$(date -u +%FT%RZ)" "$threads" "$(cut -d' ' -f1 /proc/loadavg)"
 printf '%-28s %-18s %10s %10s %7s %9s %9s\n' model test llama.cpp ours ratio 'MiB' 'MiB'
