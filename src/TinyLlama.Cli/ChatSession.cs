@@ -30,6 +30,7 @@ internal sealed class ChatSession(
         """;
 
     private readonly List<ChatMessage> _messages = [];
+    private readonly HashSet<string> _saved = [];
     private CancellationTokenSource? _reply;
 
     /// <summary>Gets or sets what the model is told before the conversation; null for nothing.</summary>
@@ -262,7 +263,15 @@ internal sealed class ChatSession(
         {
             ["messages"] = new JsonArray([.. Conversation().Select(static message => new JsonObject { ["role"] = message.Role, ["content"] = message.Content })]),
         };
+
+        // A conversation that goes on is saved again.
+        if (!_saved.Contains(path) && File.Exists(path))
+        {
+            throw new UserErrorException($"{path}: is there already; name another file");
+        }
+
         File.WriteAllText(path, conversation.ToJsonString(JsonOutput.Options) + "\n");
+        _saved.Add(path);
         error.WriteLine($"saved {_messages.Count} messages to {path}");
     }
 }

@@ -1,5 +1,6 @@
 using System.Globalization;
 using System.Security.Cryptography;
+using System.Text.Json;
 using TinyLlama.Inference;
 
 namespace TinyLlama.Server;
@@ -8,6 +9,14 @@ namespace TinyLlama.Server;
 internal static class GenerationSettings
 {
     private const int MostStops = 16;
+
+    // Keys of other servers that would change a reply.
+    private static readonly string[] s_unsupported =
+    [
+        "grammar", "json_schema", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "stop_token_ids", "bad_words",
+        "allowed_token_ids", "min_tokens", "ignore_eos", "n_predict", "repeat_penalty", "typical_p", "tfs_z", "mirostat", "best_of", "use_beam_search",
+        "length_penalty", "truncate_prompt_tokens", "continue_final_message", "echo", "prompt_logprobs", "chat_template", "audio", "web_search_options",
+    ];
 
     /// <summary>Most replies to one prompt.</summary>
     public const int MostCompletions = 16;
@@ -22,6 +31,11 @@ internal static class GenerationSettings
     /// <exception cref="ApiException">A value has no meaning.</exception>
     public static GenerationOptions Read(GenerationRequest request, int? maxTokens, int? limit, int? logProbabilities, JsonConstraint? json, int vocabulary)
     {
+        if (request.Others?.FirstOrDefault(static pair => s_unsupported.Contains(pair.Key) && ChangesReply(pair.Key, pair.Value)).Key is { } key)
+        {
+            throw ApiException.Invalid($"'{key}' is not supported{(key == "repeat_penalty" ? "; it is 'repetition_penalty' here" : "")}", key, "unsupported_parameter");
+        }
+
         IReadOnlyList<string> stops = RequestReader.Strings(request.Stop, "stop");
         if (stops.Count > MostStops)
         {
@@ -74,6 +88,23 @@ internal static class GenerationSettings
 
         return options;
     }
+
+    // Clients send values too that say as much as none.
+    private static bool ChangesReply(string key, JsonElement value) => value.ValueKind switch
+    {
+        JsonValueKind.Null or JsonValueKind.False => false,
+        JsonValueKind.Number => value.GetDouble() is double number && number != 0 && number != Neutral(key),
+        JsonValueKind.String => value.GetString()!.Length > 0,
+        JsonValueKind.Array => value.GetArrayLength() > 0,
+        _ => true,
+    };
+
+    private static double Neutral(string key) => key switch
+    {
+        "n_predict" or "truncate_prompt_tokens" => -1,
+        "repeat_penalty" or "typical_p" or "tfs_z" or "best_of" or "length_penalty" => 1,
+        _ => 0,
+    };
 
     private static Dictionary<int, double> Biases(Dictionary<string, double>? biases, int vocabulary)
     {

@@ -40,6 +40,10 @@ internal abstract record GenerationRequest
     public Dictionary<string, double>? LogitBias { get; init; }
 
     public ResponseFormat? ResponseFormat { get; init; }
+
+    /// <summary>Gets or sets the keys that are no others' here.</summary>
+    [JsonExtensionData]
+    public Dictionary<string, JsonElement>? Others { get; set; }
 }
 
 /// <summary>What a stream tells besides text.</summary>

@@ -111,6 +111,10 @@ public sealed class ApiTests
     [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"xml"}}""", 400, "'xml' is not supported", "response_format")]
     [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_schema"}}""", 400, "schema' is missing", "response_format")]
     [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_schema","json_schema":{"schema":{"pattern":"a"}}}}""", 400, "pattern", "response_format")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"grammar":"root ::= \"yes\""}""", 400, "'grammar' is not supported", "grammar")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"ignore_eos":false,"min_tokens":0,"guided_json":{}}""", 400, "'guided_json' is not supported", "guided_json")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"best_of":1,"repeat_penalty":1.1}""", 400, "it is 'repetition_penalty' here", "repeat_penalty")]
+    [InlineData(Text, """{"prompt":"x","stop_token_ids":[5]}""", 400, "'stop_token_ids' is not supported", "stop_token_ids")]
     [InlineData(Chat, """{"model":"other","messages":[{"role":"user","content":"x"}]}""", 404, "'random' is served", "model")]
     [InlineData(Text, """{"prompt":[]}""", 400, "'prompt' must be", "prompt")]
     [InlineData(Text, """{"prompt":[1,"a"]}""", 400, "what is no token", "prompt")]
@@ -236,6 +240,18 @@ public sealed class ApiTests
         Assert.Equal((HttpStatusCode.ServiceUnavailable, "timeout"), (code, (string)body["error"]!["code"]!));
         Assert.Equal(HttpStatusCode.ServiceUnavailable, (await waiting).Status);
         await server.UntilIdleAsync();
+    }
+
+    [Fact]
+    public async Task An_idle_server_takes_what_places_and_queue_hold_and_never_more_at_once()
+    {
+        await using RunningServer server = await RunningServer.StartAsync(options => (options.Places, options.Queue) = (4, 2));
+        (HttpStatusCode code, JsonNode body) = await server.PostAsync(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":2,"n":6}""");
+        Assert.Equal((HttpStatusCode.OK, 6), (code, body["choices"]!.AsArray().Count));
+        await server.UntilIdleAsync();
+        (code, body) = await server.PostAsync(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":2,"n":7}""");
+        Assert.Equal((HttpStatusCode.BadRequest, "n"), (code, (string)body["error"]!["param"]!));
+        Assert.Contains("this server takes 6", (string)body["error"]!["message"]!, StringComparison.Ordinal);
     }
 
     [Fact]

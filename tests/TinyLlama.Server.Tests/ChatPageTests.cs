@@ -22,6 +22,7 @@ public sealed class ChatPageTests : IAsyncLifetime
         Assert.SkipUnless(File.Exists(Chromium), $"needs {Chromium}");
         _server = await RunningServer.StartAsync(options => options.ContextLength = 65_536);
         _playwright = await Playwright.CreateAsync();
+        Assertions.SetDefaultExpectTimeout(60_000);
         _browser = await _playwright.Chromium.LaunchAsync(new BrowserTypeLaunchOptions
         {
             ExecutablePath = Chromium,

@@ -54,7 +54,7 @@ internal sealed class RunningServer : IAsyncDisposable
     /// <summary>Waits until nothing runs or waits any more.</summary>
     public async Task UntilIdleAsync()
     {
-        while (Model.Generator.Running + Model.Generator.Waiting > 0)
+        while (Model.Generator.Waiting + Model.Generator.Running > 0)
         {
             await Task.Delay(5, TestContext.Current.CancellationToken);
         }

@@ -21,6 +21,36 @@ internal static class WholeFile
         File.Move(temporary, path, overwrite: true);
     }
 
+    /// <summary>Replaces files of a folder, none of them before all are written.</summary>
+    /// <param name="folder">The folder.</param>
+    /// <param name="files">Their names and bytes.</param>
+    public static void WriteAll(string folder, IReadOnlyList<(string Name, byte[] Content)> files)
+    {
+        try
+        {
+            foreach ((string name, byte[] content) in files)
+            {
+                using FileStream file = new(Temporary(name), FileMode.Create, FileAccess.Write, FileShare.None, bufferSize: 0);
+                file.Write(content);
+                file.Flush(flushToDisk: true);
+            }
+
+            foreach ((string name, _) in files)
+            {
+                File.Move(Temporary(name), Path.Combine(folder, name), overwrite: true);
+            }
+        }
+        finally
+        {
+            foreach (string left in files.Select(file => Temporary(file.Name)).Where(File.Exists))
+            {
+                File.Delete(left);
+            }
+        }
+
+        string Temporary(string name) => Path.Combine(folder, name + ".tmp");
+    }
+
     /// <summary>The SHA-256 of a file in lower-case hexadecimal.</summary>
     /// <param name="path">The file.</param>
     public static string Sha256(string path)

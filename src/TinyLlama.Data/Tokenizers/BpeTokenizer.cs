@@ -3,6 +3,7 @@ using System.Buffers.Binary;
 using System.Collections.Concurrent;
 using System.Security.Cryptography;
 using System.Text;
+using TinyLlama.Data.Shards;
 
 namespace TinyLlama.Data.Tokenizers;
 
@@ -242,10 +243,7 @@ public sealed class BpeTokenizer : ITokenizer
         try
         {
             Directory.CreateDirectory(folder);
-            foreach ((string name, byte[] content) in files)
-            {
-                File.WriteAllBytes(Path.Combine(folder, name), content);
-            }
+            WholeFile.WriteAll(folder, files);
         }
         catch (Exception error) when (error is IOException or UnauthorizedAccessException)
         {

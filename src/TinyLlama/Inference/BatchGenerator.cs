@@ -23,9 +23,9 @@ public sealed class BatchGenerator : IDisposable
     private readonly BatchScheduler _scheduler;
     private readonly AutoResetEvent _wake = new(initialState: false);
     private readonly Thread _thread;
+    private readonly int _places;
     private readonly int _queue;
     private readonly int _channels;
-    private int _runningCount;
     private int _usedBlocks;
     private Exception? _ended;
 
@@ -36,7 +36,7 @@ public sealed class BatchGenerator : IDisposable
     /// <param name="addBos">Whether a prompt begins with BOS, where the vocabulary has one.</param>
     /// <param name="contextLength">Most tokens of prompt and continuation; by default what the model is trained for.</param>
     /// <param name="places">Texts that run together.</param>
-    /// <param name="queue">Texts that may wait for a place.</param>
+    /// <param name="queue">Texts that may wait for a place, besides as many as there are free ones.</param>
     /// <param name="cacheBytes">
     /// Memory for keys and values of all texts; by default 1 GiB, or less where all places need less. At least one context.
     /// </param>
@@ -59,7 +59,7 @@ public sealed class BatchGenerator : IDisposable
         int blocks = BlocksFor(KeyValueCache.BlockBytes(backend, model.Config, cacheType ?? backend.CacheType), context, places, cacheBytes);
         var engine = new InferenceEngine(
             model, backend, context, places, cacheBlocks: blocks, cacheType: cacheType, moreLogits: BatchScheduler.MoreLogits(lookup));
-        (_queue, _channels) = (queue, engine.Channels);
+        (_places, _queue, _channels) = (places, queue, engine.Channels);
         _scheduler = new BatchScheduler(engine, places, tokenizer.VocabularySize, lookup);
         _thread = new Thread(Work) { IsBackground = true, Name = "batch generator" };
         _thread.Start();
@@ -84,7 +84,7 @@ public sealed class BatchGenerator : IDisposable
     }
 
     /// <summary>Gets the number of texts that have a place.</summary>
-    public int Running => Volatile.Read(ref _runningCount);
+    public int Running => _scheduler.Running;
 
     /// <summary>Gets the number of prompt tokens computed so far.</summary>
     public long PromptTokens => _scheduler.PromptTokens;
@@ -178,7 +178,7 @@ public sealed class BatchGenerator : IDisposable
         {
             ObjectDisposedException.ThrowIf(_ended is not null, this);
             RemoveCancelled();
-            if (_waiting.Count + requests.Length > _queue)
+            if (_scheduler.Running + _waiting.Count + requests.Length > _places + (long)_queue)
             {
                 return false;
             }
@@ -260,7 +260,6 @@ public sealed class BatchGenerator : IDisposable
                 }
             }
 
-            Volatile.Write(ref _runningCount, _scheduler.Running);
             Volatile.Write(ref _usedBlocks, _scheduler.Cache.BlockCount - _scheduler.Cache.FreeBlocks);
             if (_scheduler.Running > 0)
             {

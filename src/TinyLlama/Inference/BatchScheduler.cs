@@ -20,6 +20,7 @@ internal sealed class BatchScheduler : IDisposable
     private readonly float[] _hidden;
     private readonly int _places;
     private readonly int _lookup;
+    private int _runningCount;
     private long _promptTokens;
     private long _cachedPromptTokens;
     private long _newTokens;
@@ -39,8 +40,8 @@ internal sealed class BatchScheduler : IDisposable
         _hidden = new float[engine.Capacity * engine.Channels];
     }
 
-    /// <summary>Gets the number of requests that have a place.</summary>
-    public int Running => _running.Count;
+    /// <summary>Gets the number of requests that have a place; one that ends has none when it is told so.</summary>
+    public int Running => Volatile.Read(ref _runningCount);
 
     /// <summary>Gets a value indicating whether a place is free.</summary>
     public bool HasPlace => _running.Count < _places;
@@ -88,6 +89,7 @@ internal sealed class BatchScheduler : IDisposable
 
         (request as BatchEmbedding)?.Clear();
         _running.Add(request);
+        Volatile.Write(ref _runningCount, _running.Count);
         return true;
     }
 
@@ -236,16 +238,16 @@ internal sealed class BatchScheduler : IDisposable
 
         Follow(text, row);
         ReadOnlySpan<int> proposed = part.Tokens.Span[^part.Proposed..];
+        Interlocked.Add(ref _proposedTokens, proposed.Length);
         int right = 0;
         while (Accept(text, row + right) && right < proposed.Length && text.State.Tokens[^1] == proposed[right])
         {
+            Interlocked.Increment(ref _acceptedTokens);
             right++;
         }
 
         if (proposed.Length > 0)
         {
-            Interlocked.Add(ref _proposedTokens, proposed.Length);
-            Interlocked.Add(ref _acceptedTokens, right);
             text.Lookup!.Learn(proposed.Length, right);
         }
 
@@ -316,6 +318,7 @@ internal sealed class BatchScheduler : IDisposable
         request.Sequence = null;
         request.Leader = null;
         _running.Remove(request);
+        Volatile.Write(ref _runningCount, _running.Count);
         _running.ForEach(other => other.Leader = other.Leader == request ? null : other.Leader);
     }
 

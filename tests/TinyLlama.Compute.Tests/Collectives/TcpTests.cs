@@ -121,7 +121,7 @@ public sealed class TcpTests
     public void A_rank_that_does_not_come_is_named_when_the_time_is_up()
     {
         using var done = new CountdownEvent(2);
-        Exception?[] failures = Ranks.Run(3, Ranks.Sockets(3, TimeSpan.FromSeconds(3)), world =>
+        Exception?[] failures = Ranks.Run(3, Ranks.Sockets(3, TimeSpan.FromSeconds(10)), world =>
         {
             if (world.Rank == 1)
             {
@@ -214,8 +214,8 @@ public sealed class TcpTests
     {
         int port = Ranks.FreePort();
         Exception?[] failures = Join(
-            World(0, 4, port) with { Timeout = TimeSpan.FromSeconds(3) }, World(2, 4, port) with { Timeout = TimeSpan.FromSeconds(20) });
-        string expected = $"not all ranks came to rank 0 ({s_host}) within 3 s: 1, 3 of 4 are missing";
+            World(0, 4, port) with { Timeout = TimeSpan.FromSeconds(10) }, World(2, 4, port) with { Timeout = TimeSpan.FromSeconds(25) });
+        string expected = $"not all ranks came to rank 0 ({s_host}) within 10 s: 1, 3 of 4 are missing";
         Assert.All(failures, failure => Assert.Equal(expected, Assert.IsType<CollectiveException>(failure).Message));
     }
 

@@ -37,6 +37,21 @@ public sealed class TokenizerFileTests : IDisposable
     }
 
     [Fact]
+    public void A_tokenizer_that_cannot_be_written_leaves_the_one_before()
+    {
+        new BpeTokenizer(s_model).Save(_folder);
+        byte[][] before = [.. Directory.GetFiles(_folder).Order(StringComparer.Ordinal).Select(File.ReadAllBytes)];
+        string inTheWay = Directory.CreateDirectory(Path.Combine(_folder, "special_tokens_map.json.tmp")).FullName;
+        BpeModel other = BpeTrainer.Train(TokenizerTexts.RandomDocuments(3, 400), new BpeTrainingOptions { VocabularySize = 400 });
+        string message = Assert.Throws<UserErrorException>(() => new BpeTokenizer(other).Save(_folder)).Message;
+        Assert.Contains(_folder, message, StringComparison.Ordinal);
+        Assert.Equal(before, Directory.GetFiles(_folder).Order(StringComparer.Ordinal).Select(File.ReadAllBytes));
+        Directory.Delete(inTheWay);
+        new BpeTokenizer(other).Save(_folder);
+        Assert.Equal(SentencePieceModel.Write(other), File.ReadAllBytes(Path.Combine(_folder, "tokenizer.model")));
+    }
+
+    [Fact]
     public void The_hash_follows_what_decides_ids()
     {
         string hash = new BpeTokenizer(s_model).Hash;

@@ -45,6 +45,18 @@ public sealed class ChatSessionTests : IDisposable
         Assert.Equal(["user", "assistant"], messages.Select(message => (string)message!["role"]!));
     }
 
+    [Fact]
+    public async Task A_conversation_is_saved_again_and_replaces_no_other_file()
+    {
+        string saved = _folder["a.json"], other = _folder["precious.txt"];
+        await File.WriteAllTextAsync(other, "precious", TestContext.Current.CancellationToken);
+        (string[] replies, string error) = await TalkAsync("Once", "/save " + saved, "Then", "/save " + saved, "/save " + other);
+        Assert.Equal(4, JsonNode.Parse(await File.ReadAllTextAsync(saved, TestContext.Current.CancellationToken))!["messages"]!.AsArray().Count);
+        Assert.Equal(2, replies.Length);
+        Assert.Contains($"error: {other}: is there already", error, StringComparison.Ordinal);
+        Assert.Equal("precious", await File.ReadAllTextAsync(other, TestContext.Current.CancellationToken));
+    }
+
     [Theory]
     [InlineData("/nope", "there is no command /nope")]
     [InlineData("/set heat 1", "there is no setting 'heat'")]

@@ -112,7 +112,7 @@ public sealed class BatchGeneratorTests : IDisposable
     {
         using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 1);
         using var stop = new CancellationTokenSource();
-        var endless = new GenerationOptions { MaxTokens = int.MaxValue, Overflow = ContextOverflow.Sliding };
+        var endless = new GenerationOptions { MaxTokens = int.MaxValue, Overflow = ContextOverflow.Sliding, LogitBias = s_neverEnd };
         BatchGeneration first = batch.TrySubmit("a", endless, stop.Token)!;
         BatchGeneration second = batch.TrySubmit("b", new() { MaxTokens = 3, Temperature = 0 })!;
         await using (IAsyncEnumerator<GeneratedToken> pieces = first.GetAsyncEnumerator(TestContext.Current.CancellationToken))
@@ -134,7 +134,7 @@ public sealed class BatchGeneratorTests : IDisposable
     [Fact]
     public async Task A_full_queue_takes_no_more_and_what_waits_ends_with_the_generator()
     {
-        var endless = new GenerationOptions { MaxTokens = int.MaxValue, Overflow = ContextOverflow.Sliding };
+        var endless = new GenerationOptions { MaxTokens = int.MaxValue, Overflow = ContextOverflow.Sliding, LogitBias = s_neverEnd };
         BatchGeneration running, waiting;
         using (var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 1, queue: 1))
         {
@@ -154,13 +154,29 @@ public sealed class BatchGeneratorTests : IDisposable
     }
 
     [Fact]
+    public async Task As_many_texts_are_taken_as_places_and_queue_hold_together()
+    {
+        var options = new GenerationOptions { MaxTokens = 3, LogitBias = s_neverEnd };
+        using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 3, queue: 2);
+        Assert.Null(batch.TrySubmit([1, 2], options, completions: 6));
+        IReadOnlyList<BatchGeneration> five = batch.TrySubmit([1, 2], options, completions: 5)!;
+        await Task.WhenAll(five.Select(Text));
+        Assert.All(five, text => Assert.Equal(3, text.NewTokens));
+
+        // Places are free again when their texts end.
+        BatchGeneration[] again = [.. Enumerable.Range(0, 5).Select(_ => batch.TrySubmit("a", options)!)];
+        Assert.All(again, Assert.NotNull);
+        await Task.WhenAll(again.Select(Text));
+    }
+
+    [Fact]
     public async Task Completions_of_a_prompt_are_those_of_seeds_in_a_row()
     {
         var options = new GenerationOptions { MaxTokens = 20, Seed = 7 };
         using var batch = new BatchGenerator(_run.Model, _run.Backend, _tokenizer, places: 3, queue: 4);
         int[] prompt = batch.Encode("abc");
         Assert.Equal([256, 'a', 'b', 'c'], prompt);
-        Assert.Null(batch.TrySubmit(prompt, options, completions: 5));
+        Assert.Null(batch.TrySubmit(prompt, options, completions: 8));
         IReadOnlyList<BatchGeneration> together = batch.TrySubmit(prompt, options, completions: 4)!;
         string[] texts = await Task.WhenAll(together.Select(Text));
         Assert.Equal(4, texts.Distinct().Count());
