@@ -94,7 +94,7 @@ internal static class GenerationSettings
     {
         JsonValueKind.Null or JsonValueKind.False => false,
         JsonValueKind.Number => value.GetDouble() is double number && number != 0 && number != Neutral(key),
-        JsonValueKind.String => value.GetString()!.Length > 0,
+        JsonValueKind.String => value.GetRawText() != "\"\"",
         JsonValueKind.Array => value.GetArrayLength() > 0,
         _ => true,
     };

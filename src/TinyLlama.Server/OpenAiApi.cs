@@ -282,7 +282,7 @@ internal sealed class OpenAiApi(ServedModel model, ServerOptions options, Server
     {
         RequireModel(request.Model);
         var work = new Work(prompts, echo, generation, request.N ?? 1, request.Stream == true, request.StreamOptions?.IncludeUsage == true);
-        int replies = prompts.Count * work.Completions, most = options.Places + options.Queue;
+        long replies = (long)prompts.Count * work.Completions, most = (long)options.Places + options.Queue;
         if (replies > most)
         {
             throw ApiException.Invalid($"{replies} replies are asked for at once, this server takes {most} (--places and --queue)", "n");

@@ -114,6 +114,7 @@ public sealed class ApiTests
     [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"grammar":"root ::= \"yes\""}""", 400, "'grammar' is not supported", "grammar")]
     [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"ignore_eos":false,"min_tokens":0,"guided_json":{}}""", 400, "'guided_json' is not supported", "guided_json")]
     [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"best_of":1,"repeat_penalty":1.1}""", 400, "it is 'repetition_penalty' here", "repeat_penalty")]
+    [InlineData(Chat, """{"messages":[{"role":"user","content":"x"}],"grammar":"\ud800"}""", 400, "'grammar' is not supported", "grammar")]
     [InlineData(Text, """{"prompt":"x","stop_token_ids":[5]}""", 400, "'stop_token_ids' is not supported", "stop_token_ids")]
     [InlineData(Chat, """{"model":"other","messages":[{"role":"user","content":"x"}]}""", 404, "'random' is served", "model")]
     [InlineData(Text, """{"prompt":[]}""", 400, "'prompt' must be", "prompt")]
@@ -246,6 +247,8 @@ public sealed class ApiTests
     public async Task An_idle_server_takes_what_places_and_queue_hold_and_never_more_at_once()
     {
         await using RunningServer server = await RunningServer.StartAsync(options => (options.Places, options.Queue) = (4, 2));
+        await using RunningServer boundless = await RunningServer.StartAsync(options => options.Queue = int.MaxValue);
+        Assert.Equal(HttpStatusCode.OK, (await boundless.PostAsync(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":1}""")).Status);
         (HttpStatusCode code, JsonNode body) = await server.PostAsync(Chat, """{"messages":[{"role":"user","content":"x"}],"max_tokens":2,"n":6}""");
         Assert.Equal((HttpStatusCode.OK, 6), (code, body["choices"]!.AsArray().Count));
         await server.UntilIdleAsync();
